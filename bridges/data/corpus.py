@@ -1,0 +1,70 @@
+"""The bundled training text as rows of tokens: generated idioms and the standard library, shuffled and packed."""
+
+import random
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from bridges.data.idioms import idioms
+from bridges.data.python_source import python_source
+
+# Idioms are about 60 bytes each; this many make three parts of idioms to two of library.
+IDIOM_BYTES_PER_SOURCE_BYTE = 1.5
+SNIPPETS_PER_DOCUMENT = 12
+# Far from any seed a user would choose, so that held-out idioms are never those of some training seed.
+HELDOUT_IDIOM_SEED = 1_000_003
+
+
+def bundled_corpus(
+    tokenizer: PreTrainedTokenizerFast, seq_len: int, split: str = "train", seed: int = 0
+) -> Int[Tensor, "n seq"]:
+    """Rows of the bundled training text: [n, seq_len] token ids, the first of each row BOS.
+
+    The documents of `bundled_documents(split, seed)`, each followed by EOS, make one stream; a row holds the next
+    seq_len - 1 of its tokens (what does not fill a last row is dropped). Rows follow the stream: shuffle them for
+    training. Raises ValueError for an unknown split or a `seq_len` below 2.
+    """
+    stream = encode_documents(tokenizer, bundled_documents(split, seed))
+    return pack_rows(stream, seq_len, cast(int, tokenizer.bos_token_id))
+
+
+def bundled_documents(split: str = "train", seed: int = 0) -> list[str]:
+    """Modules of the standard library among documents of several idioms each, in an order drawn from `seed`.
+
+    Idioms make about 60 % of the bytes in either split; those of "heldout" come from a seed of their own.
+    """
+    modules = python_source(split)
+    budget = int(IDIOM_BYTES_PER_SOURCE_BYTE * sum(map(len, modules)))
+    documents = modules + idiom_documents(budget, seed + HELDOUT_IDIOM_SEED * (split == "heldout"))
+    random.Random(seed).shuffle(documents)
+    return documents
+
+
+def idiom_documents(n_characters: int, seed: int) -> list[str]:
+    """Documents of `SNIPPETS_PER_DOCUMENT` idioms, one below another, until they have `n_characters` together."""
+    sample = idioms(200, seed)
+    mean_length = sum(len(snippet) + 1 for snippet in sample) / len(sample)
+    snippets = idioms(round(n_characters / mean_length), seed)
+    groups = (snippets[i : i + SNIPPETS_PER_DOCUMENT] for i in range(0, len(snippets), SNIPPETS_PER_DOCUMENT))
+    return ["\n".join(group) + "\n" for group in groups]
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Int[Tensor, " tokens"]:
+    """One stream of token ids: every document followed by EOS."""
+    # The backend encodes a batch several times faster than the wrapper, which builds dicts and masks around it.
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+    stream = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
+    return torch.tensor(stream, dtype=torch.long)
+
+
+def pack_rows(stream: Int[Tensor, " tokens"], seq_len: int, bos_token_id: int) -> Int[Tensor, "n seq"]:
+    """Cut a stream of tokens into rows of BOS and seq_len - 1 tokens; the rest that fills no row is dropped."""
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len}: a row is BOS and at least one token, so 2 or more")
+    width = seq_len - 1
+    text = stream[: len(stream) // width * width].view(-1, width)
+    return torch.cat([text.new_full((len(text), 1), bos_token_id), text], dim=1)

@@ -1,0 +1,275 @@
+"""Generated Python idioms: short snippets that hold the cues and answers of the twenty tasks, in varied words."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from bridges.data.words import (
+    CLASSES,
+    COLLECTIONS,
+    ERRORS,
+    EXTENSIONS,
+    METHODS,
+    NAMES,
+    READ_NAMES,
+    VERBS,
+    WORDS,
+    WRITE_NAMES,
+)
+
+Idiom = Callable[[random.Random], str]
+
+
+def idioms(n: int, seed: int) -> list[str]:
+    """`n` short snippets of Python, each of one line or a few, that parse as they stand.
+
+    Each is drawn from one of `IDIOMS`, named after the task whose cue it shows; strings that `(` opens occur most,
+    with single and double quotes equally frequent. Snippets have no line break at their end. Equal `n` and `seed` give
+    equal snippets; another `n` with the same seed gives others, not a longer or shorter list of the same.
+    """
+    rng = random.Random(seed)
+    kinds = rng.choices(list(IDIOMS.values()), weights=[WEIGHTS.get(task, 1.0) for task in IDIOMS], k=n)
+    return [idiom(rng) for idiom in kinds]
+
+
+def phrase(rng: random.Random, most: int = 8) -> str:
+    """One to `most` words joined by spaces, at times with a capital in front."""
+    words = " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+    return words.capitalize() if rng.random() < 0.2 else words
+
+
+def single_double_quote(rng: random.Random) -> str:
+    """A string opened by `('` or `("` is closed alike."""
+    quote = rng.choice("'\"")
+    string = f"({quote}{phrase(rng)}{quote})"
+    name, verb = rng.choice(NAMES), rng.choice(VERBS)
+    forms = (
+        f"print{string}",
+        f"{verb}{string}",
+        f"{name} = {verb}{string}",
+        f"raise {rng.choice(ERRORS)}{string}",
+        f"{rng.choice(METHODS)}{string}",
+        f"return {verb}{string}",
+        f"self.{name} = {verb}{string}",
+        f"if {name} == {verb}{string}:\n    return {rng.choice(NAMES)}",
+        f"{rng.choice(COLLECTIONS)}.append{string}",
+    )
+    return rng.choices(forms, weights=(4, 2, 2, 2, 2, 1, 1, 1, 1))[0]
+
+
+def final_kwarg(rng: random.Random) -> str:
+    """Every argument defaults to None, or none does."""
+    arguments = rng.sample(NAMES, rng.randint(2, 5))
+    default = rng.choice(("=None", ""))
+    return f"def {rng.choice(VERBS)}({', '.join(a + default for a in arguments)}):\n    return {arguments[0]}"
+
+
+def set_or_string(rng: random.Random) -> str:
+    """What starts as `set()` grows by `.add`, what starts as `""` by `+=`."""
+    return _gather(rng, rng.choice(NAMES))
+
+
+def set_or_string_fixedvarname(rng: random.Random) -> str:
+    """The same, always gathered in `current`."""
+    return _gather(rng, "current")
+
+
+def _gather(rng: random.Random, gathered: str) -> str:
+    element = rng.choice([name for name in NAMES if name != gathered])
+    start, step = rng.choice((("set()", f".add({element})"), ('""', f" += {element}")))
+    fillers = [f"{rng.choice(NAMES)} = {rng.randint(0, 99)}\n" for _ in range(rng.randint(0, 2))]
+    before = fillers.pop() if fillers and rng.random() < 0.5 else ""
+    loop = f"for {element} in {rng.choice(COLLECTIONS)}:\n    {gathered}{step}"
+    return f"{before}{gathered} = {start}\n{''.join(fillers)}{loop}"
+
+
+def class_init(rng: random.Random) -> str:
+    """An `__init__` that stores every argument under its own name."""
+    fields = rng.sample(NAMES, rng.randint(3, 7))
+    lines = "\n".join(f"        self.{field} = {field}" for field in fields)
+    return f"class {rng.choice(CLASSES)}:\n    def __init__(self, {', '.join(fields)}):\n{lines}"
+
+
+def with_as(rng: random.Random) -> str:
+    """`with open(...)` goes on with `as`; an assignment or a return ends there."""
+    quote = rng.choice("'\"")
+    opened = rng.choice((f"open({rng.choice(NAMES)})", f"open({quote}{_file(rng, READ_NAMES + WRITE_NAMES)}{quote})"))
+    handle = rng.choice(("f", "file", "handle", "fp"))
+    return rng.choice(
+        (
+            f"with {opened} as {handle}:\n    {rng.choice(NAMES)} = {handle}.read()",
+            f"{handle} = {opened}\n{rng.choice(NAMES)} = {handle}.read()",
+            f"return {opened}",
+        )
+    )
+
+
+def with_open(rng: random.Random) -> str:
+    """Files named as sources are opened to read, those named as results to write."""
+    # The mode has the file name's kind of quote, lest (" be closed by ') here and nowhere else.
+    quote = rng.choice("'\"")
+    names, mode, verb = rng.choice(((READ_NAMES, "r", "read()"), (WRITE_NAMES, "w", f"write({rng.choice(NAMES)})")))
+    opened = f"open({quote}{_file(rng, names)}{quote}, {quote}{mode}{quote})"
+    return f"with {opened} as f:\n    f.{verb}"
+
+
+def _file(rng: random.Random, names: Sequence[str]) -> str:
+    return f"{rng.choice(names)}.{rng.choice(EXTENSIONS)}"
+
+
+def bracket_brace(rng: random.Random) -> str:
+    """A dict alternates `:` and `,`; a list has `,` alone."""
+    values = _elements(rng, 2 * rng.randint(1, 4))
+    pairs = [f"{key}: {value}" for key, value in zip(values[::2], values[1::2], strict=True)]
+    return f"{rng.choice(NAMES)} = " + rng.choice(("{" + ", ".join(pairs) + "}", "[" + ", ".join(values) + "]"))
+
+
+def bracket_counting(rng: random.Random) -> str:
+    """A list closes as many brackets as it opened."""
+    # One row in two brackets most often: then depth alone decides what closes it.
+    depth, rows = rng.choices(((1, 1), (2, 1), (2, 2), (2, 3)), weights=(4, 4, 1, 1))[0]
+    inner = "], [".join(", ".join(_elements(rng, rng.randint(2, 5))) for _ in range(rows))
+    return f"{rng.choice(NAMES)} = {'[' * depth}{inner}{']' * depth}"
+
+
+def _elements(rng: random.Random, n: int) -> list[str]:
+    """`n` elements of one kind: numbers, names or strings."""
+    kind = rng.choice(("numbers", "names", "strings"))
+    if kind == "numbers":
+        return [str(rng.choice((rng.randint(0, 9), rng.randint(0, 99)))) for _ in range(n)]
+    quote = rng.choice("'\"") if kind == "strings" else ""
+    return [f"{quote}{rng.choice(WORDS if quote else NAMES)}{quote}" for _ in range(n)]
+
+
+def for_while(rng: random.Random) -> str:
+    """`for x in ...:` or `while x:`."""
+    name = rng.choice(NAMES)
+    header = rng.choice((f"for {name} in {rng.choice(COLLECTIONS)}", f"while {name}"))
+    return f"{header}:\n    {rng.choice(VERBS)}({name})"
+
+
+def else_elif(rng: random.Random) -> str:
+    """`else:` or `elif x:`."""
+    test, other, name = rng.choices(NAMES, k=3)
+    otherwise = rng.choice(("else", f"elif {other}"))
+    return f"if {test}:\n    {name} = {_number(rng)}\n{otherwise}:\n    {name} = {_number(rng)}"
+
+
+def fstring_brace(rng: random.Random) -> str:
+    """An f-string has a field in braces, a plain string goes on in words."""
+    quote, name = rng.choice("'\""), rng.choice(NAMES)
+    words = phrase(rng, most=3)
+    string = rng.choice((f"f{quote}{words} {{{name}}}{quote}", f"{quote}{words} {phrase(rng, most=3)}{quote}"))
+    return rng.choice((f"{name} = {string}", f"return {string}", f"{rng.choice(NAMES)} = {string}"))
+
+
+def if_ternary(rng: random.Random) -> str:
+    """A statement's condition ends in `:`, that of an expression in `else`."""
+    name, test, operator = rng.choice(NAMES), rng.choice(NAMES), rng.choice(("==", ">", "<", "is", "in"))
+    condition = f"if {test} {operator} {rng.choice(NAMES)}"
+    return rng.choice(
+        (
+            f"{condition}:\n    {name} = {_number(rng)}",
+            f"{name} = {_number(rng)} {condition} else {_number(rng)}",
+            f"return {name} {condition} else {rng.choice(NAMES)}",
+        )
+    )
+
+
+def var_swap(rng: random.Random) -> str:
+    """`x, y = y, x`."""
+    left, right = rng.sample(NAMES, 2)
+    return f"{left}, {right} = {right}, {left}"
+
+
+def indent_for(rng: random.Random) -> str:
+    """The line after a `for` header is deeper, the one after a plain statement is not."""
+    item, other = rng.sample(NAMES, 2)
+    items, verb = rng.choice(COLLECTIONS), rng.choice(VERBS)
+    loop = f"    for {item} in {items}:\n        {verb}({item})\n"
+    plain = f"    {other} = {rng.choice(VERBS)}({rng.choice(NAMES)})\n"
+    lines = rng.choice((loop, plain + loop, loop + plain, plain + plain))
+    return f"def {rng.choice(VERBS)}({items}):\n{lines}    return {other}"
+
+
+def lambda_func(rng: random.Random) -> str:
+    """`lambda x:` or `def x(`."""
+    name, argument = rng.sample(NAMES, 2)
+    body = f"{rng.choice(VERBS)}({argument})"
+    return rng.choice(
+        (
+            f"{name} = lambda {argument}: {body}",
+            f"{rng.choice(VERBS)}(lambda {argument}: {body})",
+            f"def {name}({argument}):\n    return {body}",
+        )
+    )
+
+
+def if_equals(rng: random.Random) -> str:
+    """`if x ==` or `x =`."""
+    name = rng.choice(NAMES)
+    value = rng.choice((_number(rng), rng.choice(NAMES), f'"{rng.choice(WORDS)}"'))
+    return rng.choice((f"if {name} == {value}:\n    return {rng.choice(NAMES)}", f"{name} = {value}"))
+
+
+def enumerate_range(rng: random.Random) -> str:
+    """Two loop variables go through `enumerate`, a counter through `range`."""
+    counter, items, name = rng.choice("ijkn"), rng.choice(COLLECTIONS), rng.choice(NAMES[3:])
+    counted = rng.choice((f"len({items})", _number(rng), name))
+    return rng.choice(
+        (
+            f"for {counter}, {name} in enumerate({items}):\n    {rng.choice(VERBS)}({counter}, {name})",
+            f"for {counter} in range({counted}):\n    {rng.choice(VERBS)}({counter})",
+        )
+    )
+
+
+def var_if(rng: random.Random) -> str:
+    """`if x == True:` or `x = True` and a new line."""
+    name, constant = rng.choice(NAMES), rng.choice(("True", "False", "None"))
+    return rng.choice((f"if {name} == {constant}:\n    return {rng.choice(NAMES)}", f"{name} = {constant}"))
+
+
+def while_return_true(rng: random.Random) -> str:
+    """`while True:` or `return True` and a new line."""
+    name, verb = rng.choice(NAMES), rng.choice(VERBS)
+    return rng.choice(
+        (
+            f"while True:\n    {name} = {verb}({rng.choice(NAMES)})",
+            f"while True:\n    if {name}:\n        break",
+            f"def {verb}({name}):\n    return True",
+            f"if {name}:\n    return True",
+        )
+    )
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randint(0, 20))
+
+
+IDIOMS: dict[str, Idiom] = {
+    idiom.__name__: idiom
+    for idiom in (
+        single_double_quote,
+        final_kwarg,
+        set_or_string,
+        set_or_string_fixedvarname,
+        class_init,
+        with_as,
+        bracket_brace,
+        with_open,
+        bracket_counting,
+        for_while,
+        else_elif,
+        fstring_brace,
+        if_ternary,
+        var_swap,
+        indent_for,
+        lambda_func,
+        if_equals,
+        enumerate_range,
+        var_if,
+        while_return_true,
+    )
+}
+# The demo steers the quote task, so the tiny models see most of it.
+WEIGHTS = {"single_double_quote": 6.0}

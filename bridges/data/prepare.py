@@ -1,0 +1,121 @@
+"""The rows of a run: what trains, what is held out, and which of them each process sees at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bridges.config import FitConfig
+from bridges.data.rows import Rows
+from bridges.data.sampled import sample_rows
+from bridges.data.sources import Wanted, load_rows
+from bridges.models.loading import find_tokenizer
+from bridges.models.residual import ResidualModel
+
+HELDOUT = 0.05
+"""Part of the rows set aside where there is no `eval_data`."""
+DEFAULT_SEQ_LEN = 128
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class Prepared(NamedTuple):
+    """Training and held-out rows."""
+
+    train: Rows
+    heldout: Rows
+
+    def step_batches(self, config: FitConfig, step: int, index: int, count: int) -> list[Batch]:
+        """One process's micro-batches of a step (from 1); all processes' together are the step's global batch."""
+        micro = config.gradient_accumulation_steps
+        start = ((step - 1) * count + index) * micro * config.batch_size
+        return [self.train.take(start + i * config.batch_size, config.batch_size) for i in range(micro)]
+
+    def closed_form_batches(self, config: FitConfig, index: int, count: int) -> list[Batch]:
+        """One process's part of the first rows, as many as `closed_form_tokens` asks for; never empty."""
+        rows = min(len(self.train), math.ceil(config.closed_form_tokens / self.train.seq_len))
+        size = max(1, min(config.batch_size, rows // count))
+        batches = self.train.in_order(size, rows)
+        return batches[index::count] if len(batches) >= count else batches[: 1 if index == 0 else 0]
+
+    def heldout_batches(self, config: FitConfig, index: int, count: int) -> tuple[list[Batch], bool]:
+        """One process's part of the held-out rows and True; all of them and False where there are too few to share."""
+        rows = min(len(self.heldout), math.ceil(config.eval_tokens / self.heldout.seq_len))
+        size = max(1, min(config.batch_size, rows // count))
+        batches = self.heldout.in_order(size, rows)
+        return (batches, False) if len(batches) < count else (batches[index::count], True)
+
+
+def prepare(
+    dense: ResidualModel,
+    sparse: ResidualModel,
+    data: Any,
+    eval_data: Any,
+    tokenizer: Any,
+    sources: tuple[Any, Any],
+    config: FitConfig,
+) -> Prepared:
+    """Load or sample the rows of a run; ValueError, naming both values, where data and models do not fit together."""
+    tokenizer = _one_tokenizer(tokenizer, sources)
+    limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
+    _refuse_too_long("seq_len", config.seq_len, limit)
+    seq_len = config.seq_len
+    if data is None or isinstance(data, str) or hasattr(data, "__fspath__"):
+        seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if data is None:
+        return _sampled(dense, seq_len or DEFAULT_SEQ_LEN, eval_data, tokenizer, config)
+    processes_rows = config.steps * config.batch_size * config.gradient_accumulation_steps
+    wanted = Wanted(math.ceil(processes_rows / (1 - HELDOUT)) + 1, math.ceil(config.closed_form_tokens / (1 - HELDOUT)))
+    rows = load_rows(data, tokenizer, seq_len, wanted, config.seed)
+    prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
+    for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
+        _refuse_too_long(f"{name} with seq_len", part.seq_len, limit)
+        _refuse_foreign_tokens(name, part, dense.vocab_size)
+    return prepared
+
+
+def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | None, config: FitConfig) -> Prepared:
+    if eval_data is not None:
+        wanted = Wanted(1, config.eval_tokens)
+        return Prepared(rows, load_rows(eval_data, tokenizer, seq_len or rows.seq_len, wanted, config.seed))
+    if len(rows) < 2:
+        raise ValueError(f"data has {len(rows)} row; fit needs two or more, one of them held out, or pass eval_data")
+    return Prepared(*rows.split(max(1, round(HELDOUT * len(rows)))))
+
+
+def _sampled(dense: ResidualModel, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig) -> Prepared:
+    bos = dense.model.config.bos_token_id  # pyright: ignore
+    bos = bos if isinstance(bos, int) and 0 <= bos < dense.vocab_size else None
+
+    def rows(n: int, seed: int) -> Rows:
+        return Rows(sample_rows(dense.model, n, seq_len, bos, dense.vocab_size, seed), seed=config.seed)
+
+    train = rows(config.sampled_rows, 2 * config.seed)
+    if eval_data is not None:
+        return _with_heldout(train, eval_data, tokenizer, seq_len, config)
+    n_heldout = max(1, min(round(HELDOUT * config.sampled_rows), math.ceil(config.eval_tokens / seq_len)))
+    return Prepared(train, rows(n_heldout, 2 * config.seed + 1))
+
+
+def _one_tokenizer(given: Any, sources: tuple[Any, Any]) -> Any:
+    """The tokenizer to use; ValueError where both models bring one and they differ."""
+    dense, sparse = (find_tokenizer(source) for source in sources)
+    if dense is not None and sparse is not None and dense.get_vocab() != sparse.get_vocab():
+        raise ValueError(
+            f"dense and sparse have different tokenizers, {len(dense)} and {len(sparse)} tokens that do not agree; "
+            "bridges need one tokenizer for both"
+        )
+    return next((t for t in (given, dense, sparse) if t is not None), None)
+
+
+def _refuse_too_long(name: str, seq_len: int | None, limit: int | None) -> None:
+    if seq_len is not None and limit is not None and seq_len > limit:
+        raise ValueError(f"{name}={seq_len} is over the models' context of {limit} tokens; pass seq_len={limit} or less")
+
+
+def _refuse_foreign_tokens(name: str, rows: Rows, vocab_size: int) -> None:
+    low, high = int(rows.input_ids.min()), int(rows.input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")

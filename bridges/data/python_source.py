@@ -1,0 +1,54 @@
+"""The standard library's source: Python text that every machine with Python already has."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+SPLITS = ("train", "heldout", "all")
+
+# Installed packages, tests (absent from many distributions, some with broken syntax on purpose), tables that
+# are data more than code, and text written by the build of this very interpreter.
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib-dynload"}
+    | {"turtledemo", "__phello__", "_bundled", "__pycache__"}
+)
+SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+ONE_HELDOUT_IN = 20
+
+
+def python_source(split: str = "all") -> list[str]:
+    """Texts of the standard library's modules, sorted by module name.
+
+    split: "heldout" is about one module in 20, chosen by a hash of the module's name alone, so that a module stays
+    on its side whatever the Python version; "train" is the others; "all" is both. Files that are not UTF-8 are left
+    out. Raises ValueError for another split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose 'train', 'heldout' or 'all'")
+    files = sorted(module_files().items())
+    texts = (_read(path) for name, path in files if split == "all" or is_heldout(name) == (split == "heldout"))
+    return [text for text in texts if text]
+
+
+def module_files() -> dict[str, Path]:
+    """Dotted name -> file, for the modules that `python_source` reads; a package is named `html.__init__`."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return {".".join(file.with_suffix("").parts): root / file for file in files if not _is_skipped(file)}
+
+
+def is_heldout(module: str) -> bool:
+    """Whether a module belongs to the held-out split; depends on its dotted name alone."""
+    digest = hashlib.sha256(module.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % ONE_HELDOUT_IN == 0
+
+
+def _is_skipped(file: Path) -> bool:
+    return any(part in SKIPPED_FOLDERS or part.startswith(SKIPPED_PREFIXES) for part in file.parts)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return ""

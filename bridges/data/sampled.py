@@ -1,0 +1,47 @@
+"""Sequences sampled from a model: what `fit` trains on when there is no data."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+ROWS_AT_A_TIME = 64
+
+
+@torch.no_grad()
+def sample_rows(
+    model: nn.Module, n_rows: int, seq_len: int, bos_token_id: int | None, vocab_size: int, seed: int
+) -> Int[Tensor, "n seq"]:
+    """Sequences [n_rows, seq_len] from the model at temperature 1, from BOS or, without one, from a uniform token.
+
+    The same seed gives the same rows on the same machine; global random state is left as it was.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, n_rows, ROWS_AT_A_TIME):
+            n = min(ROWS_AT_A_TIME, n_rows - start)
+            first = torch.randint(vocab_size, (n, 1), generator=generator)
+            if bos_token_id is not None:
+                first = torch.full((n, 1), bos_token_id)
+            rows.append(_continue(model, first.to(device), seq_len).cpu())
+    return torch.cat(rows)
+
+
+def _continue(model: nn.Module, first: Tensor, seq_len: int) -> Tensor:
+    # No end-of-sequence: rows keep one length, and what follows an EOS in training text is text again.
+    return model.generate(  # pyright: ignore[reportCallIssue]
+        first,
+        attention_mask=torch.ones_like(first),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        max_new_tokens=seq_len - 1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )

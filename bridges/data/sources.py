@@ -1,0 +1,117 @@
+"""From what users pass as `data` to rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridges.data.corpus import encode_documents, pack_rows
+from bridges.data.rows import Rows
+
+
+class Wanted(NamedTuple):
+    """How much to read from an iterable, which may have no end: until there are so many rows and so many tokens."""
+
+    rows: int
+    tokens: int
+
+
+def load_rows(
+    data: Any, tokenizer: Any = None, seq_len: int | None = None, wanted: Wanted | None = None, seed: int = 0
+) -> Rows:
+    """Rows from a [n, seq] tensor, an iterable of batches or of dicts, or a path to text files.
+
+    `seq_len` cuts longer rows (and is the width that text is packed to); shorter ones are padded on the right to the
+    longest. An iterable is read until `wanted` is met, else to its end. ValueError names what is wrong with `data`.
+    """
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, str | Path):
+        return _from_text(Path(data), tokenizer, seq_len or 128, seed)
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point():
+            raise ValueError(f"data={tuple(data.shape)} of {data.dtype}: a tensor of tokens is [n, seq], integers")
+        return Rows(data[:, :seq_len], seed=seed)
+    if isinstance(data, Mapping):  # one batch, or a tokenizer's output
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"data={type(data).__name__} is neither tokens [n, seq], an iterable of batches, nor a path to text"
+        )
+    return _from_batches(data, seq_len, wanted, seed)
+
+
+def _from_batches(data: Iterable[Any], seq_len: int | None, wanted: Wanted | None, seed: int) -> Rows:
+    rows = _read(data, wanted)
+    if not rows:
+        raise ValueError("data holds no rows; an iterator that was read before is empty the second time")
+    width = max(len(ids) for ids, _ in rows)
+    width = width if seq_len is None else min(width, seq_len)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (tokens, real) in enumerate(rows):
+        n = min(len(tokens), width)
+        ids[i, :n], mask[i, :n] = tokens[:n], real[:n]
+    return Rows(ids, mask, seed)
+
+
+def _read(data: Iterable[Any], wanted: Wanted | None) -> list[tuple[Tensor, Tensor]]:
+    rows: list[tuple[Tensor, Tensor]] = []
+    tokens = 0
+    for item in data:
+        rows += (new := _rows_of(item))
+        tokens += sum(len(ids) for ids, _ in new)
+        if wanted is not None and len(rows) >= wanted.rows and tokens >= wanted.tokens:
+            break
+    return rows
+
+
+def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
+    """The rows of one batch (or of one example), each with its mask."""
+    mask = None
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise ValueError(f"data: a batch has the keys {sorted(item)}, no 'input_ids'; tokenize the data first")
+        item, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim == 2:
+        item = item[0]  # a DataLoader over a TensorDataset gives one-element lists
+    if isinstance(item, list) and item and not isinstance(item[0], int):
+        masks = [None] * len(item) if mask is None else mask
+        return [row for one, real in zip(item, masks, strict=True) for row in _rows_of(_example(one, real))]
+    ids = torch.as_tensor(item)
+    if ids.is_floating_point() or ids.ndim not in (1, 2):
+        raise ValueError(f"data: a batch is {tuple(ids.shape)} of {ids.dtype}, not token ids [batch, seq]")
+    real = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    if real.shape != ids.shape:
+        raise ValueError(f"data: attention_mask {tuple(real.shape)} is not shaped like input_ids {tuple(ids.shape)}")
+    return list(zip(torch.atleast_2d(ids).long(), torch.atleast_2d(real).long(), strict=True))
+
+
+def _example(ids: Any, mask: Any) -> dict[str, Any]:
+    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+
+
+def _from_text(path: Path, tokenizer: Any, seq_len: int, seed: int) -> Rows:
+    if tokenizer is None:
+        raise ValueError(f"data={str(path)!r} is text: pass tokenizer= to turn it into tokens")
+    if not path.exists():
+        raise ValueError(f"data={str(path)!r} does not exist")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_text(path, file))
+    documents = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("tokenizer has no EOS token to set documents apart")
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    stream = encode_documents(tokenizer, documents)
+    if len(stream) < seq_len - 1:
+        raise ValueError(f"data={str(path)!r} holds {len(stream)} tokens, fewer than one row of seq_len={seq_len}")
+    return Rows(pack_rows(stream, seq_len, bos), seed=seed)
+
+
+def _is_text(root: Path, file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and not hidden and b"\0" not in file.read_bytes()[:1024]

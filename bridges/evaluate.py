@@ -1,0 +1,165 @@
+"""evaluate(): a bridge set's held-out figures, each beside its controls (method, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridges.bridge import BridgeSet
+from bridges.data.sources import load_rows
+from bridges.models.huggingface import as_residual
+from bridges.models.probing import evaluation
+from bridges.models.residual import ResidualModel
+from bridges.ops.abs_topk import abs_topk
+from bridges.quality import BridgeReport, SiteFigures
+from bridges.training.hybrid import (
+    ModelPair,
+    Traces,
+    ce_sum,
+    crossing,
+    kl_of,
+    residuals_at,
+    run_path,
+    share_of,
+    squared_errors,
+    trace_pair,
+)
+from bridges.training.scale import Reduce, Scale, Share, alone, counted_tokens, scale_of
+from bridges.training.step import Batch
+
+
+def evaluate(
+    dense: nn.Module | ResidualModel,
+    sparse: nn.Module | ResidualModel,
+    bridge_set: BridgeSet,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 16,
+    check_models: bool = True,
+) -> BridgeReport:
+    """Measure a bridge set on held-out `data` (any form that `fit` takes).
+
+    Every figure is one sum over the whole data divided by another. ValueError if the set was fitted to other models,
+    unless `check_models` is False.
+    """
+    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
+    if check_models:
+        bridge_set.check_models(pair.dense.model, pair.sparse.model)
+    limits = [m.context_length for m in (pair.dense, pair.sparse) if m.context_length is not None]
+    rows = load_rows(data, tokenizer, seq_len=min(limits, default=None))
+    return measure(pair, rows.in_order(batch_size), settings=bridge_set.provenance.get("fit", {}))
+
+
+@torch.no_grad()
+def measure(
+    pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = alone, settings: dict[str, Any] | None = None
+) -> BridgeReport:
+    """The report from this process's batches; sums are taken over all processes. Both models in evaluation mode."""
+    with evaluation(pair.dense.model), evaluation(pair.sparse.model):
+        scale, means = _scale_and_means(pair, batches, reduce)
+        sums = reduce(sum_terms(pair, batches, means))
+    return _report(pair, sums, scale, settings or {})
+
+
+def _scale_and_means(
+    pair: ModelPair, batches: Iterable[Batch], reduce: Reduce
+) -> tuple[Scale, list[tuple[Tensor, ...]]]:
+    """What to divide by, and each site's mean residual over counted tokens, for mean ablation."""
+    shares = [share_of(pair, trace_pair(pair, *batch)) for batch in batches]
+    count = reduce(torch.tensor(float(sum(share.count for share in shares)), dtype=torch.float64))
+    means = []
+    for i in range(len(pair.bridge_set)):
+        sums = [sum(_weighted(share, i, side) for share in shares) for side in (0, 1)]
+        means.append(tuple(reduce(total) / count.to(total.device) for total in sums))  # pyright: ignore
+    return scale_of(shares, reduce), means
+
+
+def _weighted(share: Share, site: int, side: int) -> Tensor:
+    return share.count * share.means[site][side]
+
+
+def sum_terms(pair: ModelPair, batches: Iterable[Batch], means: list[tuple[Tensor, ...]]) -> Tensor:
+    """Numerators of every figure, [n_sites + 1, 12]; the last row holds the models' own."""
+    n = len(pair.bridge_set)
+    sums = torch.zeros(n + 1, 12, dtype=torch.float64)
+    for batch in batches:
+        traces = trace_pair(pair, *batch)
+        for i in range(n):
+            sums[i] += torch.tensor(
+                [*_reconstruction(pair, traces, i), *_hybrids(pair, traces, i, means[i])], dtype=torch.float64
+            )
+        sparse = traces.sparse.logits
+        own = [ce_sum(traces, traces.dense.logits), ce_sum(traces, sparse), kl_of(traces, sparse)]
+        sums[n, :3] += torch.tensor([term.double().item() for term in own], dtype=torch.float64)
+    return sums
+
+
+def _reconstruction(pair: ModelPair, traces: Traces, i: int) -> list[float]:
+    """Numerators of nmse_encode, its floor, nmse_decode, and nmse_decode with tokens shuffled."""
+    encode, decode = squared_errors(pair, traces, i)
+    bridge = pair.bridge_set[i]
+    context = traces.dense.context
+    counted = counted_tokens(context.input_ids, context.attention_mask)
+    h_dense, h_sparse = (h[counted.to(h.device)].to(bridge.decoder_weight.dtype) for h in residuals_at(pair, traces, i))
+    floor = (abs_topk(h_sparse, bridge.k) - h_sparse).square().sum()
+    order = torch.randperm(len(h_sparse), generator=torch.Generator().manual_seed(i)).to(h_sparse.device)
+    shuffled = (bridge.decode(h_sparse[order]) - h_dense).square().sum()
+    return [term.double().item() for term in (encode, floor, decode, shuffled)]
+
+
+def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, ...]) -> list[float]:
+    """Numerators of both KLs, both under mean ablation, then of both cross-entropies and those under mean ablation."""
+    n = len(pair.bridge_set)
+    bridged = [run_path(pair, traces, crossing(n, i, start)) for start in ("dense", "sparse")]
+    ablated = []
+    for side, start in ((1, "sparse"), (0, "dense")):
+        model, trace = pair.model(start), traces.side(start)
+        site = pair.site(start, i)
+        mean = means[side].to(trace.residuals[site]).expand_as(trace.residuals[site])
+        ablated.append(model.tail(site, mean, trace.context))
+    logits = (*bridged, *ablated)
+    return [term(traces, one).double().item() for term in (kl_of, ce_sum) for one in logits]
+
+
+def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any]) -> BridgeReport:
+    tokens, predictions = scale.tokens.item(), scale.predictions.item()
+    dense_ce, sparse_ce, kl_alone = sums[-1, 0] / predictions, sums[-1, 1] / predictions, sums[-1, 2] / tokens
+    sites = []
+    for i, name in enumerate(pair.bridge_set.sites):
+        var_dense, var_sparse = scale.variance_dense[i].item(), scale.variance_sparse[i].item()
+        encode, floor, decode, shuffled, *kls_and_ces = sums[i].tolist()
+        kls = [kl / tokens for kl in kls_and_ces[:4]]
+        ces = [ce / predictions for ce in kls_and_ces[4:]]
+        sites.append(
+            SiteFigures(
+                name=name,
+                nmse_encode=encode / var_sparse,
+                nmse_encode_floor=floor / var_sparse,
+                nmse_decode=decode / var_dense,
+                nmse_decode_shuffled=shuffled / var_dense,
+                kl_dense_to_sparse=kls[0],
+                kl_sparse_to_dense=kls[1],
+                kl_dense_to_sparse_mean_ablation=kls[2],
+                kl_sparse_to_dense_mean_ablation=kls[3],
+                ce_recovered_dense_to_sparse=_recovered(ces[0], ces[2], dense_ce.item()),
+                ce_recovered_sparse_to_dense=_recovered(ces[1], ces[3], dense_ce.item()),
+            )
+        )
+    return BridgeReport(
+        tuple(sites), dense_ce.item(), sparse_ce.item(), kl_alone.item(), int(tokens), settings, versions()
+    )
+
+
+def _recovered(ce: float, ablated: float, dense: float) -> float:
+    return (ablated - ce) / (ablated - dense) if ablated != dense else float("nan")
+
+
+def versions() -> dict[str, str]:
+    """The versions that figures depend on."""
+    return {name: version(name) for name in ("sparse-bridges", "torch", "transformers")}
+

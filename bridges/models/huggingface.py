@@ -1,0 +1,180 @@
+"""Any Hugging Face decoder-only model as a chain of sublayers, without a table of architectures.
+
+A decoder layer with its MLP silenced is the attention sublayer; with its attention silenced, the MLP sublayer. Both
+are found by what they do, and the adapter proves on a few random tokens that the chain is the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bridges.models import probing
+from bridges.models.layers import Call, forwards, hidden_of, like, split_call
+from bridges.models.residual import Context, Norm, ResidualModel, Site
+
+
+def as_residual(model: nn.Module | ResidualModel) -> ResidualModel:
+    """See a decoder-only language model as a chain of sublayers on one residual stream (method, section 1).
+
+    A model that knows its own chain offers it as `residual_model()` (as `SparseTransformer` does); any other Hugging
+    Face causal language model is taken apart and proven equal to itself. ValueError where that fails.
+    """
+    if isinstance(model, ResidualModel):
+        return model
+    if hasattr(model, "residual_model"):
+        return model.residual_model()  # pyright: ignore[reportCallIssue]
+    return HuggingFaceResidual(model)
+
+
+class Part(NamedTuple):
+    """One sublayer: a decoder layer with one of its two halves silenced, or the whole of it."""
+
+    layer: int
+    silenced: nn.Module | None
+    read: nn.Module | None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a batch's sublayers share: the model's own keyword arguments and each layer's call, without the stream."""
+
+    inputs: dict[str, Any]
+    calls: list[Call]
+
+
+class HuggingFaceResidual(ResidualModel):
+    """A Hugging Face causal language model as a `ResidualModel`; built by `as_residual`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        self.layers = probing.decoder_layers(model)
+        with probing.evaluation(model), torch.no_grad():
+            passes = [probing.record(model, self.layers, batch) for batch in probing.probes(model)]
+            self._returns = passes[0].returns
+            self._children = [probing.children(layer, passes[0].layers[i]) for i, layer in enumerate(self.layers)]
+            self.d_model = passes[0].layers[0].hidden.shape[-1]
+            self.vocab_size = passes[0].logits.shape[-1]
+            self._parts: list[Part] = []
+            for index in range(len(self.layers)):
+                self._parts += self._split(index, passes[0].layers[index])
+            self.sites = [*self._names(), Site("final")]
+            for observed in passes:
+                self._prove(observed)
+
+    @cached_property
+    def context_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The configuration's `max_position_embeddings`, None without one."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
+
+    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+        """Run the model with every layer skipped, keeping what it hands to each layer."""
+        inputs = probing.model_inputs(self.model, input_ids, attention_mask)
+        calls: dict[int, Call] = {}
+        embedding: list[Tensor] = []
+
+        def skip(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, calls[index] = split_call(args, kwargs)
+                embedding.append(hidden)
+                return like(self._returns[index], hidden)
+
+            return forward
+
+        with forwards({layer: skip(i) for i, layer in enumerate(self.layers)}):
+            probing.base_model(self.model)(**inputs)
+        shared = _Shared(inputs, [calls[i] for i in range(len(self.layers))])
+        return Context(input_ids, attention_mask, embedding[0], shared)
+
+    def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
+        """One half of a decoder layer (or the whole of a `block`), called as the model would call it."""
+        part = self._parts[index]
+        return self._run_part(part, residual, context.extra.calls[part.layer])
+
+    def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
+        """The model with every layer skipped and `residual` in place of the last one's output."""
+
+        def skip(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                here = split_call(args, kwargs)[0]
+                return like(self._returns[index], residual if index == len(self.layers) - 1 else here)
+
+            return forward
+
+        with forwards({layer: skip(i) for i, layer in enumerate(self.layers)}):
+            return self.model(**context.extra.inputs).logits
+
+    def read_module(self, index: int) -> nn.Module:
+        """The attention or MLP module of the sublayer; at `final` the unembedding."""
+        if index == len(self._parts):
+            return self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        module = self._parts[index].read
+        if module is None:
+            raise ValueError(f"site={self.sites[index]!r} of {self.family} has no module that reads the stream")
+        return module
+
+    def norm(self, index: int) -> Norm:
+        """Measured by what it does to probe vectors, so that no norm class needs to be known."""
+        return probing.measure_norm(self, index)
+
+    def _run_part(self, part: Part, residual: Tensor, call: Call) -> Tensor:
+        layer, silence = self.layers[part.layer], nullcontext()
+        if part.silenced is not None:
+            returned = self._children[part.layer][part.silenced].returned
+
+            def zeros(*args: Any, **kwargs: Any) -> Any:
+                return like(returned, torch.zeros_like(split_call(args, kwargs)[0]))
+
+            silence = forwards({part.silenced: zeros})
+        with silence:
+            return hidden_of(layer(*call.args_with(residual), **call.kwargs_with(residual)))
+
+    def _split(self, index: int, seen: probing.Seen) -> list[Part]:
+        """Two halves where their composition is the layer itself, else one block."""
+        mixing = [child for child, seen_child in self._children[index].items() if seen_child.mixes_tokens]
+        pointwise = [child for child, seen_child in self._children[index].items() if not seen_child.mixes_tokens]
+        block = [Part(index, None, mixing[0] if mixing else None)]
+        if len(mixing) != 1 or len(pointwise) != 1:
+            return block
+        halves = [Part(index, pointwise[0], mixing[0]), Part(index, mixing[0], pointwise[0])]
+        middle = self._run_part(halves[0], seen.hidden, seen.call)
+        end = self._run_part(halves[1], middle, seen.call)
+        parallel = middle + self._run_part(halves[1], seen.hidden, seen.call) - seen.hidden
+        return halves if probing.same_layer(end, seen.output, parallel) else block
+
+    def _names(self) -> Iterator[Site]:
+        for part in self._parts:
+            if part.silenced is None:
+                yield Site(f"{part.layer}.block")
+            else:
+                attention = self._children[part.layer][part.silenced].mixes_tokens is False
+                yield Site(f"{part.layer}.attn" if attention else f"{part.layer}.mlp")
+
+    def _prove(self, observed: probing.Observed) -> None:
+        """The chain must give the model's own logits; ValueError with family, layer and difference otherwise."""
+        trace = self.trace(*observed.batch)
+        real = observed.real
+        difference = probing.difference(trace.logits[real], observed.logits[real])
+        if difference <= probing.tolerance(observed.logits):
+            return
+        starts = {part.layer: i for i, part in reversed(list(enumerate(self._parts)))}
+        for layer, seen in enumerate(observed.layers):
+            apart = probing.difference(trace.residuals[starts[layer]][real], seen.hidden[real])
+            if not apart <= probing.tolerance(seen.hidden):
+                where, difference = f"the input of layer {layer}", apart
+                break
+        else:
+            where = "the logits, after the last layer"
+        raise ValueError(
+            f"model={self.family!r} cannot be taken apart: sublayers run one by one differ from the model by "
+            f"{difference:.3g} (relative) at {where}; it is not a plain decoder-only chain, or not finite"
+        )
+

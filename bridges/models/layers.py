@@ -1,0 +1,59 @@
+"""Calling one decoder layer by hand: its recorded arguments, its way of returning, its parts replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """The arguments a layer was called with, the stream left out."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    positional: bool
+    """Whether the stream came first among `args` rather than as `hidden_states=`."""
+
+    def args_with(self, hidden: Tensor) -> tuple:
+        """Positional arguments with `hidden` as the stream."""
+        return (hidden, *self.args) if self.positional else self.args
+
+    def kwargs_with(self, hidden: Tensor) -> dict[str, Any]:
+        """Keyword arguments with `hidden` as the stream."""
+        return self.kwargs if self.positional else {**self.kwargs, "hidden_states": hidden}
+
+
+def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The stream, and the rest of the call."""
+    if args:
+        return args[0], Call(args[1:], kwargs, True)
+    rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], Call((), rest, False)
+
+
+def hidden_of(returned: Any) -> Any:
+    """The stream in what a layer or module returned, be it a tensor or a tuple that starts with one."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def like(returned: int, hidden: Tensor) -> Any:
+    """`hidden` returned as a tuple of `returned` entries, or bare where that is 0."""
+    return (hidden, *[None] * (returned - 1)) if returned else hidden
+
+
+@contextmanager
+def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each module's `forward` is another; an instance's own (accelerate puts hooks there) comes back after."""
+    own = {module: vars(module).get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward

@@ -1,0 +1,67 @@
+"""Models as users name them, and models left as they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bridges.models.openai import RELEASE_CONFIG
+from bridges.models.probing import evaluation
+from bridges.models.sparse import SparseTransformer
+
+
+def load_model(source: nn.Module | str | Path, device: torch.device | None = None, **kwargs: Any) -> nn.Module:
+    """The model itself, or the one at a path or hub id, in evaluation mode.
+
+    A model object stays where it is; a loaded one goes to `device` unless `device_map` is among `kwargs`, which
+    `from_pretrained` gets (dtype, device_map, revision). OSError where nothing is found; no remote code is run.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    released = (Path(source) / RELEASE_CONFIG).is_file()
+    loader = SparseTransformer if released else AutoModelForCausalLM
+    model = loader.from_pretrained(str(source), **kwargs)
+    return model if "device_map" in kwargs or device is None else model.to(device)  # pyright: ignore
+
+
+def find_tokenizer(source: nn.Module | str | Path) -> Any:
+    """The tokenizer that lies with a model (or with the folder an object was loaded from), None without one."""
+    place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
+    folder = Path(place or "/nowhere")
+    if isinstance(source, nn.Module) or folder.is_dir():
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return None
+    return AutoTokenizer.from_pretrained(str(place))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode and no parameter that asks for a gradient; both as they were afterwards."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    with evaluation(model):
+        try:
+            for parameter in asking:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Inside, training mode; every module's own mode, and gradients cleared, afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        model.zero_grad(set_to_none=True)

@@ -1,0 +1,190 @@
+"""A language model seen as a chain of sublayers on one residual stream (method, section 1)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Site(str):
+    """A place on the residual stream, named `3.attn`, `3.mlp`, `3.block` or `final`; compares as its name."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """`attn`, `mlp`, `block` or `final`."""
+        return self.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The index of the layer that the site stands in, None for `final`."""
+        layer = self.partition(".")[0]
+        return int(layer) if layer.isdigit() else None
+
+
+class Norm(NamedTuple):
+    """The normalisation between a site and its sublayer's read (method, section 4)."""
+
+    gain: Float[Tensor, "d_model"]
+    """What each channel is multiplied by after the division, float32 or wider."""
+    centred: bool
+    """True for a LayerNorm, which subtracts the mean over channels."""
+    present: bool = True
+    """False where the read is the stream itself: gain 1, not centred, R = 1."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a sublayer needs beside the stream: one batch's tokens, mask, positions and whatever its model adds."""
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"] | None
+    embedding: Float[Tensor, "batch seq d_model"]
+    """The residual at the first site."""
+    extra: Any = None
+
+
+class Trace(NamedTuple):
+    """One forward pass, kept as far as hybrid passes need it."""
+
+    residuals: list[Float[Tensor, "batch seq d_model"]]
+    """The stream at every site, in order."""
+    logits: Float[Tensor, "batch seq vocab"]
+    context: Context
+
+
+class ResidualModel(ABC):
+    """A decoder-only model as sublayers M_0 .. M_{n-1} and a head: h_{i+1} = M_i(h_i), logits = head(h_n).
+
+    Site i is the input of sublayer i; the last site, `final`, is the input of the head (final norm and unembedding).
+    A subclass supplies the five abstract methods; everything else follows from them.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    d_model: int
+    vocab_size: int
+    context_length: int | None
+    """The most tokens that a row may have, None where the model sets no limit."""
+
+    @abstractmethod
+    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+        """Embed the tokens and prepare what sublayers share (masks, rotary tables, positions); runs no sublayer."""
+
+    @abstractmethod
+    def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
+        """M_index: from the stream at site `index` to the stream at the next one."""
+
+    @abstractmethod
+    def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
+        """Logits from the stream at `final`."""
+
+    @abstractmethod
+    def read_module(self, index: int) -> nn.Module:
+        """The module whose first input is the read of site `index`, on its leading d_model channels."""
+
+    @abstractmethod
+    def norm(self, index: int) -> Norm:
+        """The norm between site `index` and its read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stream."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def index(self, site: str | int) -> int:
+        """The index of a site given by name or index; ValueError names the sites there are."""
+        if isinstance(site, int):
+            if -len(self.sites) <= site < len(self.sites):
+                return site % len(self.sites)
+        elif site in self.sites:
+            return self.sites.index(Site(site))
+        raise ValueError(f"site={site!r} is not a site of this model; it has {', '.join(self.sites)}")
+
+    def run(self, start: int, stop: int, residual: Tensor, context: Context) -> Tensor:
+        """The stream at site `stop`, from the stream at site `start`."""
+        for index in range(start, stop):
+            residual = self.sublayer(index, residual, context)
+        return residual
+
+    def tail(self, index: int, residual: Tensor, context: Context) -> Tensor:
+        """Logits from the stream at site `index`."""
+        return self.head(self.run(index, len(self.sites) - 1, residual, context), context)
+
+    def trace(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Trace:
+        """Run the whole chain, keeping the stream at every site."""
+        context = self.context(input_ids, attention_mask)
+        residuals = [context.embedding]
+        for index in range(len(self.sites) - 1):
+            residuals.append(self.sublayer(index, residuals[-1], context))
+        return Trace(residuals, self.head(residuals[-1], context), context)
+
+    def residuals(
+        self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
+    ) -> tuple[list[Float[Tensor, "b s d"]], Float[Tensor, "b s vocab"]]:
+        """The stream at every site, [batch, seq, d_model] each, and the logits [batch, seq, vocab]."""
+        trace = self.trace(input_ids, attention_mask)
+        return trace.residuals, trace.logits
+
+    def run_from(
+        self,
+        site: str | int,
+        residual: Float[Tensor, "b s d"],
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b s vocab"]:
+        """Logits when the stream at `site` is `residual` [batch, seq, d_model]; only what comes after it is run."""
+        return self.tail(self.index(site), residual, self.context(input_ids, attention_mask))
+
+    def reads(
+        self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
+    ) -> list[Float[Tensor, "b s d"]]:
+        """What each site's sublayer reads, [batch, seq, d_model] each: its module's input, after the norm."""
+        reads: list[list[Tensor]] = [[] for _ in self.sites]
+        with self.reading({index: read.append for index, read in enumerate(reads)}):
+            self.trace(input_ids, attention_mask)
+        return [read[-1] for read in reads]
+
+    @contextmanager
+    def reading(self, visitors: dict[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """Inside, `visitors[i]` sees the read of site i at every pass and may return another to take its place."""
+        handles = [
+            self.read_module(index).register_forward_pre_hook(_on_read(visitor, self.d_model), with_kwargs=True)
+            for index, visitor in visitors.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _on_read(visitor: Callable[[Tensor], Tensor | None], d_model: int) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        whole = args[0] if args else kwargs["hidden_states"]
+        changed = visitor(whole[..., :d_model])
+        if changed is None:
+            return None
+        if whole.shape[-1] > d_model:  # read-only channels (positions) that stand behind the stream's own
+            changed = torch.cat([changed, whole[..., d_model:]], dim=-1)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    return hook
+
+
+def position_ids(attention_mask: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+    """Each real token's index within its row, whatever the padding; 0 on padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,218 @@
+"""The configuration of a weight-sparse transformer (method, sections 5 and 8)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import GenerationConfig, PretrainedConfig
+
+AFRAC_PLACES = (
+    "attn_in",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_out",
+    "mlp_in",
+    "mlp_neuron",
+    "mlp_out",
+    "resid_post_attn",
+    "resid_post_mlp",
+)
+"""Every place at which AbsTopK can stand."""
+
+IGNORED_KEYS = frozenset({"flash", "grad_checkpointing", "debug_nans", "enable_sparse_kernels"})
+"""Keys of published checkpoints that do not change the function."""
+
+# Written by transformers or by files made with it; none of them changes the function.
+# fmt: off
+_LIBRARY_KEYS = frozenset({
+    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation",
+    "_experts_implementation_internal", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
+    "custom_pipelines", "dtype", "eos_token_id", "experts_implementation", "is_decoder", "model_type",
+    "name_or_path", "num_labels", "output_attentions", "pad_token_id", "per_layer_config", "quantization_config",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "use_return_dict",
+})
+# fmt: on
+
+
+class SparseConfig(PretrainedConfig):
+    """The shape and options of a `SparseTransformer`; fields are the keys of the published checkpoints.
+
+    Fields are documented below each one. `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
+    `max_position_embeddings` and `tie_word_embeddings` name the same things in the words of transformers, `n_mlp` is
+    the old name of `d_mlp`. Raises ValueError for an unknown key, a value out of range, or two names of one field that
+    disagree.
+    """
+
+    model_type = "sparse_transformer"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "block_size",
+        "tie_word_embeddings": "tied_unembed",
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    block_size: int = 1024
+    """The most tokens a row may have."""
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int | None = None
+    """None: d_model / d_head."""
+    d_head: int | None = None
+    """None: d_model / n_head, or 16 when n_head is None too."""
+    d_model: int = 768
+    d_mlp: int | None = None
+    """Neurons per layer; None: 4 d_model."""
+    dropout: float = 0.0
+    """After the embedding, on attention weights and on what each sublayer writes."""
+    bias: bool = True
+    """Whether the matrices inside the layers have biases."""
+    ln_bias: bool = True
+    """Whether a LayerNorm has a bias; an RMSNorm never has."""
+    rms_norm: bool = True
+    residual_activation_type: str = "identity"
+    """`identity`, or `relu` on the stream after every sublayer."""
+    activation_type: str = "gelu"
+    """Of the neurons: `gelu` (exact, with erf) or `relu`."""
+    afrac: float | None = 0.25
+    """AbsTopK keeps int(afrac * size) entries at each of `afrac_loctypes`; None: no AbsTopK anywhere."""
+    afrac_loctypes: str = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
+    """Comma-separated, of `AFRAC_PLACES`; a list is taken too."""
+    tied_unembed: bool = False
+    tokenizer_name: str | None = None
+    enable_bigram_table: bool = False
+    """Whether a [vocab_size, vocab_size] table, row = current token, is added to the logits."""
+    learnable_bigram_table: bool = False
+    """Whether that table gets gradients."""
+    d_pos_emb: int | None = None
+    """Width of read-only position channels behind the stream's own at every read; None: positions are added."""
+    sinusoidal_cat_pos_emb: bool = False
+    """Whether those channels are a fixed table of sines and cosines."""
+    dropout_cat_pos_emb: bool = False
+    sink: bool = True
+    """Whether each head has a slot in the softmax's denominator with its own logit and zero value."""
+
+    def __init__(self, **keys: Any):
+        if keys.get("model_type", self.model_type) != self.model_type:
+            kind = keys["model_type"]
+            raise ValueError(
+                f"model_type={kind!r} is another family; SparseTransformer.from_pretrained reads circuitgpt"
+            )
+        own, common = _split_keys(keys)
+        super().__init__(**common)
+        for name in FIELDS:
+            setattr(self, name, own.get(name, getattr(type(self), name)))
+        if not isinstance(self.afrac_loctypes, str):
+            self.afrac_loctypes = ",".join(self.afrac_loctypes)
+        _validate(self)
+        self._derive()
+        _validate_k(self)
+
+    def _derive(self) -> None:
+        if self.n_head is None and self.d_head is None:
+            self.d_head = 16
+        self.n_head = self.n_head or _divide(self, "d_head")
+        self.d_head = self.d_head or _divide(self, "n_head")
+        self.d_mlp = self.d_mlp or 4 * self.d_model
+
+    @property
+    def d_read(self) -> int:
+        """Channels that a sublayer reads: the stream's and the positions'."""
+        return self.d_model + (self.d_pos_emb or 0)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where AbsTopK stands."""
+        return tuple(p.strip() for p in self.afrac_loctypes.split(",") if p.strip()) if self.afrac is not None else ()
+
+    def kept(self, place: str) -> int | None:
+        """How many entries AbsTopK keeps at `place`, None where it does not stand."""
+        return int(self.afrac * _sizes(self)[place]) if place in self.places and self.afrac is not None else None
+
+
+FIELDS = tuple(name for name, kind in SparseConfig.__annotations__.items() if not kind.startswith("ClassVar"))
+"""The keys of method.md section 8 that change the function, and tokenizer_name."""
+
+
+def _split_keys(keys: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields under their own names, and what is transformers'."""
+    if keys.get("use_tied_aux_matrix"):
+        raise ValueError("use_tied_aux_matrix=True is not supported; only checkpoints with false can be read")
+    known_elsewhere = _LIBRARY_KEYS | set(PretrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
+    aliases = {**SparseConfig.attribute_map, "n_mlp": "d_mlp"}
+    own: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    for key, value in keys.items():
+        name = aliases.get(key, key)
+        if name in FIELDS:
+            if name in own and own[name] != value:
+                raise ValueError(f"{key}={value!r} disagrees with {name}={own[name]!r}; give one of them")
+            own[name] = value
+        elif key in known_elsewhere:
+            common[key] = value
+        elif key not in IGNORED_KEYS and key != "use_tied_aux_matrix":
+            raise ValueError(f"{key}={value!r} is not a key of SparseConfig; its keys are {', '.join(FIELDS)}")
+    return own, common
+
+
+def _validate(config: SparseConfig) -> None:
+    for name in ("block_size", "vocab_size", "n_layer", "d_model"):
+        _require(config, name, _is_count(getattr(config, name)), "a positive integer")
+    for name in ("n_head", "d_head", "d_mlp", "d_pos_emb"):
+        value = getattr(config, name)
+        _require(config, name, value is None or _is_count(value), "a positive integer or None")
+    for name in FIELDS:
+        if SparseConfig.__annotations__[name] == "bool":
+            _require(config, name, isinstance(getattr(config, name), bool), "True or False")
+    _require(config, "dropout", _is_number(config.dropout) and 0 <= config.dropout < 1, "a number in [0, 1)")
+    fraction = config.afrac is None or (_is_number(config.afrac) and 0 < config.afrac <= 1)
+    _require(config, "afrac", fraction, "a number in (0, 1] or None")
+    _require(
+        config, "residual_activation_type", config.residual_activation_type in ("identity", "relu"), "identity or relu"
+    )
+    _require(config, "activation_type", config.activation_type in ("gelu", "relu"), "gelu or relu")
+    for place in config.places:
+        _require(config, "afrac_loctypes", place in AFRAC_PLACES, f"places of {', '.join(AFRAC_PLACES)}")
+    wide = config.d_pos_emb is not None or not (config.sinusoidal_cat_pos_emb or config.dropout_cat_pos_emb)
+    _require(config, "d_pos_emb", wide, "a width when sinusoidal_cat_pos_emb or dropout_cat_pos_emb is True")
+
+
+def _validate_k(config: SparseConfig) -> None:
+    for place in config.places:
+        if config.kept(place) == 0:
+            size = _sizes(config)[place]
+            raise ValueError(
+                f"afrac={config.afrac} keeps 0 of {size} entries at {place}; raise afrac or leave {place} out"
+            )
+
+
+def _sizes(config: SparseConfig) -> dict[str, int]:
+    """The width of the tensor at each place."""
+    assert config.n_head and config.d_head and config.d_mlp
+    heads = config.n_head * config.d_head
+    widths = {"attn_in": config.d_read, "mlp_in": config.d_read, "mlp_neuron": config.d_mlp}
+    widths |= {"attn_q": heads, "attn_k": heads, "attn_v": heads}
+    return {place: widths.get(place, config.d_model) for place in AFRAC_PLACES}
+
+
+def _divide(config: SparseConfig, name: str) -> int:
+    value = getattr(config, name)
+    if config.d_model % value:
+        raise ValueError(f"{name}={value} does not divide d_model={config.d_model}; give both n_head and d_head")
+    return config.d_model // value
+
+
+def _require(config: SparseConfig, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r} must be {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,67 @@
+"""A weight-sparse transformer as a chain of sublayers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bridges.models.residual import Context, Norm, ResidualModel, Site
+from bridges.models.sparse import SparseTransformer
+
+
+class Shared(NamedTuple):
+    """What all sublayers of one batch share; ids, not embedded positions, so that no two share an autograd graph."""
+
+    position_ids: Int[Tensor, "b s"]
+    allowed: Bool[Tensor, "#b 1 s s"]
+    """Which keys each query may look at."""
+
+
+class SparseResidual(ResidualModel):
+    """The sites `0.attn`, `0.mlp`, `1.attn`, ..., `final` of a `SparseTransformer`, whose parameters it shares."""
+
+    model: SparseTransformer
+
+    def __init__(self, model: SparseTransformer):
+        self.model = model
+        layers = range(model.config.n_layer)
+        self.sites = [Site(f"{layer}.{kind}") for layer in layers for kind in ("attn", "mlp")] + [Site("final")]
+        self.d_model, self.vocab_size = model.config.d_model, model.config.vocab_size
+        self.context_length = model.config.block_size
+
+    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+        """Embed the tokens; raises ValueError when a row is longer than the model's `block_size`."""
+        shared = Shared(*self.model.prepare(input_ids, attention_mask))
+        return Context(input_ids, attention_mask, self.model.embed(input_ids, shared.position_ids), shared)
+
+    def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
+        """Attention at even indices, the MLP at odd ones."""
+        block = self.model.blocks[index // 2]
+        positions = self.model.positions(context.extra.position_ids)
+        if index % 2:
+            return block.feed_forward(residual, positions)
+        return block.attention(residual, positions, context.extra.allowed)
+
+    def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
+        """Final norm, unembedding, final_logits_bias and the bigram table's rows of the context's tokens."""
+        return self.model.unembed(residual, context.input_ids)
+
+    def read_module(self, index: int) -> nn.Module:
+        """`c_attn`, `c_fc` or `lm_head`, whose inputs have passed the norm and AbsTopK."""
+        if index == len(self.sites) - 1:
+            return self.model.lm_head
+        block = self.model.blocks[index // 2]
+        return block.mlp.c_fc if index % 2 else block.attn.c_attn
+
+    def norm(self, index: int) -> Norm:
+        """The norm's weight as gain; a LayerNorm also centres."""
+        if index == len(self.sites) - 1:
+            norm = self.model.transformer.ln_f
+        else:
+            block = self.model.blocks[index // 2]
+            norm = block.ln_2 if index % 2 else block.ln_1
+        gain = norm.weight.detach()
+        return Norm(gain.to(torch.promote_types(gain.dtype, torch.float32)), centred=not self.model.config.rms_norm)

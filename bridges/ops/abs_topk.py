@@ -1,0 +1,194 @@
+"""AbsTopK: keep the k entries of largest magnitude in every row, exactly k, ties to the lowest index.
+
+Magnitudes are compared as integers, the floating-point bits without the sign: they order as the numbers do, without
+rounding and without flushing subnormals, in every float dtype. NaN counts as the largest magnitude, so that it is kept
+and seen rather than hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from inspect import unwrap
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class _Bits(NamedTuple):
+    """How a float dtype reads as an integer of the same width."""
+
+    dtype: torch.dtype
+    infinity: int
+
+
+_BITS = {
+    torch.float16: _Bits(torch.int16, 0x7C00),
+    torch.bfloat16: _Bits(torch.int16, 0x7F80),
+    torch.float32: _Bits(torch.int32, 0x7F80_0000),
+    torch.float64: _Bits(torch.int64, 0x7FF0_0000_0000_0000),
+}
+
+
+def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
+    """Keep exactly `k` entries of largest magnitude in every row and zero the rest (AbsTopK, method section 1).
+
+    Rows are the last dimension of `x`, any float dtype, any device. Ties go to the lowest index; NaN counts as the
+    largest magnitude. The gradient reaches kept entries only, those that are 0 too. `k >= d` returns `x` itself.
+    ValueError if `k` is not an integer of at least 1.
+    """
+    _check(x, k)
+    return x if k >= x.shape[-1] else _Keep.apply(x, abs_topk_mask(x, k))  # pyright: ignore[reportReturnType]
+
+
+def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
+    """`abs_topk` in torch operations alone: its twin, the oracle of its tests."""
+    _check(x, k)
+    return x if k >= x.shape[-1] else torch.where(abs_topk_mask_eager(x, k), x, 0)
+
+
+def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
+    """True at the `k` entries of largest magnitude in every row, ties to the lowest index, everywhere if `k >= d`."""
+    _check(x, k)
+    if k >= x.shape[-1] or not _has_kernel(x):
+        return abs_topk_mask_eager(x, k)
+    bits = _BITS[x.dtype]
+    mask = torch.empty(x.shape, dtype=torch.bool)
+    # reshape copies what is not contiguous; the kernel reads rows one after another.
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().view(bits.dtype).numpy()
+    _compiled(_mask_kernel)(rows, k, bits.infinity, mask.view(rows.shape).numpy())
+    return mask
+
+
+def abs_topk_mask_eager(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
+    """`abs_topk_mask` in torch operations alone."""
+    _check(x, k)
+    if k >= x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    keys = _keys(x.detach())
+    threshold = keys.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    mask = keys >= threshold
+    crowded = mask.sum(-1) > k
+    if torch.compiler.is_compiling():  # no branch on values: it would break the graph
+        return _break_ties(keys, threshold, k)
+    if crowded.any():
+        mask[crowded] = _break_ties(keys[crowded], threshold[crowded], k)
+    return mask
+
+
+def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x where the mask is true, else 0, whatever x is there; outside autograd, and on CPUs faster than `torch.where`.
+
+    ValueError unless x and the mask have one shape.
+    """
+    if x.shape != mask.shape:  # the kernel would read past the mask's end
+        raise ValueError(f"mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
+    if not _has_kernel(x):
+        return torch.where(mask, x, 0)
+    bits = _BITS[x.dtype].dtype
+    kept = torch.empty(x.shape, dtype=x.dtype)
+    flat = x.detach().contiguous().view(-1).view(bits).numpy()
+    _compiled(_keep_kernel)(flat, mask.contiguous().view(-1).numpy(), kept.view(-1).view(bits).numpy())
+    return kept
+
+
+def _check(x: Tensor, k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+    if x.dtype not in _BITS:
+        raise ValueError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")
+
+
+def _keys(x: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch d"]:
+    """Integers that order as magnitudes do, every NaN one above infinity."""
+    bits = _BITS[x.dtype]
+    return (x.view(bits.dtype) & torch.iinfo(bits.dtype).max).clamp_max(bits.infinity + 1)
+
+
+def _break_ties(keys: Int[Tensor, "*batch d"], threshold: Int[Tensor, "*batch 1"], k: int) -> Bool[Tensor, "*batch d"]:
+    above, ties = keys > threshold, keys == threshold
+    room = k - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
+
+
+class _Keep(torch.autograd.Function):
+    """x where the mask is true, else 0; its own derivative, at every order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return keep(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return _Keep.apply(grads[0], *ctx.saved_tensors), None  # pyright: ignore[reportReturnType]
+
+
+_HAS_NUMBA = find_spec("numba") is not None
+
+
+def _has_kernel(x: Tensor) -> bool:
+    plain = type(x) in (Tensor, nn.Parameter)  # other subclasses may hold no memory of their own
+    return _HAS_NUMBA and x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
+
+
+@cache
+def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    import numba  # here, because it is optional and takes half a second to import
+
+    plain = unwrap(kernel)  # the test run wraps every function in a check of its types
+    try:
+        return numba.njit(cache=True, nogil=True)(plain)
+    except RuntimeError:  # numba found no folder to keep compiled code in: compile once per process
+        return numba.njit(nogil=True)(plain)
+
+
+def _mask_kernel(rows, k, infinity, mask):  # pragma: no cover - compiled
+    """Bisect every row's threshold over the magnitudes' bits, starting around the threshold of the row before."""
+    n, d = rows.shape
+    integer = rows.dtype.type  # comparing in the keys' own width is what lets the loops below run as SIMD
+    sign_free, nan = integer(np.iinfo(rows.dtype).max), integer(infinity + 1)
+    first_step = max(infinity >> 11, 1)
+    keys = np.empty(d, rows.dtype)
+    threshold = infinity >> 1
+    for i in range(n):
+        for j in range(d):
+            keys[j] = min(integer(rows[i, j] & sign_free), nan)
+        # `reached` >= k keys reach `low`, fewer than k reach `high`: gallop from the last threshold, then bisect.
+        low, high, reached = 0, infinity + 2, d
+        middle, step = threshold, first_step
+        while high - low > 1 and reached != k:
+            pivot = integer(middle)
+            count = np.int32(0)
+            for j in range(d):
+                count = np.int32(count + np.int32(keys[j] >= pivot))
+            if count >= k:
+                low, reached, direction = middle, count, 1
+            else:
+                high, direction = middle, -1
+            if 0 < step < high - low:
+                middle += direction * step
+                step *= 2
+            else:
+                step = 0
+                middle = low + (high - low) // 2
+        threshold = low
+        pivot = integer(low)
+        for j in range(d):
+            mask[i, j] = keys[j] >= pivot
+        # Ties at the threshold beyond k: the last ones go.
+        j = d - 1
+        while reached > k:
+            if keys[j] == pivot:
+                mask[i, j] = False
+                reached -= 1
+            j -= 1
+
+
+def _keep_kernel(bits, mask, kept):  # pragma: no cover - compiled
+    for j in range(bits.size):
+        kept[j] = bits[j] if mask[j] else 0

@@ -1,0 +1,72 @@
+"""Pictures of a run, drawn from its figures alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bridges.files import replacing
+from bridges.quality import BridgeReport
+
+_COLORS = {"encode": "#1f6f8b", "decode": "#d1603d", "control": "#9a9a9a"}
+
+
+def quality_plot(report: BridgeReport, path: str | Path) -> Path:
+    """Reconstruction and KL per site, each beside its control; a PNG at `path`."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _pairs(left, report, ("nmse_encode", "nmse_decode"), ("nmse_encode_floor", None))
+    left.set(title="Reconstruction, held-out", ylabel="NMSE (1 = predicting the mean)", ylim=(0, None))
+    kls = ("kl_dense_to_sparse", "kl_sparse_to_dense")
+    _pairs(right, report, kls, tuple(f"{kl}_mean_ablation" for kl in kls))
+    right.axhline(report.kl_sparse_alone, color="black", linestyle=":", label="sparse model alone")
+    right.set(title="Hybrid passes, held-out", ylabel="KL from the dense model, nats per token", yscale="log")
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False)
+    return _save(figure, Path(path))
+
+
+def _pairs(axes: Axes, report: BridgeReport, names: tuple[str, str], controls: tuple[str | None, ...]) -> None:
+    places = range(len(report.sites))
+    for name, control, color, offset in zip(names, controls, ("encode", "decode"), (-0.2, 0.2), strict=True):
+        values = [getattr(site, name) for site in report.sites]
+        axes.bar([place + offset for place in places], values, 0.38, color=_COLORS[color], label=name)
+        if control is not None:
+            levels = [getattr(site, control) for site in report.sites]
+            marks = [place + offset for place in places]
+            axes.plot(marks, levels, "_", color=_COLORS[color], markersize=16, markeredgewidth=2, label=control)
+    axes.set_xticks(list(places), [site.name for site in report.sites])
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def steering_plot(steering: dict[str, Any], path: str | Path) -> Path:
+    """P(target) over strengths with every baseline, log scale (paper, figure 9); a PNG at `path`."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    curves = {
+        "p_target": ("one channel, through the bridge", "-", 2.5),
+        "p_target_all_channels": ("all channels, through the bridge", "--", 1.5),
+        "p_target_mean_difference": ("the dense model's mean difference", "-.", 1.5),
+        "p_target_sparse_model": ("the same edit, inside the sparse model", ":", 1.8),
+        "p_target_random_direction": ("random directions of the same norm", "-", 1.2),
+    }
+    for name, (label, style, width) in curves.items():
+        axes.plot(steering["strengths"], steering[name], style, linewidth=width, marker="o", markersize=3, label=label)
+    axes.set(
+        title=f"{steering['task']}: channel {steering['channel']} at {steering['site']}",
+        xlabel="strength",
+        ylabel=f"P(target), mean over {steering['prompts']} prompts",
+        yscale="log",
+    )
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, Path(path))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

@@ -1,0 +1,81 @@
+"""The closed form for every bridge of a set, in one pass over the tokens or as few as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from bridges.bridge import Bridge
+from bridges.training.hybrid import ModelPair, residuals_at, trace_pair
+from bridges.training.ridge import Affine, Moments, gather
+from bridges.training.scale import Reduce, alone, counted_tokens
+from bridges.training.step import Batch
+
+
+@torch.no_grad()
+def solve_bridges(
+    pair: ModelPair,
+    batches: Callable[[], Iterable[Batch]],
+    ridge: float,
+    memory_bytes: float,
+    reduce: Reduce = alone,
+    first: bool = True,
+) -> None:
+    """Set every bridge to its least-squares solution; the encoder's is the one before AbsTopK, a warm start.
+
+    `batches()` starts a pass over this process's tokens. One pass is made per group of sites whose moments fit into
+    `memory_bytes`.
+    """
+    for group in site_groups(pair, memory_bytes):
+        moments = gather((_counted(pair, batch, group) for batch in batches()), reduce, first)
+        for site, found in zip(group, moments, strict=True):
+            set_closed_form(pair.bridge_set[site], found, ridge)
+
+
+def set_closed_form(bridge: Bridge, moments: Moments, ridge: float) -> None:
+    """Both directions from the same moments of (dense, sparse) streams."""
+    encoder, decoder = moments.solve(ridge), moments.solve(ridge, reverse=True)
+    _set(bridge.encoder_weight, bridge.encoder_bias, encoder)
+    _set(bridge.decoder_weight, bridge.decoder_bias, decoder)
+
+
+def site_groups(pair: ModelPair, memory_bytes: float) -> Iterator[list[int]]:
+    """The bridged sites in runs whose moments fit into the memory, at least one at a time."""
+    d_dense, d_sparse = pair.dense.d_model, pair.sparse.d_model
+    bytes_per_site = 8 * (d_dense**2 + d_sparse**2 + d_dense * d_sparse)
+    size = max(1, int(memory_bytes // bytes_per_site))
+    for start in range(0, len(pair.bridge_set), size):
+        yield list(range(start, min(start + size, len(pair.bridge_set))))
+
+
+@torch.no_grad()
+def measure_rms(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = alone) -> None:
+    """Set R of method section 4 on both sides of every bridge: the mean over tokens of the RMS of C(h)."""
+    n = len(pair.bridge_set)
+    norms = [[pair.model(side).norm(pair.site(side, i)) for i in range(n)] for side in ("dense", "sparse")]
+    sums = torch.zeros(2 * n + 1, dtype=torch.float64)
+    for batch in batches:
+        for i, streams in enumerate(_counted(pair, batch, range(n))):
+            for side, h in enumerate(streams):
+                h = h.double()
+                h = h - h.mean(-1, keepdim=True) if norms[side][i].centred else h
+                sums[side * n + i] += h.square().mean(-1).sqrt().sum().cpu()
+            sums[-1] += len(streams[0]) if i == 0 else 0
+    sums = reduce(sums)
+    for i, bridge in enumerate(pair.bridge_set):
+        for buffer, side in ((bridge.rms_dense, 0), (bridge.rms_sparse, 1)):
+            buffer.fill_(sums[side * n + i] / sums[-1] if norms[side][i].present else 1.0)
+
+
+def _counted(pair: ModelPair, batch: Batch, sites: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+    traces = trace_pair(pair, *batch)
+    counted = counted_tokens(*batch)
+    streams = [residuals_at(pair, traces, site) for site in sites]
+    return [(d[counted.to(d.device)], s[counted.to(s.device)]) for d, s in streams]
+
+
+def _set(weight: Tensor, bias: Tensor, solution: Affine) -> None:
+    weight.copy_(solution.weight)
+    bias.copy_(solution.bias)

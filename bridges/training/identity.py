@@ -1,0 +1,65 @@
+"""What makes two runs the same run, so that one may continue the other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from bridges.config import FitConfig
+from bridges.fingerprint import fingerprint, same_model
+from bridges.training.hybrid import ModelPair
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Settings, data and models of a run."""
+
+    settings: dict[str, Any]
+    data: str
+    """The training rows' fingerprint."""
+    dense: str
+    sparse: str | None
+    """None where the sparse model trains: its weights change, and the checkpoint holds them."""
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str]) -> Self:
+        """The identity of a run about to start."""
+        sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
+        return cls(config.recorded(), data, fingerprint(pair.dense.model), sparse, versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in a checkpoint."""
+        return asdict(self)
+
+
+def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
+    """ValueError, naming both values, if a checkpoint is of a run with other settings, data or models."""
+    for name, value in here.settings.items():
+        if stored["settings"].get(name) != value:
+            raise ValueError(
+                f"resume=True with {name}={value!r}, but the run was started with {name}="
+                f"{stored['settings'].get(name)!r}; use that value, or another output_dir"
+            )
+    if stored["data"] != here.data:
+        raise ValueError(
+            f"resume=True with other data ({here.data}, the run was started with {stored['data']}); "
+            "pass the same data, or another output_dir"
+        )
+    for side in ("dense", "sparse"):
+        known, given = stored[side], getattr(here, side)
+        if known and given and not same_model(known, given):
+            raise ValueError(f"resume=True with another {side} model than the run was started with")
+
+
+def refuse_used_folder(output_dir: Path | None) -> None:
+    """ValueError if a new run would write over what lies in its folder."""
+    if output_dir is None:
+        return
+    for name in ("checkpoints", "config.json", "metrics.jsonl"):
+        if (output_dir / name).exists():
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} already holds a run ({name}); pass resume=True to continue it, "
+                "or another folder"
+            )

@@ -1,0 +1,264 @@
+"""The training loop: steps, optimisers, schedules, checkpoints, and the processes that share the work."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import reduce as accelerate_reduce
+from torch import Tensor
+
+from bridges.config import FitConfig
+from bridges.quality import BridgeReport
+from bridges.training import sparsity
+from bridges.training.checkpoint import (
+    Checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from bridges.training.hybrid import ModelPair
+from bridges.training.step import Batch, Objective, StepLosses, Weights, step_gradients
+from bridges.training.tracking import Tracker
+
+FP16_LOSS_SCALE = 1024.0
+
+
+class Processes:
+    """The processes of a run, through accelerate: who this one is, sums over all, and autocast."""
+
+    def __init__(self, mixed_precision: str = "no"):
+        # One process may fit several times with other precisions; accelerate's state is a singleton.
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+            AcceleratorState._reset_state()
+        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        self.count: int = self.accelerator.num_processes
+        self.index: int = self.accelerator.process_index
+        self.main: bool = self.accelerator.is_main_process
+        self.device: torch.device = self.accelerator.device
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on the tensor's own device."""
+        if self.count == 1:
+            return tensor
+        summed = accelerate_reduce(tensor.to(self.device), "sum")
+        return summed.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision, nothing where it is off."""
+        return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+
+
+class Trainer:
+    """Gradient steps on the full objective; `state` and `restore` make every step one that a run can resume from."""
+
+    def __init__(self, pair: ModelPair, config: FitConfig, processes: Processes):
+        self.pair, self.config, self.processes = pair, config, processes
+        self.step = 0
+        self.bridge_optimizer = torch.optim.AdamW(pair.bridge_set.parameters(), lr=config.lr, weight_decay=0.0)
+        self.sparse_optimizer = None
+        self.supports: dict[str, Tensor] = {}
+        if config.train_sparse:
+            self.sparse_optimizer = torch.optim.AdamW(
+                [p for p in pair.sparse.model.parameters() if p.requires_grad],
+                lr=config.sparse_lr,
+                betas=(0.9, 0.95),
+                eps=config.sparse_eps,
+                weight_decay=config.sparse_weight_decay,
+            )
+            if config.target_density is None:
+                self.supports = sparsity.supports(pair.sparse.model)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The loss weights and how gradients are made."""
+        c = self.config
+        return Objective(
+            Weights(c.nmse_weight, c.kl_dense_to_sparse_weight, c.kl_sparse_to_dense_weight, c.ce_weight),
+            c.train_sparse,
+            self.processes.reduce,
+            self.processes.autocast,
+            FP16_LOSS_SCALE if c.mixed_precision == "fp16" else 1.0,
+        )
+
+    def sampled_sites(self, step: int) -> list[int]:
+        """The sites whose hybrid passes run in a step: drawn evenly by seed and step, the same on every process."""
+        n = len(self.pair.bridge_set)
+        count = n if self.config.sites_per_step == "all" else min(self.config.sites_per_step, n)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        return sorted(torch.randperm(n, generator=generator)[:count].tolist())
+
+    def train_step(self, batches: Sequence[Batch]) -> StepLosses:
+        """One step on this process's micro-batches; FloatingPointError, with nothing changed, if a loss is not finite."""
+        step = self.step + 1
+        # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.index)
+        self._zero_grad()
+        losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
+        _refuse_not_finite(losses, step)
+        self._sum_gradients()
+        self.bridge_optimizer.param_groups[0]["lr"] = self.config.lr * (1 - self.step / self.config.steps)
+        self.bridge_optimizer.step()
+        if self.sparse_optimizer is not None:
+            self._sparse_step(self.sparse_optimizer, step)
+        self.step = step
+        return losses
+
+    def kept_fraction(self, step: int) -> float:
+        """Part of the sparse model's weights kept after a step."""
+        target = self.config.target_density
+        return 1.0 if target is None else sparsity.kept_fraction(step, self.config.steps, target, self.config.anneal)
+
+    def state(self) -> Checkpoint:
+        """Everything that the next step depends on."""
+        tensors = {
+            "bridges": self.pair.bridge_set.tensors(),
+            "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
+        }
+        if self.sparse_optimizer is not None:
+            tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
+            tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
+            tensors["supports"] = self.supports
+        return Checkpoint(self.step, {}, {name: t for name, t in tensors.items() if t})
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        self.step = checkpoint.step
+        for name, tensor in self.pair.bridge_set.tensors().items():
+            tensor.copy_(checkpoint.tensors["bridges"][name])
+        restore_optimizer(self.bridge_optimizer, checkpoint.tensors.get("bridge_optimizer", {}))
+        if self.sparse_optimizer is not None:
+            for name, parameter in self.pair.sparse.model.named_parameters():
+                parameter.copy_(checkpoint.tensors["sparse"][name])
+            restore_optimizer(self.sparse_optimizer, checkpoint.tensors.get("sparse_optimizer", {}))
+            self.supports = checkpoint.tensors.get("supports", {})
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for optimizer in (self.bridge_optimizer, self.sparse_optimizer):
+            if optimizer is not None:
+                yield from optimizer.param_groups[0]["params"]
+
+    def _zero_grad(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _sum_gradients(self) -> None:
+        """Sum gradients over processes, one reduction per dtype and device."""
+        if self.processes.count == 1:
+            return
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        for key in {(g.dtype, g.device) for g in grads}:
+            group = [g for g in grads if (g.dtype, g.device) == key]
+            summed = self.processes.reduce(torch.cat([g.flatten() for g in group]))
+            for grad, part in zip(group, summed.split([g.numel() for g in group]), strict=True):
+                grad.copy_(part.view(grad.shape))
+
+    def _sparse_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        config, kept = self.config, self.kept_fraction(step)
+        optimizer.param_groups[0]["lr"] = sparsity.learning_rate(
+            step, config.steps, config.sparse_lr, kept=kept, target=config.target_density or kept
+        )
+        sparsity.clip_to_rms(optimizer.param_groups[0]["params"])
+        optimizer.step()
+        if config.target_density is None:
+            sparsity.apply_supports(self.pair.sparse.model, self.supports)
+        else:
+            sparsity.project(self.pair.sparse.model, kept)
+
+
+def train(
+    trainer: Trainer,
+    batches: Callable[[int], Sequence[Batch]],
+    tracker: Tracker | None,
+    save: Callable[[], Any],
+    evaluate: Callable[[], BridgeReport],
+    advance: Callable[[StepLosses], Any] = lambda losses: None,
+) -> None:
+    """Run the steps that are left. `batches(step)` gives this process's micro-batches, steps counted from 1.
+
+    Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
+    `tracker` is None on all processes but the main one.
+    """
+    config, processes = trainer.config, trainer.processes
+    with _interruptible() as interrupted:
+        while trainer.step < config.steps:
+            started = time.perf_counter()
+            losses = trainer.train_step(batches(trainer.step + 1))
+            row: dict[str, Any] = {"step": trainer.step, **losses.row()}
+            row["tokens_per_second"] = round(losses.tokens / (time.perf_counter() - started), 1)
+            row["lr"] = trainer.bridge_optimizer.param_groups[0]["lr"]
+            if config.train_sparse:
+                row["kept_fraction"] = trainer.kept_fraction(trainer.step)
+            if config.eval_every and trainer.step % config.eval_every == 0:
+                row |= evaluate().flat()
+            if tracker is not None:
+                tracker.log(row)
+            advance(losses)
+            stop = processes.reduce(torch.tensor(float(interrupted.is_set()))).item() > 0
+            if stop or trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps:
+                save()
+            if stop:
+                raise KeyboardInterrupt
+
+
+def _refuse_not_finite(losses: StepLosses, step: int) -> None:
+    for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
+        for site, value in getattr(losses, name).items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"step {step}: {name} at site {site} is {value}; the last good checkpoint stays. "
+                    "Lower lr (or sparse_lr), or look for tokens that make a model overflow"
+                )
+    if losses.ce is not None and not math.isfinite(losses.ce):
+        raise FloatingPointError(f"step {step}: the sparse model's cross-entropy is {losses.ce}; lower sparse_lr")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the handlers before come back after it, and at the end."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(*_: Any) -> None:
+        event.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield event
+    finally:
+        restore()
+
+
+def checkpoint_saver(trainer: Trainer, folder: Path | None, state: dict[str, Any]) -> Callable[[], None]:
+    """A function that saves the trainer's present state from the main process, and waits for it on the others."""
+
+    def save() -> None:
+        if folder is not None and trainer.processes.main:
+            save_checkpoint(folder, trainer.state()._replace(state=state))
+        trainer.processes.wait()
+
+    return save
