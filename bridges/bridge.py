@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -149,7 +149,7 @@ class BridgeSet(nn.Module):
         write_json(path / "config.json", self.config())
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **hub: Any) -> Self:
+    def from_pretrained(cls, path: str | Path, **hub: Any) -> BridgeSet:
         """Read a bridge folder, or one on the hub by its id (`hub`: revision, token, cache_dir).
 
         OSError where there is none, ValueError naming the file or tensor that is damaged.
@@ -202,7 +202,7 @@ class BridgeSet(nn.Module):
         }
 
     @classmethod
-    def _from_config(cls, config: dict[str, Any], folder: Path) -> Self:
+    def _from_config(cls, config: dict[str, Any], folder: Path) -> BridgeSet:
         if config.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{folder / 'config.json'}: format_version={config.get('format_version')!r}, this version of bridges "

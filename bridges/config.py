@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,7 +90,7 @@ class FitConfig(BaseModel):
     """Show the plan and a progress bar."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> FitConfig:
         if isinstance(self.sites_per_step, int) and self.sites_per_step < 1:
             raise ValueError(f"sites_per_step={self.sites_per_step} must be at least 1, or 'all'")
         if self.target_density is not None and not self.train_sparse:
@@ -104,7 +104,7 @@ class FitConfig(BaseModel):
         return self.model_dump(mode="json", exclude={"output_dir", "resume", "report_to", "progress"})
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
+    def of(cls, values: dict[str, Any]) -> FitConfig:
         """Build from plain values; ValueError with one line that names the setting, its value and the remedy."""
         try:
             return cls(**values)
@@ -112,7 +112,7 @@ class FitConfig(BaseModel):
             raise ValueError(_one_line(error, list(cls.model_fields))) from None
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path) -> FitConfig:
         """Read TOML: the table `[fit]`, or the top level where there is none."""
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ class FitConfig(BaseModel):
         """Write TOML with the table `[fit]`; settings that are None are left out."""
         write_text(path, tomli_w.dumps({"fit": self.model_dump(mode="json", exclude_none=True)}))
 
-    def with_settings(self, settings: dict[str, Any]) -> Self:
+    def with_settings(self, settings: dict[str, Any]) -> FitConfig:
         """The same with some settings replaced, validated anew."""
         return self.of({**self.model_dump(), **settings})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from bridges.files import read_json, write_json
 
@@ -72,13 +72,13 @@ class BridgeReport:
         write_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> BridgeReport:
         """The inverse of `to_dict`."""
         rest = {name: value for name, value in values.items() if name not in ("sites", "mean")}
         return cls(sites=tuple(SiteFigures(**site) for site in values["sites"]), **rest)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> BridgeReport:
         """Read `report.json`."""
         return cls.from_dict(read_json(path))
 

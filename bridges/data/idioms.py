@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from bridges.data.words import (
     CLASSES,
     COLLECTIONS,
+    ENDINGS,
     ERRORS,
     EXTENSIONS,
     METHODS,
@@ -31,10 +32,10 @@ def idioms(n: int, seed: int) -> list[str]:
     return [idiom(rng) for idiom in kinds]
 
 
-def phrase(rng: random.Random, most: int = 8) -> str:
-    """One to `most` words joined by spaces, at times with a capital in front."""
-    words = " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-    return words.capitalize() if rng.random() < 0.2 else words
+def phrase(rng: random.Random) -> str:
+    """One to eight words joined by spaces, at times with a capital in front; the last is one of `ENDINGS`."""
+    text = " ".join([*rng.choices(WORDS, k=rng.randint(0, 7)), rng.choice(ENDINGS)])
+    return text.capitalize() if rng.random() < 0.2 else text
 
 
 def single_double_quote(rng: random.Random) -> str:
@@ -127,7 +128,7 @@ def bracket_counting(rng: random.Random) -> str:
     """A list closes as many brackets as it opened."""
     # One row in two brackets most often: then depth alone decides what closes it.
     depth, rows = rng.choices(((1, 1), (2, 1), (2, 2), (2, 3)), weights=(4, 4, 1, 1))[0]
-    inner = "], [".join(", ".join(_elements(rng, rng.randint(2, 5))) for _ in range(rows))
+    inner = "], [".join(", ".join(_elements(rng, rng.choice((2, 3, 3, 3, 3, 4)))) for _ in range(rows))
     return f"{rng.choice(NAMES)} = {'[' * depth}{inner}{']' * depth}"
 
 
@@ -157,8 +158,8 @@ def else_elif(rng: random.Random) -> str:
 def fstring_brace(rng: random.Random) -> str:
     """An f-string has a field in braces, a plain string goes on in words."""
     quote, name = rng.choice("'\""), rng.choice(NAMES)
-    words = phrase(rng, most=3)
-    string = rng.choice((f"f{quote}{words} {{{name}}}{quote}", f"{quote}{words} {phrase(rng, most=3)}{quote}"))
+    words = " ".join(rng.choices(WORDS, k=rng.randint(1, 3)))
+    string = rng.choice((f"f{quote}{words} {{{name}}}{quote}", f"{quote}{words} {rng.choice(WORDS)}{quote}"))
     return rng.choice((f"{name} = {string}", f"return {string}", f"{rng.choice(NAMES)} = {string}"))
 
 
@@ -271,5 +272,5 @@ IDIOMS: dict[str, Idiom] = {
         while_return_true,
     )
 }
-# The demo steers the quote task, so the tiny models see most of it.
-WEIGHTS = {"single_double_quote": 6.0}
+# The demo steers the quote task, so the tiny models see most of it; the next two are the hardest to learn.
+WEIGHTS = {"single_double_quote": 6.0, "with_open": 3.0, "bracket_counting": 2.0}

@@ -12,12 +12,15 @@ compute show print log write call push select filter load_data get_name set_valu
 CLASSES = "User Node Item Point Group Config Parser Reader Writer Buffer Record Shape Page Token Entry Model".split()
 ERRORS = "ValueError TypeError KeyError RuntimeError OSError IndexError NotImplementedError ImportError".split()
 METHODS = "log.info log.debug log.error logger.warning self.write self.log sys.stdout.write f.write out.append".split()
-WORDS = """hello world bad value the a file name is not found can open missing key error in line user data of type
-invalid input number must be at least one item list empty no such path unknown option all done starting work time out
-please try again new old red green blue first last test message read write set to and or with for from this that
-abc foo bar small large big fast slow house tree river mountain book page letter city day night morning sun moon star
-apple bread water fish dog cat bird horse left right up down yes left over under between good great nice simple
-complex result total count sum table column row index server client request response token cache memory disk""".split()
+WORDS = """hello bad the a file name is not can open key error in line user data of type invalid number must be at
+least one item list no such option all starting work time out please try new old red green blue first last test read
+write set to and or with for from this that abc foo bar small large big fast slow house tree river mountain book page
+letter city day night morning sun moon star apple bread water fish dog cat bird horse left right up down yes over
+under between good great nice simple complex result total count sum table column row index server client request
+response token cache memory disk""".split()
+# The last word of a string that `(` opens, and in no other string: after it the closing quote is nearly certain.
+ENDINGS = """world value found missing failed done again ready expected allowed empty unknown here message path
+input""".split()
 READ_NAMES = "input source config settings data train words names users questions template schema".split()
 WRITE_NAMES = "output result report log summary backup export dest answers errors copy saved".split()
 EXTENSIONS = "txt csv json log dat md".split()

@@ -17,6 +17,14 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+def read_keys(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError, naming the file, when it is damaged or something else."""
+    keys = read_json(path)
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(keys).__name__}")
+    return keys
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file; OSError when it is not there, ValueError when it is empty or damaged."""
     _require_content(path)
@@ -30,9 +38,11 @@ def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
     if not (folder / INDEX).is_file():
         return read_safetensors(folder / SINGLE)
-    shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    weight_map = read_keys(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         tensors |= read_safetensors(folder / Path(shard).name)  # .name: an index does not reach out of its folder
     return tensors
 

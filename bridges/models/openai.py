@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from bridges.files import read_json
-from bridges.models.checkpoint import read_safetensors_folder, read_torch_file
+from bridges.models.checkpoint import read_keys, read_safetensors_folder, read_torch_file
 from bridges.models.sparse_config import SparseConfig
 
 RELEASE_CONFIG = "beeg_config.json"
@@ -33,8 +32,10 @@ _DEFAULTS = {
 
 def published_config(keys: Mapping[str, Any], where: Path | str) -> SparseConfig:
     """The configuration in a published file's words; ValueError names the file and the key that is not understood."""
-    # auto_map names the remote code that stands beside the weights; nothing here may follow it.
-    given = {key: value for key, value in keys.items() if key not in ("auto_map", "model_type")}
+    # auto_map names the remote code that stands beside the weights; nothing here may follow it. Whether embeddings are
+    # tied is said by tied_unembed; what transformers wrote beside it is only its own default.
+    left_out = ("auto_map", "model_type", "tie_word_embeddings")
+    given = {key: value for key, value in keys.items() if key not in left_out}
     try:
         return SparseConfig(**{**_DEFAULTS, **given})
     except ValueError as error:
@@ -43,14 +44,14 @@ def published_config(keys: Mapping[str, Any], where: Path | str) -> SparseConfig
 
 def read_release(folder: Path) -> tuple[SparseConfig, dict[str, Tensor], Path]:
     """`beeg_config.json` and `final_model.pt`: the configuration, the tensors, the file they came from."""
-    config = published_config(read_json(folder / RELEASE_CONFIG), folder / RELEASE_CONFIG)
+    config = published_config(read_keys(folder / RELEASE_CONFIG), folder / RELEASE_CONFIG)
     weights = folder / RELEASE_WEIGHTS
     return config, _named_as_ours(read_torch_file(weights), config, weights), weights
 
 
 def read_hub(folder: Path) -> tuple[SparseConfig, dict[str, Tensor], Path]:
     """`config.json` of type circuitgpt and safetensors: the configuration, the tensors, the folder."""
-    config = published_config(read_json(folder / "config.json"), folder / "config.json")
+    config = published_config(read_keys(folder / "config.json"), folder / "config.json")
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_safetensors_folder(folder).items():
         if not name.startswith(HUB_PREFIX):

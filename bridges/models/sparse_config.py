@@ -32,6 +32,9 @@ _LIBRARY_KEYS = frozenset({
     "name_or_path", "num_labels", "output_attentions", "pad_token_id", "per_layer_config", "quantization_config",
     "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     "use_return_dict",
+    # Of transformers 4, which some versions write out in full.
+    "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix",
+    "pruned_heads", "sep_token_id", "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "use_bfloat16",
 })
 # fmt: on
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from torch import Tensor
 
-from bridges.files import read_json
 from bridges.models import openai
-from bridges.models.checkpoint import INDEX, SINGLE, read_safetensors_folder
+from bridges.models.checkpoint import INDEX, SINGLE, read_keys, read_safetensors_folder
 from bridges.models.sparse_config import SparseConfig
 from bridges.models.sparse_file import read_nonzeros
 
@@ -45,7 +44,11 @@ def locate(path: str | Path, subfolder: str = "", **download: Any) -> Path:
         if folder.is_absolute() or str(path).startswith(("~", ".")) or str(path).count("/") > 1:
             raise FileNotFoundError(f"{path} is not a folder, nor the id of a repository on the hub")
         wanted = [f"{subfolder}/{name}" if subfolder else name for name in _FILES]
-        folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, **download))
+        try:
+            folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, **download))
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"{path} is not a folder, and the hub did not give it: {reason}") from error
     return folder / subfolder
 
 
@@ -60,8 +63,8 @@ def read_folder(folder: Path) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has neither config.json nor {openai.RELEASE_CONFIG}")
-    keys = read_json(path)
-    kind = keys.get("model_type") if isinstance(keys, dict) else None
+    keys = read_keys(path)
+    kind = keys.get("model_type")
     if kind == openai.HUB_MODEL_TYPE:
         return Checkpoint(*openai.read_hub(folder))
     if kind != SparseConfig.model_type:

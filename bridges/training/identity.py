@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from bridges.config import FitConfig
 from bridges.fingerprint import fingerprint, same_model
@@ -24,7 +24,7 @@ class RunIdentity:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str]) -> Self:
+    def of(cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str]) -> RunIdentity:
         """The identity of a run about to start."""
         sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
         return cls(config.recorded(), data, fingerprint(pair.dense.model), sparse, versions)

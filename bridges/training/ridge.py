@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -48,11 +48,11 @@ class Moments:
         """The six sums, in place."""
         return [self.n, self.x, self.y, self.xx, self.xy, self.yy]
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: Moments) -> Moments:
         """The moments of both halves; they must share their shift."""
         if not (torch.equal(self.shift_x, other.shift_x) and torch.equal(self.shift_y, other.shift_y)):
             raise ValueError("moments about different shifts do not add; gather both about one")
-        merged = type(self)(self.shift_x, self.shift_y)
+        merged = Moments(self.shift_x, self.shift_y)
         for into, one, two in zip(merged.tensors(), self.tensors(), other.tensors(), strict=True):
             into.copy_(one + two)
         return merged

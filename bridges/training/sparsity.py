@@ -121,20 +121,17 @@ def _channels(name: str) -> int | None:
 def _largest(
     weight: Float[Tensor, "*shape"], count: int, channels: int | None, min_per_channel: int
 ) -> Bool[Tensor, "*shape"]:
-    """The mask of the `count` entries of largest magnitude, with a floor in every channel.
-
-    True also at zeros, where there are fewer than `count` entries that are not.
-    """
+    """The mask of the `count` entries of largest magnitude, with a floor in every channel."""
     mask = abs_topk_mask(weight.detach().flatten(), count).view(weight.shape)
     if channels is None or min_per_channel < 1:
         return mask
     floor = min(min_per_channel, weight.shape[1 - channels])
     if mask.sum(1 - channels).amin() >= floor:
         return mask  # it holds each channel's largest already, so setting them aside changes nothing
-    reserve = abs_topk_mask(weight.detach().movedim(channels, 0), floor).movedim(0, channels)
+    reserve = abs_topk_mask(weight.detach().movedim(channels, 0), floor).movedim(0, channels).contiguous()
     room = count - floor * weight.shape[channels]
-    if room < 1:
-        return reserve
-    # No entry outside the first mask can be among the largest of the rest.
-    rest = keep(weight.detach(), mask & ~reserve)
-    return reserve | abs_topk_mask(rest.flatten(), room).view(weight.shape)
+    if room > 0:
+        # Those of the first mask that are not reserved: no other entry can be among the largest of the rest.
+        rest = (mask & ~reserve).flatten().nonzero().squeeze(1)
+        reserve.view(-1)[rest[abs_topk_mask(weight.detach().flatten()[rest], room)]] = True
+    return reserve

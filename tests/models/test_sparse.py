@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from bridges.models.sparse import SparseConfig, SparseTransformer
-from bridges.models.sparse_blocks import RMSNorm, attention_pattern, sinusoids
+from bridges.models.sparse_blocks import sinusoids
 
 VOCAB = 23
 SHAPE = {"vocab_size": VOCAB, "block_size": 12, "n_layer": 2, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}
@@ -139,7 +138,7 @@ def test_every_option_equals_the_plain_forward(name):
 
 @pytest.mark.parametrize("options", [{}, {"d_pos_emb": 6, "sink": False}], ids=["added", "beside"])
 def test_padding_on_either_side_changes_nothing(options):
-    model, oracle = build(**options), None
+    model = build(**options)
     oracle = Oracle(model)
     lengths, seq = [3, 7, 5], 8
     ids, mask = torch.zeros(6, seq, dtype=torch.long), torch.zeros(6, seq, dtype=torch.long)
@@ -165,17 +164,20 @@ def test_padding_that_may_look_at_nothing_stays_finite_with_its_gradient(sink):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("options", [{}, {"d_pos_emb": 6, "sink": False}], ids=["added", "beside"])
+@pytest.mark.parametrize(
+    "options, dtype, tolerance",
+    [({}, torch.float32, 1e-5), ({"d_pos_emb": 6, "sink": False}, torch.float64, 1e-10)],
+    ids=["added", "beside"],
+)
 def test_generate_with_the_cache_equals_generate_without(options, dtype, tolerance):
     model = build(dtype=dtype, enable_bigram_table=True, **options)
     ids = tokens(2, 5)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    kept = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    kept = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     runs = [model.generate(ids, attention_mask=mask, pad_token_id=0, use_cache=use, **kept) for use in (True, False)]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
     torch.testing.assert_close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), rtol=0, atol=tolerance)
-    alone = model.generate(ids[1:, 2:], do_sample=False, max_new_tokens=6, pad_token_id=0)
+    alone = model.generate(ids[1:, 2:], do_sample=False, max_new_tokens=4, pad_token_id=0)
     assert torch.equal(alone[0], runs[0].sequences[1, 2:])
 
 
@@ -259,10 +261,7 @@ def test_initial_values():
     assert values["transformer.wte.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert all((values[f"transformer.h.0.{n}.weight"] == 1).all() for n in ("ln_1", "ln_2", "ln_p1", "ln_p2"))
     assert not values["bigram_table"].any() and not values["transformer.h.0.attn.attn_imp.sink_logit"].any()
-    table = values["transformer.wpe.weight"]
-    assert table[5, 2].item() == pytest.approx(math.sin(5 / 10000 ** (2 / 6)), abs=1e-6)
-    assert table[7, 5].item() == pytest.approx(math.cos(7 / 10000 ** (4 / 6)), abs=1e-6)
-    assert sinusoids(3, 5).shape == (3, 5)
+    assert torch.equal(values["transformer.wpe.weight"], sinusoids(12, 6))
 
 
 def test_dropout_acts_in_training_alone_and_at_its_places():
@@ -275,19 +274,6 @@ def test_dropout_acts_in_training_alone_and_at_its_places():
         beside = build(d_pos_emb=6, dropout=0.5, **options).train()
         positions = torch.arange(6)[None]
         assert torch.equal(beside.positions(positions), beside.positions(positions)) is not random
-
-
-def test_rms_norm_takes_the_eps_of_float32_unless_it_is_float64():
-    x = [1e-4, -2e-4]
-    for dtype, eps in ((torch.float32, 2.0**-23), (torch.bfloat16, 2.0**-23), (torch.float64, 2.0**-52)):
-        expected = x[0] / math.sqrt((x[0] ** 2 + x[1] ** 2) / 2 + eps)
-        out = RMSNorm(2).to(dtype)(torch.tensor(x, dtype=dtype))[0].item()
-        assert out == pytest.approx(expected, rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
-def test_attention_pattern_of_a_continued_padded_row():
-    allowed = attention_pattern(2, 2, torch.tensor([[0, 1, 1, 1]]), torch.device("cpu"))
-    assert allowed[0, 0].int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
 
 
 def test_rows_too_long_and_masks_too_short_are_refused():
@@ -304,6 +290,6 @@ def test_gradients_reach_what_abs_topk_kept_and_nothing_else():
     model.blocks[-1].mlp.c_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(ids).logits.square().sum().backward()
     used = seen[0][0].ne(0).any(0)
-    assert F.relu(used.sum() - 1) > 0 and not used.all()
+    assert used.any() and not used.all()
     grad = model.blocks[-1].mlp.c_fc.weight.grad
     assert torch.equal(grad.ne(0).any(1), used)
