@@ -28,9 +28,9 @@ class Bridge(nn.Module):
     """The encoder f(h) = AbsTopK(W_enc h + b_enc, k) and the decoder g(z) = W_dec z + b_dec of one site."""
 
     encoder_weight: Float[nn.Parameter, "d_sparse d_dense"]
-    encoder_bias: Float[nn.Parameter, "d_sparse"]
+    encoder_bias: Float[nn.Parameter, " d_sparse"]
     decoder_weight: Float[nn.Parameter, "d_dense d_sparse"]
-    decoder_bias: Float[nn.Parameter, "d_dense"]
+    decoder_bias: Float[nn.Parameter, " d_dense"]
     rms_dense: Float[Tensor, ""]
     """R of the dense stream here (method, section 4), measured by `fit`; NaN before."""
     rms_sparse: Float[Tensor, ""]

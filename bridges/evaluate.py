@@ -18,6 +18,7 @@ from bridges.ops.abs_topk import abs_topk
 from bridges.quality import BridgeReport, SiteFigures
 from bridges.training.hybrid import (
     ModelPair,
+    Side,
     Traces,
     ce_sum,
     crossing,
@@ -117,7 +118,8 @@ def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, ...])
     n = len(pair.bridge_set)
     bridged = [run_path(pair, traces, crossing(n, i, start)) for start in ("dense", "sparse")]
     ablated = []
-    for side, start in ((1, "sparse"), (0, "dense")):
+    sides: list[tuple[int, Side]] = [(1, "sparse"), (0, "dense")]
+    for side, start in sides:
         model, trace = pair.model(start), traces.side(start)
         site = pair.site(start, i)
         mean = means[side].to(trace.residuals[site]).expand_as(trace.residuals[site])
@@ -162,4 +164,3 @@ def _recovered(ce: float, ablated: float, dense: float) -> float:
 def versions() -> dict[str, str]:
     """The versions that figures depend on."""
     return {name: version(name) for name in ("sparse-bridges", "torch", "transformers")}
-

@@ -71,7 +71,7 @@ def fit(
     held: AbstractContextManager = (training if config.train_sparse else frozen)(sparse_model)
     with frozen(dense_model), held:
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)
-        prepared = prepare(pair.dense, pair.sparse, data, eval_data, tokenizer, (dense, sparse), config)
+        prepared = prepare(pair.dense, pair.sparse, data, eval_data, tokenizer, (dense, sparse), config, processes.count)
         return _Run(pair, config, processes, prepared).finish()
 
 
@@ -86,10 +86,11 @@ class _Run:
 
     def finish(self) -> BridgeSet:
         bridge_set, out = self.pair.bridge_set, self.config.output_dir
-        identity = RunIdentity.of(self.pair, self.config, self.data.train.fingerprint(), versions())
+        identity = RunIdentity.of(self.pair, self.config, self.data.fingerprint(), versions())
         checkpoint = last_checkpoint(out / "checkpoints") if out is not None and self.config.resume else None
         if checkpoint is not None:
             refuse_other_run(checkpoint.state, identity)
+        self.processes.wait()  # no process may write here before all have looked at what the folder holds
         trainer = Trainer(self.pair, self.config, self.processes)
         if checkpoint is not None and out is not None and (out / "config.json").is_file():
             trainer.restore(checkpoint)
@@ -115,9 +116,7 @@ class _Run:
             step,
         )
 
-    def _train(
-        self, trainer: Trainer, tracker: Tracker, checkpoint: Checkpoint | None, identity: RunIdentity
-    ) -> None:
+    def _train(self, trainer: Trainer, tracker: Tracker, checkpoint: Checkpoint | None, identity: RunIdentity) -> None:
         out = self.config.output_dir
         folder = None if out is None else out / "checkpoints"
         save = checkpoint_saver(trainer, folder, identity.to_dict())

@@ -57,9 +57,7 @@ def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -
     return torch.where(gain == 0, 0, dz)
 
 
-def dense_addend(
-    pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At
-) -> Float[Tensor, "*b d_dense"]:
+def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
     """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
     bridge = pair.bridge_set[site]
     return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, bridge.decode_delta(dz), at)

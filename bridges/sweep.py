@@ -53,12 +53,12 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     return Prompts(pairs, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
 
 
-def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, "b"]:
+def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
     """The full-vocabulary probability of each pair's target after the last token."""
     return logits[:, -1].float().softmax(-1).gather(1, pairs.targets[:, None]).squeeze(1)
 
 
-def predicted_effects(pair: ModelPair, prompts: Prompts) -> dict[tuple[int, At], Float[Tensor, "d_sparse"]]:
+def predicted_effects(pair: ModelPair, prompts: Prompts) -> dict[tuple[int, At], Float[Tensor, " d_sparse"]]:
     """First-order effect of every channel's edit on the mean log P(target), from one backward pass.
 
     Per channel the sum over tokens of dz, times the decoder's column, times the gradient where the edit enters.
@@ -160,7 +160,12 @@ def sweep(
     inside = dz if at == "residual" else only(reported.reads[site], found.channels)
     groups = {"toward_" + name: reported.pairs.targets == token for name, token in _targets(reported.pairs).items()}
     full = edited_logits(
-        pair.dense, pair.site("dense", site), strengths[-1] * addend, at, *reported.pairs[1:4:2]
+        pair.dense,
+        pair.site("dense", site),
+        strengths[-1] * addend,
+        at,
+        reported.pairs.input_ids,
+        reported.pairs.attention_mask,
     )
     return {
         "task": reported.pairs.task,

@@ -22,7 +22,9 @@ parser.add_argument("--rows", type=int, default=0, help="train on the first so m
 parser.add_argument("--report-to", default="none", help="none or wandb")
 args, settings = parser.parse_known_args()
 # Any other argument is a setting of fit: --steps 100
-overrides = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(settings[::2], settings[1::2])}
+overrides = {
+    name.removeprefix("--").replace("-", "_"): value for name, value in zip(settings[::2], settings[1::2], strict=True)
+}
 
 tables = tomllib.loads(Path(args.config).read_text())
 config = bridges.FitConfig.from_file(args.config).with_settings(overrides)

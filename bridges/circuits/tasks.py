@@ -22,9 +22,9 @@ class TaskPairs(NamedTuple):
     counterfactual_ids: Int[Tensor, "n seq"]
     """The same with the cue changed."""
     attention_mask: Int[Tensor, "n seq"]
-    answers: Int[Tensor, "n"]
+    answers: Int[Tensor, " n"]
     """The first token of the presented prompt's answer."""
-    targets: Int[Tensor, "n"]
+    targets: Int[Tensor, " n"]
     """The first token of the counterfactual prompt's answer."""
 
     def rows(self, index: slice | Tensor) -> TaskPairs:

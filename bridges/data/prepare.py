@@ -27,6 +27,10 @@ class Prepared(NamedTuple):
     train: Rows
     heldout: Rows
 
+    def fingerprint(self) -> str:
+        """A hash of each."""
+        return f"{self.train.fingerprint()} {self.heldout.fingerprint()}"
+
     def step_batches(self, config: FitConfig, step: int, index: int, count: int) -> list[Batch]:
         """One process's micro-batches of a step (from 1); all processes' together are the step's global batch."""
         micro = config.gradient_accumulation_steps
@@ -38,7 +42,8 @@ class Prepared(NamedTuple):
         rows = min(len(self.train), math.ceil(config.closed_form_tokens / self.train.seq_len))
         size = max(1, min(config.batch_size, rows // count))
         batches = self.train.in_order(size, rows)
-        return batches[index::count] if len(batches) >= count else batches[: 1 if index == 0 else 0]
+        # Too few to share: the same rows on every process, whose sum has the same solution.
+        return batches[index::count] if len(batches) >= count else batches
 
     def heldout_batches(self, config: FitConfig, index: int, count: int) -> tuple[list[Batch], bool]:
         """One process's part of the held-out rows and True; all of them and False where there are too few to share."""
@@ -56,6 +61,7 @@ def prepare(
     tokenizer: Any,
     sources: tuple[Any, Any],
     config: FitConfig,
+    processes: int = 1,
 ) -> Prepared:
     """Load or sample the rows of a run; ValueError, naming both values, where data and models do not fit together."""
     tokenizer = _one_tokenizer(tokenizer, sources)
@@ -66,8 +72,8 @@ def prepare(
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if data is None:
         return _sampled(dense, seq_len or DEFAULT_SEQ_LEN, eval_data, tokenizer, config)
-    processes_rows = config.steps * config.batch_size * config.gradient_accumulation_steps
-    wanted = Wanted(math.ceil(processes_rows / (1 - HELDOUT)) + 1, math.ceil(config.closed_form_tokens / (1 - HELDOUT)))
+    n_rows = config.steps * config.batch_size * config.gradient_accumulation_steps * processes
+    wanted = Wanted(math.ceil(n_rows / (1 - HELDOUT)) + 1, math.ceil(config.closed_form_tokens / (1 - HELDOUT)))
     rows = load_rows(data, tokenizer, seq_len, wanted, config.seed)
     prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
     for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
@@ -112,7 +118,9 @@ def _one_tokenizer(given: Any, sources: tuple[Any, Any]) -> Any:
 
 def _refuse_too_long(name: str, seq_len: int | None, limit: int | None) -> None:
     if seq_len is not None and limit is not None and seq_len > limit:
-        raise ValueError(f"{name}={seq_len} is over the models' context of {limit} tokens; pass seq_len={limit} or less")
+        raise ValueError(
+            f"{name}={seq_len} is over the models' context of {limit} tokens; pass seq_len={limit} or less"
+        )
 
 
 def _refuse_foreign_tokens(name: str, rows: Rows, vocab_size: int) -> None:

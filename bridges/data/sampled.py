@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from bridges.models.residual import input_device
 
 ROWS_AT_A_TIME = 64
 
@@ -17,10 +23,10 @@ def sample_rows(
 
     The same seed gives the same rows on the same machine; global random state is left as it was.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _plain_generation(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, n_rows, ROWS_AT_A_TIME):
             n = min(ROWS_AT_A_TIME, n_rows - start)
@@ -29,6 +35,17 @@ def sample_rows(
                 first = torch.full((n, 1), bos_token_id)
             rows.append(_continue(model, first.to(device), seq_len).cpu())
     return torch.cat(rows)
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Inside, no preferences of the model's own (repetition penalty, suppressed tokens) that `generate` would add."""
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        model.generation_config = own  # pyright: ignore[reportArgumentType]
 
 
 def _continue(model: nn.Module, first: Tensor, seq_len: int) -> Tensor:

@@ -177,4 +177,3 @@ class HuggingFaceResidual(ResidualModel):
             f"model={self.family!r} cannot be taken apart: sublayers run one by one differ from the model by "
             f"{difference:.3g} (relative) at {where}; it is not a plain decoder-only chain, or not finite"
         )
-

@@ -46,14 +46,15 @@ def like(returned: int, hidden: Tensor) -> Any:
 
 @contextmanager
 def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module's `forward` is another; an instance's own (accelerate puts hooks there) comes back after."""
-    own = {module: vars(module).get("forward") for module in replacements}
+    """Inside, each module's call is another, hooks included: what is not computed has no read to see or to edit."""
+    own = {module: vars(module).get("_call_impl") for module in replacements}
     try:
         for module, forward in replacements.items():
-            vars(module)["forward"] = forward
+            # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.
+            vars(module)["_call_impl"] = forward
         yield
     finally:
-        for module, forward in own.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
+        for module, call in own.items():
+            vars(module).pop("_call_impl", None)
+            if call is not None:
+                vars(module)["_call_impl"] = call

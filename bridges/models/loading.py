@@ -33,10 +33,11 @@ def load_model(source: nn.Module | str | Path, device: torch.device | None = Non
 def find_tokenizer(source: nn.Module | str | Path) -> Any:
     """The tokenizer that lies with a model (or with the folder an object was loaded from), None without one."""
     place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
-    folder = Path(place or "/nowhere")
-    if isinstance(source, nn.Module) or folder.is_dir():
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-            return None
+    folder = Path(place or ".")
+    local = isinstance(source, nn.Module) or folder.is_dir()
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if local and not (place and any(file.is_file() for file in files)):
+        return None
     return AutoTokenizer.from_pretrained(str(place))
 
 

@@ -28,9 +28,9 @@ def pair_sites(
     """
     pairs = _mapped(dense, sparse, site_map) if site_map is not None else _by_depth(dense.sites, sparse.sites)
     if sites is not None:
-        known = {pair.sparse for pair in pairs}
+        known = [pair.sparse for pair in pairs]
         if unknown := [site for site in sites if site not in known]:
-            raise ValueError(f"sites={unknown[0]!r} is not a bridged site of the sparse model; those are {list(known)}")
+            raise ValueError(f"sites={unknown[0]!r} is not a bridged site of the sparse model; those are {known}")
         pairs = [pair for pair in pairs if pair.sparse in sites]
     if not pairs:
         raise ValueError(f"sites={sites!r}, site_map={site_map!r} leave no pair of sites to bridge")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bridges.models.layers import Call, hidden_of, split_call
-from bridges.models.residual import Norm, ResidualModel, position_ids
+from bridges.models.residual import Norm, ResidualModel, input_device, position_ids
 
 PROBE_ROWS, PROBE_TOKENS = 3, 8
 
@@ -40,7 +40,7 @@ class Observed(NamedTuple):
     layers: list[Seen]
     logits: Tensor
     real: Tensor
-    """[batch, seq], True at tokens that are no padding."""
+    """[batch, seq], True at tokens to compare: no padding, and without padding all of them."""
 
     @property
     def returns(self) -> list[int]:
@@ -82,7 +82,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
     """What to call a Hugging Face model with: no cache, and positions that follow the mask as in `generate`."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.to(device)
@@ -97,7 +97,7 @@ def probes(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     tokens = torch.randint(vocab, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = tokens.to(input_device(model))
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     mask[2, -2:] = 0
@@ -108,7 +108,16 @@ def record(model: nn.Module, layers: list[nn.Module], batch: tuple[Tensor, Tenso
     """One pass of the unchanged model, with every layer's call and output."""
     with watching(layers) as seen:
         logits = model(**model_inputs(model, *batch)).logits
-    real = torch.ones_like(batch[0], dtype=torch.bool) if batch[1] is None else batch[1].bool()
+    if len(seen) < len(layers):
+        raise ValueError(
+            f"model={model.config.model_type!r} cannot be taken apart: {len(layers)} decoder layers, but "  # pyright: ignore
+            f"{len(seen)} different ones are called with the stream"
+        )
+    if batch[1] is None:
+        real = torch.ones_like(batch[0], dtype=torch.bool)
+    else:
+        # Eager attention (Gemma 2, Bloom) answers left padding in float64 with NaN: such a row proves nothing.
+        real = batch[1].bool() & logits.isfinite().all(-1)
     return Observed(batch, [seen[layer] for layer in layers], logits, real)
 
 
@@ -202,14 +211,15 @@ def measure_norm(residual_model: ResidualModel, index: int) -> Norm:
     v = (signs * scale).to(dtype).to(residual_model.device)
     with evaluation(residual_model.model), torch.no_grad():
         plus, minus, twice, shifted = _reads(residual_model, index, [v, -v, 2 * v, v + scale])
-    slack = 1e-2 if torch.finfo(dtype).bits == 16 else 1e-4
+    half = torch.finfo(dtype).bits == 16
+    slack = 1e-2 if half else 1e-4
     if difference(plus, v.double().cpu()) == 0:
         return Norm(torch.ones(d, dtype=torch.promote_types(dtype, torch.float32)), False, present=False)
     if difference(twice, plus) > slack:
         name = residual_model.sites[index]
         raise ValueError(f"site={name!r}: what stands before its read is not a LayerNorm or an RMSNorm")
     unit = v.double().cpu() / v.double().cpu().square().mean().sqrt()
-    gain = _snap((plus - minus) / 2 / unit, residual_model, slack)
+    gain = _snap((plus - minus) / 2 / unit, residual_model, 2 * torch.finfo(dtype).eps if half else slack / 10)
     return Norm(gain.to(torch.promote_types(dtype, torch.float32)), difference(shifted, plus) < slack)
 
 
@@ -235,4 +245,4 @@ def _snap(gain: Tensor, residual_model: ResidualModel, slack: float) -> Tensor:
     ]
     candidates = [c for w in weights for c in (w, 1 + w)]
     nearest = min(candidates, key=lambda c: difference(c, gain), default=gain)
-    return nearest if difference(nearest, gain) <= slack / 10 else gain
+    return nearest if difference(nearest, gain) <= slack else gain

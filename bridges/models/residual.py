@@ -33,7 +33,7 @@ class Site(str):
 class Norm(NamedTuple):
     """The normalisation between a site and its sublayer's read (method, section 4)."""
 
-    gain: Float[Tensor, "d_model"]
+    gain: Float[Tensor, " d_model"]
     """What each channel is multiplied by after the division, float32 or wider."""
     centred: bool
     """True for a LayerNorm, which subtracts the mean over channels."""
@@ -98,7 +98,7 @@ class ResidualModel(ABC):
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,6 +183,16 @@ def _on_read(visitor: Callable[[Tensor], Tensor | None], d_model: int) -> Callab
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     return hook
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go in: where the first parameter lies, or where accelerate brings it when it is offloaded."""
+    module, parameter = next((m, p) for m in model.modules() for p in m.parameters(recurse=False))
+    hook = getattr(module, "_hf_hook", None)
+    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+    if parameter.device.type != "meta" or places[0] is None:
+        return parameter.device
+    return torch.device(places[0])
 
 
 def position_ids(attention_mask: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:

@@ -42,7 +42,7 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     for torn in folder.glob(".step-*.tmp"):
-        shutil.rmtree(torn)
+        shutil.rmtree(torn, ignore_errors=True)  # another process may be at it too
     steps = _steps(folder)
     if not steps:
         return None

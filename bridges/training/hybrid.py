@@ -22,10 +22,10 @@ Side = Literal["dense", "sparse"]
 class HybridLosses(NamedTuple):
     """One entry per bridged site; NMSE as a fraction of the target's variance, KL in nats per token."""
 
-    nmse_encode: Float[Tensor, "n_sites"]
-    nmse_decode: Float[Tensor, "n_sites"]
-    kl_dense_to_sparse: Float[Tensor, "n_sites"]
-    kl_sparse_to_dense: Float[Tensor, "n_sites"]
+    nmse_encode: Float[Tensor, " n_sites"]
+    nmse_decode: Float[Tensor, " n_sites"]
+    kl_dense_to_sparse: Float[Tensor, " n_sites"]
+    kl_sparse_to_dense: Float[Tensor, " n_sites"]
 
 
 class ModelPair(NamedTuple):
@@ -131,8 +131,10 @@ def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, 
 
 
 def _squared(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    # Padding may hold anything, NaN included, so it is left out rather than multiplied by zero.
-    return (prediction - target.to(prediction.dtype))[counted.to(prediction.device)].square().sum()
+    # Padding may hold anything, NaN included, so it is left out rather than multiplied by zero. Under autocast the
+    # prediction may be float16, in which squares over 65504 overflow.
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(wide) - target.to(wide))[counted.to(prediction.device)].square().sum()
 
 
 def share_of(pair: ModelPair, traces: Traces) -> Share:
@@ -172,14 +174,8 @@ def hybrid_losses(
     scale = scale_of([share_of(pair, traces)])
     rows = []
     for i in range(len(bridge_set)) if sites is None else [bridge_set.index(site) for site in sites]:
-        encode, decode = squared_errors(pair, traces, i)
-        rows.append(
-            [
-                encode / scale.variance_sparse[i].to(encode),
-                decode / scale.variance_dense[i].to(decode),
-                kl_sum(pair, traces, i, "dense") / scale.tokens,
-                kl_sum(pair, traces, i, "sparse") / scale.tokens,
-            ]
-        )
+        sums = [*squared_errors(pair, traces, i), *(kl_sum(pair, traces, i, start) for start in ("dense", "sparse"))]
+        divisors = (scale.variance_sparse[i], scale.variance_dense[i], scale.tokens, scale.tokens)
+        rows.append([total / divisor.to(total) for total, divisor in zip(sums, divisors, strict=True)])
     device = rows[0][0].device
     return HybridLosses(*(torch.stack([term.to(device) for term in column]) for column in zip(*rows, strict=True)))

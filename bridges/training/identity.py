@@ -17,7 +17,7 @@ class RunIdentity:
 
     settings: dict[str, Any]
     data: str
-    """The training rows' fingerprint."""
+    """The fingerprint of the training and the held-out rows."""
     dense: str
     sparse: str | None
     """None where the sparse model trains: its weights change, and the checkpoint holds them."""

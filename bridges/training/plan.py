@@ -15,24 +15,26 @@ def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldou
     batch = config.batch_size * config.gradient_accumulation_steps * processes
     sampled = n if config.sites_per_step == "all" else min(config.sites_per_step, n)
     tokens = config.steps * batch * seq_len
+    trains = config.train_sparse
     # 2 FLOPs per parameter and token forward, 4 backward. A tail is on average half a model, and its backward runs
     # through the activations alone (2) unless the weights train too (4).
-    per_token = 2 * (n_dense + n_sparse) + 6 * n_bridge + sampled / 2 * (4 * n_dense + (6 if config.train_sparse else 4) * n_sparse)
-    if config.train_sparse:
-        per_token += 4 * n_sparse
-    closed = min(config.closed_form_tokens, rows * seq_len) * (2 * (n_dense + n_sparse) + n * 2 * _moment_size(pair))
+    tails = sampled / 2 * (4 * n_dense + (6 if trains else 4) * n_sparse)
+    per_token = 2 * n_dense + (6 if trains else 2) * n_sparse + 6 * n_bridge + tails
+    start_tokens = min(config.closed_form_tokens, rows * seq_len) if config.closed_form else 0
+    closed = start_tokens * (2 * (n_dense + n_sparse) + n * 2 * _moment_size(pair))
     width = pair.dense.d_model + pair.sparse.d_model
     streams = 4 * config.batch_size * seq_len * (n * width + 4 * pair.dense.vocab_size)
-    state = 4 * (4 * n_bridge + (4 * n_sparse if config.train_sparse else 0))
+    state = 4 * (4 * n_bridge + (4 * n_sparse if trains else 0))
     pairs = ", ".join(sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in pair.bridge_set.pairs)
+    start = f"closed form from {_si(start_tokens)} tokens" if config.closed_form else "random start"
     lines = [
-        f"bridges: {n} sites ({pairs}), widths {pair.dense.d_model} and {pair.sparse.d_model}, k = {pair.bridge_set[0].k}",
+        f"bridges: {n} sites ({pairs}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
+        f"k = {pair.bridge_set[0].k}",
         f"parameters: {_si(n_bridge)} in bridges; models {_si(n_dense)} dense (frozen), {_si(n_sparse)} sparse "
-        f"({'training' if config.train_sparse else 'frozen'})",
+        f"({'training' if trains else 'frozen'})",
         f"data: {rows} rows of {seq_len} tokens, {heldout_rows} more held out",
-        f"closed form: {'no' if not config.closed_form else _si(min(config.closed_form_tokens, rows * seq_len)) + ' tokens'}; "
-        f"then {config.steps} steps of {batch} rows = {_si(tokens)} tokens, {sampled} of {n} sites a step",
-        f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams and logits",
+        f"{start}, then {config.steps} steps of {batch} rows = {_si(tokens)} tokens, {sampled} of {n} sites a step",
+        f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams, logits",
         f"cost: about {_si(closed + tokens * per_token)}FLOP over {processes} process(es)",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ class Affine(NamedTuple):
     """x -> weight x + bias."""
 
     weight: Float[Tensor, "d_out d_in"]
-    bias: Float[Tensor, "d_out"]
+    bias: Float[Tensor, " d_out"]
 
 
 class Moments:
@@ -26,7 +26,7 @@ class Moments:
     in their own dtype (at least float32) and added up in float64.
     """
 
-    def __init__(self, shift_x: Float[Tensor, "d_x"], shift_y: Float[Tensor, "d_y"]):
+    def __init__(self, shift_x: Float[Tensor, " d_x"], shift_y: Float[Tensor, " d_y"]):
         self.shift_x, self.shift_y = shift_x.double(), shift_y.double()
         d_x, d_y, device = len(shift_x), len(shift_y), shift_x.device
         self.n = torch.zeros((), dtype=torch.float64, device=device)
@@ -107,8 +107,8 @@ def _shift(x: Tensor, reduce: Reduce, first: bool) -> Tensor:
 
 
 def _centred(x: Tensor, shift: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype) - shift.to(dtype)
+    # Rounded after the subtraction: a rounded shift would be off by one and the same amount in every row.
+    return (x.double() - shift).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _solve(cov: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:

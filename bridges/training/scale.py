@@ -25,9 +25,9 @@ class Scale(NamedTuple):
     """Real tokens, over which KL is averaged."""
     predictions: Float[Tensor, ""]
     """Real tokens that another real one follows, over which cross-entropy is averaged."""
-    variance_dense: Float[Tensor, "n_sites"]
+    variance_dense: Float[Tensor, " n_sites"]
     """sum |t - mean(t)|^2 over counted tokens and channels."""
-    variance_sparse: Float[Tensor, "n_sites"]
+    variance_sparse: Float[Tensor, " n_sites"]
 
 
 class Share(NamedTuple):

@@ -87,7 +87,7 @@ def _trace(pair: ModelPair, batch: Batch, objective: Objective, grad: bool = Tru
 
 def _micro_batch(
     pair: ModelPair, traces: Traces, scale: Scale, sampled: Sequence[int], objective: Objective
-) -> Float[Tensor, "terms"]:
+) -> Float[Tensor, " terms"]:
     """Backward of every loss, each freed before the next; the sums, already divided by the step's scale."""
     n, weights = len(pair.bridge_set), objective.weights
     # Each loss stops at a leaf of its own site; what arrives there goes through the sparse model once, at the end.
@@ -143,9 +143,7 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
     return [*pair.bridge_set.parameters(), *sparse]
 
 
-def _losses(
-    pair: ModelPair, terms: Tensor, sampled: Sequence[int], objective: Objective, tokens: int
-) -> StepLosses:
+def _losses(pair: ModelPair, terms: Tensor, sampled: Sequence[int], objective: Objective, tokens: int) -> StepLosses:
     sites, n, weights = pair.bridge_set.sites, len(pair.bridge_set), objective.weights
     encode, decode, to_sparse, to_dense = terms[:-1].view(4, n).tolist()
     losses = StepLosses(

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +103,7 @@ class Trainer:
         return sorted(torch.randperm(n, generator=generator)[:count].tolist())
 
     def train_step(self, batches: Sequence[Batch]) -> StepLosses:
-        """One step on this process's micro-batches; FloatingPointError, with nothing changed, if a loss is not finite."""
+        """One step on this process's micro-batches; FloatingPointError, nothing changed, if a loss or gradient is not finite."""
         step = self.step + 1
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.index)
@@ -111,6 +111,7 @@ class Trainer:
         losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
         _refuse_not_finite(losses, step)
         self._sum_gradients()
+        _refuse_not_finite_gradients(self._parameters(), step)
         self.bridge_optimizer.param_groups[0]["lr"] = self.config.lr * (1 - self.step / self.config.steps)
         self.bridge_optimizer.step()
         if self.sparse_optimizer is not None:
@@ -226,6 +227,17 @@ def _refuse_not_finite(losses: StepLosses, step: int) -> None:
                 )
     if losses.ce is not None and not math.isfinite(losses.ce):
         raise FloatingPointError(f"step {step}: the sparse model's cross-entropy is {losses.ce}; lower sparse_lr")
+
+
+def _refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:
+    """A loss may be finite where its gradient overflows, in float16 above all; a checkpoint must not keep that."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    largest = [norm.double() for norm in torch._foreach_norm(grads, float("inf"))] if grads else []
+    if not all(math.isfinite(norm) for norm in largest):
+        raise FloatingPointError(
+            f"step {step}: a gradient is not finite though the losses are; the last good checkpoint stays. "
+            "Lower lr (or sparse_lr), or use mixed_precision='bf16' in place of 'fp16'"
+        )
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""One thread, no network, no reporting; and the tiny random models that tests of several rooms share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()  # made-up configurations draw warnings about token ids and rotary factors
+
+VOCAB = 61
+_IDS = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_MODERN = _IDS | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_GPT = _IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+# Families whose settings have other names, or need more than the common ones.
+_OWN = {
+    "gpt2": _GPT,
+    "gptj": _GPT | {"rotary_dim": 4},
+    "gpt_bigcode": _GPT,
+    "bloom": _IDS | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": _IDS | {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "mamba": _IDS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "opt": _IDS
+    | {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "ffn_dim": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+    },
+    "gemma2": _MODERN | {"head_dim": 8},
+    "qwen3": _MODERN | {"head_dim": 8},
+    "exaone4": _MODERN | {"head_dim": 8},
+    "mixtral": _MODERN | {"num_local_experts": 4},
+    "qwen3_moe": _MODERN
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "gpt_oss": _MODERN | {"num_local_experts": 4, "head_dim": 8},
+    "lfm2": _MODERN | {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def build_tiny(family="gpt2", seed=0, **settings):
+    """A random causal LM of a family, in evaluation mode; norm weights and biases are random too, so that they count."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **(_OWN.get(family, _MODERN) | settings))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.normal_(1, 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny(family, seed=0, **settings)` builds a random two-layer model of width 32 over 61 tokens."""
+    return build_tiny
+
+
+@pytest.fixture
+def tokens():
+    """Three rows of nine tokens."""
+    return torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def padding():
+    """Their mask: one row padded on the left, one on the right, one whole."""
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[1, -3:] = 0
+    return mask

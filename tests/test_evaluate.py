@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+from pairs import (
+    MASK,
+    at,
+    counted_places,
+    gpt2,
+    join,
+    naive_abs_topk,
+    naive_ce,
+    naive_kl,
+    naive_losses,
+    naive_nmse,
+    neox,
+    real_places,
+    sparse_model,
+    tokens,
+)
+
+from bridges.evaluate import evaluate
+from bridges.models.huggingface import as_residual
+from bridges.quality import FIGURES
+
+PAIRS = {
+    "equal depth": lambda: join(gpt2(), sparse_model()),
+    "block": lambda: join(neox(), sparse_model(layers=3)),
+}
+DATA = {"input_ids": tokens(), "attention_mask": MASK}
+
+
+def naive_report(pair):
+    """Every figure of every site, written out; the shuffled control aside."""
+    ids, mask = tokens(), MASK
+    real, counted = real_places(ids, mask), counted_places(ids, mask)
+    h_dense, y_dense = pair.dense.residuals(ids, mask)
+    h_sparse, y_sparse = pair.sparse.residuals(ids, mask)
+    (encode, decode, to_sparse, to_dense), sparse_ce = naive_losses(pair, ids, mask)
+    dense_ce = naive_ce(y_dense, ids, mask)
+    sites = []
+    for i, ((dense_site, sparse_site), bridge) in enumerate(zip(pair.bridge_set.pairs, pair.bridge_set, strict=True)):
+        h, z = h_dense[pair.dense.sites.index(dense_site)], h_sparse[pair.sparse.sites.index(sparse_site)]
+        encoded = naive_abs_topk(h @ bridge.encoder_weight.T + bridge.encoder_bias, bridge.k)
+        decoded = z @ bridge.decoder_weight.T + bridge.decoder_bias
+        mean_h, mean_z = (at(x, counted).mean(0).expand_as(x).contiguous() for x in (h, z))
+        ablated_sparse = pair.sparse.run_from(sparse_site, mean_z, ids, mask)
+        ablated_dense = pair.dense.run_from(dense_site, mean_h, ids, mask)
+        bridged_sparse = pair.sparse.run_from(sparse_site, encoded, ids, mask)
+        bridged_dense = pair.dense.run_from(dense_site, decoded, ids, mask)
+
+        def recovered(bridged, ablated):
+            worst = naive_ce(ablated, ids, mask)
+            return (worst - naive_ce(bridged, ids, mask)) / (worst - dense_ce)
+
+        sites.append(
+            {
+                "nmse_encode": encode[i],
+                "nmse_encode_floor": naive_nmse(naive_abs_topk(at(z, counted), bridge.k), at(z, counted)),
+                "nmse_decode": decode[i],
+                "kl_dense_to_sparse": to_sparse[i],
+                "kl_sparse_to_dense": to_dense[i],
+                "kl_dense_to_sparse_mean_ablation": naive_kl(y_dense, ablated_sparse, real),
+                "kl_sparse_to_dense_mean_ablation": naive_kl(y_dense, ablated_dense, real),
+                "ce_recovered_dense_to_sparse": recovered(bridged_sparse, ablated_sparse),
+                "ce_recovered_sparse_to_dense": recovered(bridged_dense, ablated_dense),
+            }
+        )
+    return sites, dense_ce, sparse_ce, naive_kl(y_dense, y_sparse, real)
+
+
+@pytest.mark.parametrize("build", PAIRS.values(), ids=PAIRS)
+def test_every_figure_is_the_written_out_one(build):
+    pair = build()
+    report = evaluate(*pair, DATA)
+    with torch.no_grad():
+        sites, dense_ce, sparse_ce, alone = naive_report(pair)
+    assert set(sites[0]) | {"nmse_decode_shuffled"} == set(FIGURES)
+    for site, expected in zip(report.sites, sites, strict=True):
+        for name, value in expected.items():
+            assert math.isclose(getattr(site, name), value.item(), rel_tol=1e-10), (site.name, name)
+    assert math.isclose(report.dense_ce, dense_ce.item(), rel_tol=1e-10)
+    assert math.isclose(report.sparse_ce, sparse_ce.item(), rel_tol=1e-10)
+    assert math.isclose(report.kl_sparse_alone, alone.item(), rel_tol=1e-10)
+    assert report.tokens == 17 and [site.name for site in report.sites] == pair.bridge_set.sites
+
+
+def test_figures_do_not_depend_on_how_rows_are_batched():
+    pair = PAIRS["equal depth"]()
+    data = {"input_ids": tokens(9), "attention_mask": torch.cat([MASK, MASK, MASK[:1]])}
+    whole = evaluate(*pair, data, batch_size=9)
+    for batch_size in (1, 2, 4):
+        one = evaluate(*pair, data, batch_size=batch_size)
+        assert one.tokens == whole.tokens == 17 + 17 + 7
+        for name, value in whole.flat().items():
+            if "shuffled" not in name:  # which tokens are paired depends on the batch
+                assert math.isclose(one.flat()[name], value, rel_tol=1e-10), name
+
+
+def test_a_decoder_that_hears_other_tokens_does_worse_than_the_mean():
+    """Decoding y(x') for an independent x' misses by the sum of both variances: NMSE = 1 + var(g(z)) / var(h)."""
+    model = gpt2()
+    pair = identity(model)
+    report = evaluate(*pair, tokens(64, 12))
+    for site in report.sites:
+        assert 1.7 < site.nmse_decode_shuffled < 2.3
+
+
+def identity(model):
+    """Bridges that change nothing, between a model and itself."""
+    pair = join(model, model, k=model.config.hidden_size)
+    for bridge in pair.bridge_set:
+        with torch.no_grad():
+            for weight in (bridge.encoder_weight, bridge.decoder_weight):
+                weight.copy_(torch.eye(len(weight)))
+            for bias in (bridge.encoder_bias, bridge.decoder_bias):
+                bias.zero_()
+    return pair
+
+
+@pytest.mark.parametrize("build", [gpt2, neox, sparse_model])
+def test_identity_bridges_between_a_model_and_itself_lose_nothing(build):
+    report = evaluate(*identity(build()), DATA)
+    for site in report.sites:
+        assert site.nmse_encode == site.nmse_decode == site.nmse_encode_floor == 0
+        assert abs(site.kl_dense_to_sparse) < 1e-14 and abs(site.kl_sparse_to_dense) < 1e-14
+        assert site.ce_recovered_dense_to_sparse == site.ce_recovered_sparse_to_dense == 1
+        assert site.kl_sparse_to_dense_mean_ablation == site.kl_dense_to_sparse_mean_ablation > 1e-4
+    assert report.dense_ce == report.sparse_ce and abs(report.kl_sparse_alone) < 1e-14
+
+
+def test_a_bridge_that_says_the_mean_has_nmse_1_and_the_figures_of_mean_ablation():
+    pair = PAIRS["equal depth"]()
+    n = len(pair.bridge_set)
+    with torch.no_grad():
+        counted = counted_places(tokens(), MASK)
+        h, z = (model.residuals(tokens(), MASK)[0] for model in (pair.dense, pair.sparse))
+        for i, bridge in enumerate(pair.bridge_set):
+            bridge.encoder_weight.zero_()
+            bridge.decoder_weight.zero_()
+            bridge.encoder_bias.copy_(at(z[i], counted).mean(0))
+            bridge.decoder_bias.copy_(at(h[i], counted).mean(0))
+            bridge.k = pair.sparse.d_model
+    for site in evaluate(*pair, DATA).sites:
+        assert math.isclose(site.nmse_encode, 1, rel_tol=1e-12) and math.isclose(site.nmse_decode, 1, rel_tol=1e-12)
+        assert math.isclose(site.nmse_decode_shuffled, 1, rel_tol=1e-12)
+        for direction in ("dense_to_sparse", "sparse_to_dense"):
+            kl = getattr(site, f"kl_{direction}")
+            assert math.isclose(kl, getattr(site, f"kl_{direction}_mean_ablation"), rel_tol=1e-10)
+            assert abs(getattr(site, f"ce_recovered_{direction}")) < 1e-10
+    assert n == 5
+
+
+def test_other_models_are_refused_unless_the_caller_insists():
+    pair = PAIRS["equal depth"]()
+    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    other = sparse_model(seed=99)
+    with pytest.raises(ValueError, match="sparse=SparseTransformer is not the model"):
+        evaluate(pair.dense, other, pair.bridge_set, DATA)
+    insisted = evaluate(pair.dense, other, pair.bridge_set, DATA, check_models=False)
+    expected = join(gpt2(), other)
+    expected.bridge_set.load_state_dict(pair.bridge_set.state_dict())
+    assert insisted.flat() == evaluate(*expected, DATA).flat()
+
+
+def test_models_are_evaluated_without_dropout_and_left_in_their_modes():
+    dense, sparse = gpt2(), sparse_model(dropout=0.5)
+    pair = join(dense, sparse)
+    expected = evaluate(*pair, DATA).flat()
+    dense.train()
+    sparse.train()
+    sparse.blocks[1].eval()
+    assert evaluate(dense, sparse, pair.bridge_set, DATA).flat() == expected
+    assert dense.training and sparse.training and not sparse.blocks[1].training and sparse.blocks[0].training
+    assert all(p.grad is None for p in pair.bridge_set.parameters())
+
+
+def test_rows_longer_than_a_context_are_cut_to_it():
+    pair = join(gpt2(context=9), sparse_model())
+    rows = tokens(4, 12)
+    assert evaluate(*pair, rows).flat() == evaluate(*pair, rows[:, :9]).flat()
+
+
+def test_chains_and_models_are_the_same_to_it():
+    pair = PAIRS["block"]()
+    models = evaluate(pair.dense.model, pair.sparse.model, pair.bridge_set, DATA)
+    assert models.flat() == evaluate(as_residual(pair.dense), pair.sparse, pair.bridge_set, DATA).flat()
