@@ -211,6 +211,8 @@ class BridgeSet(nn.Module):
         own = ("format_version", "pairs", "d_dense", "d_sparse", "k", "dtype")
         if missing := [key for key in own if key not in config]:
             raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}: it is not a bridge folder's")
+        if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
+            raise ValueError(f"{folder / 'config.json'}: dtype={config['dtype']!r} is no dtype of torch")
         shape = (config["d_dense"], config["d_sparse"], config["k"], getattr(torch, config["dtype"]))
         pairs = [(dense, sparse) for dense, sparse in config["pairs"]]
         provenance = {key: value for key, value in config.items() if key not in own}

@@ -51,14 +51,14 @@ def demo_command(
     demo(out, SETTINGS.with_settings({"steps": steps}), prompts)
 
 
-@app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("fit", context_settings={"ignore_unknown_options": True})
 def fit_command(
-    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML with the tables [dense], [sparse], [data] and [fit].")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="--TABLE.NAME VALUE, over what CONFIG says.")] = None,
 ) -> None:
     """Fit bridges as CONFIG says; any value can be given anew: --fit.steps 100 --dense.path gpt2."""
     tables = _read(config)
-    for dotted, value in _overrides(context.args):
+    for dotted, value in _overrides(overrides or []):
         table, name = dotted
         tables.setdefault(table, {})[name] = value
     sources, data = {}, dict(tables.get("data", {}))

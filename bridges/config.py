@@ -15,7 +15,9 @@ from bridges.files import write_text
 class FitConfig(BaseModel):
     """The settings of `bridges.fit`; ValueError names an unknown or impossible one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     steps: int = Field(default=300, ge=0)
     """Gradient steps after the closed form; 0 is the closed form alone."""
@@ -131,7 +133,8 @@ class FitConfig(BaseModel):
 
 def _one_line(error: ValidationError, known: list[str]) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    # The setting and places in it; pydantic also names the member of a union that it tried.
+    name = ".".join(str(part) for i, part in enumerate(first["loc"]) if i == 0 or isinstance(part, int))
     if first["type"] == "extra_forbidden":
         return f"{name}={first['input']!r} is no setting of fit; those are {', '.join(known)}"
     if not name:

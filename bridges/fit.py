@@ -71,7 +71,8 @@ def fit(
     held: AbstractContextManager = (training if config.train_sparse else frozen)(sparse_model)
     with frozen(dense_model), held:
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)
-        prepared = prepare(pair.dense, pair.sparse, data, eval_data, tokenizer, (dense, sparse), config, processes.count)
+        sources, count = (dense, sparse), processes.count
+        prepared = prepare(pair.dense, pair.sparse, data, eval_data, tokenizer, sources, config, count)
         return _Run(pair, config, processes, prepared).finish()
 
 

@@ -80,7 +80,10 @@ class BridgeReport:
     @classmethod
     def load(cls, path: str | Path) -> BridgeReport:
         """Read `report.json`."""
-        return cls.from_dict(read_json(path))
+        try:
+            return cls.from_dict(read_json(path))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a report of bridges: {error}") from None
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
         """Every figure under its metric name, `eval/FIGURE/SITE` and `eval/mean/FIGURE`."""
@@ -106,7 +109,7 @@ class BridgeReport:
         return "\n".join([*table, self._caption()])
 
     @staticmethod
-    def _row(name: str, f: dict[str, float]) -> str:
+    def _row(name: str, f: dict[str, Any]) -> str:
         cells = [
             name,
             f"{f['nmse_encode']:.3f} ({f['nmse_encode_floor']:.3f})",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.models.residual import Norm, ResidualModel
+from bridges.models.residual import Norm, ResidualModel, Trace
 from bridges.training.hybrid import ModelPair
 
 At = Literal["read", "residual"]
@@ -31,7 +31,7 @@ class ReadChange(NamedTuple):
 def counterfactual_changes(
     pair: ModelPair,
     input_ids: Int[Tensor, "b s"],
-    counterfactual_ids: Int[Tensor, "b s"],
+    counterfactual_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b s"] | None = None,
 ) -> list[ReadChange]:
     """dn of every channel at every bridged site; ValueError unless both prompts have one shape."""
@@ -87,15 +87,12 @@ def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at
 
 
 def edited_logits(
-    model: ResidualModel,
-    site: int,
-    addend: Float[Tensor, "b s d"],
-    at: At,
-    input_ids: Int[Tensor, "b s"],
-    attention_mask: Int[Tensor, "b s"] | None = None,
+    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: At
 ) -> Float[Tensor, "b s vocab"]:
-    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all)."""
-    trace = model.trace(input_ids, attention_mask)
+    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
+
+    `trace` is the unedited run, so only what comes after the site is run again.
+    """
     residual = trace.residuals[site]
     if at == "residual":
         return model.tail(site, residual + addend.to(residual), trace.context)

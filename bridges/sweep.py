@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.circuits.tasks import TaskPairs
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import ResidualModel, Trace
 from bridges.steer import (
     At,
     as_read_adjoint,
@@ -20,7 +20,7 @@ from bridges.steer import (
     only,
     sparse_delta,
 )
-from bridges.training.hybrid import ModelPair
+from bridges.training.hybrid import ModelPair, Traces, trace_pair
 
 ENTRIES: tuple[At, ...] = ("read", "residual")
 RANDOM_DIRECTIONS = 20
@@ -37,9 +37,10 @@ class Channels(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A task's pairs with what the sparse model changes on them, computed once for every edit."""
+    """A task's pairs, both models' unedited runs, and what the sparse model changes: computed once for every edit."""
 
     pairs: TaskPairs
+    traces: Traces
     reads: list[Float[Tensor, "b s d_sparse"]]
     """dn per bridged site, in read units."""
     streams: list[Float[Tensor, "b s d_sparse"]]
@@ -49,8 +50,9 @@ class Prompts(NamedTuple):
 @torch.no_grad()
 def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     """Run the sparse model on both sides of the pairs."""
+    traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
     changes = counterfactual_changes(pair, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    return Prompts(pairs, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
+    return Prompts(pairs, traces, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
 
 
 def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
@@ -129,16 +131,22 @@ def _effect(pair: ModelPair, prompts: Prompts, site: int, at: At, channels: tupl
 def _curve(
     pair: ModelPair, prompts: Prompts, site: int, addend: Tensor, at: At, strengths: Sequence[float]
 ) -> list[float]:
-    return _mean_curve(pair.dense, prompts.pairs, pair.site("dense", site), addend, at, strengths)
+    where = pair.site("dense", site)
+    return _mean_curve(pair.dense, prompts.traces.dense, prompts.pairs, where, addend, at, strengths)
 
 
 def _mean_curve(
-    model: ResidualModel, pairs: TaskPairs, site: int, addend: Tensor, at: At, strengths: Sequence[float]
+    model: ResidualModel,
+    trace: Trace,
+    pairs: TaskPairs,
+    site: int,
+    addend: Tensor,
+    at: At,
+    strengths: Sequence[float],
 ) -> list[float]:
     """Mean P(target) at every strength of an addend."""
-    ids, mask = pairs.input_ids, pairs.attention_mask
-    curves = [p_target(edited_logits(model, site, strength * addend, at, ids, mask), pairs) for strength in strengths]
-    return [curve.mean().item() for curve in curves]
+    edits = (edited_logits(model, trace, site, strength * addend, at) for strength in strengths)
+    return [p_target(logits, pairs).mean().item() for logits in edits]
 
 
 @torch.no_grad()
@@ -149,50 +157,38 @@ def sweep(
 
     `chosen_on`: the prompts that `found` and the mean difference's site were chosen on.
     """
-    site, at = found.site, found.at
+    site, at, pairs = found.site, found.at, reported.pairs
     dz = only(reported.streams[site], found.channels)
     addend = dense_addend(pair, site, dz, at)
-    difference_site, difference = _mean_difference(pair.dense, chosen_on.pairs)
-
-    def curve(values: Tensor, entry: At = at, where: int = site) -> list[float]:
-        return _curve(pair, reported, where, values, entry, strengths)
-
     inside = dz if at == "residual" else only(reported.reads[site], found.channels)
-    groups = {"toward_" + name: reported.pairs.targets == token for name, token in _targets(reported.pairs).items()}
-    full = edited_logits(
-        pair.dense,
-        pair.site("dense", site),
-        strengths[-1] * addend,
-        at,
-        reported.pairs.input_ids,
-        reported.pairs.attention_mask,
-    )
+    difference_site, difference = _mean_difference(pair.dense, chosen_on)
+    full = p_target(edited_logits(pair.dense, reported.traces.dense, pair.site("dense", site), addend, at), pairs)
     return {
-        "task": reported.pairs.task,
+        "task": pairs.task,
         "site": pair.bridge_set.sites[site],
         "channel": found.channels[0] if len(found.channels) == 1 else list(found.channels),
         "at": at,
         "strengths": list(strengths),
-        "p_target": curve(addend),
+        "p_target": _curve(pair, reported, site, addend, at, strengths),
         "p_target_random_direction": _random_curve(pair, reported, site, addend, at, strengths),
         "p_target_mean_difference": _mean_curve(
-            pair.dense, reported.pairs, difference_site, difference(reported.pairs), "residual", strengths
+            pair.dense, reported.traces.dense, pairs, difference_site, difference(pairs), "residual", strengths
         ),
-        "p_target_all_channels": curve(dense_addend(pair, site, reported.streams[site], at)),
+        "p_target_all_channels": _curve(
+            pair, reported, site, dense_addend(pair, site, reported.streams[site], at), at, strengths
+        ),
         "p_target_sparse_model": _mean_curve(
-            pair.sparse, reported.pairs, pair.site("sparse", site), inside, at, strengths
+            pair.sparse, reported.traces.sparse, pairs, pair.site("sparse", site), inside, at, strengths
         ),
-        "prompts": len(reported.pairs.input_ids),
+        "prompts": len(pairs.input_ids),
         "mean_difference_site": pair.dense.sites[difference_site],
-        "p_target_at_full_strength": {
-            name: p_target(full, reported.pairs)[rows].mean().item() for name, rows in groups.items()
-        },
+        "p_target_by_target_token": {str(t): full[pairs.targets == t].mean().item() for t in _targets(pairs)},
         "p_target_where_chosen": found.p_target,
     }
 
 
-def _targets(pairs: TaskPairs) -> dict[str, int]:
-    return {str(token): token for token in sorted(set(pairs.targets.tolist()))}
+def _targets(pairs: TaskPairs) -> list[int]:
+    return sorted(set(pairs.targets.tolist()))
 
 
 def _random_curve(
@@ -208,19 +204,18 @@ def _random_curve(
     return [sum(column) / len(column) for column in zip(*curves, strict=True)]
 
 
-def _mean_difference(model: ResidualModel, pairs: TaskPairs) -> tuple[int, Callable[[TaskPairs], Tensor]]:
+def _mean_difference(model: ResidualModel, prompts: Prompts) -> tuple[int, Callable[[TaskPairs], Tensor]]:
     """The dense model's own steering vector: the mean difference at the last token, at the site where it does most.
 
     One vector per target, since a pair may be presented either way round. Returns the site and what to add to the
     stream of given pairs.
     """
-    shown = model.trace(pairs.input_ids, pairs.attention_mask).residuals
+    pairs, trace = prompts.pairs, prompts.traces.dense
     swapped = model.trace(pairs.counterfactual_ids, pairs.attention_mask).residuals
-    tokens = sorted(set(pairs.targets.tolist()))
 
     def adder(site: int) -> Callable[[TaskPairs], Tensor]:
-        last = (swapped[site] - shown[site])[:, -1]
-        vectors = {token: last[pairs.targets == token].mean(0) for token in tokens}
+        last = (swapped[site] - trace.residuals[site])[:, -1]
+        vectors = {token: last[pairs.targets == token].mean(0) for token in _targets(pairs)}
 
         def add(to: TaskPairs) -> Tensor:
             values = torch.zeros(*to.input_ids.shape, last.shape[-1], dtype=last.dtype, device=last.device)
@@ -229,6 +224,8 @@ def _mean_difference(model: ResidualModel, pairs: TaskPairs) -> tuple[int, Calla
 
         return add
 
-    effects = [_mean_curve(model, pairs, i, adder(i)(pairs), "residual", [1.0])[0] for i in range(len(model.sites))]
-    best = max(range(len(effects)), key=effects.__getitem__)
+    def effect(site: int) -> float:
+        return _mean_curve(model, trace, pairs, site, adder(site)(pairs), "residual", [1.0])[0]
+
+    best = max(range(len(model.sites)), key=effect)
     return best, adder(best)

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import bridges
@@ -18,6 +19,7 @@ parser.add_argument("--config", default="configs/bundled_pair.toml", help="the t
 parser.add_argument("--run", default="runs/pair", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the dense model's folder")
 parser.add_argument("--tokenizer", default="bridges/assets/tokenizer", help="its tokenizer's folder")
+parser.add_argument("--start", help="weights to start from: sparse.safetensors of a checkpoint; none: from scratch")
 parser.add_argument("--rows", type=int, default=0, help="train on the first so many rows only; 0: on all")
 parser.add_argument("--report-to", default="none", help="none or wandb")
 args, settings = parser.parse_known_args()
@@ -34,6 +36,8 @@ torch.manual_seed(config.seed)
 sparse = bridges.SparseTransformer(
     bridges.SparseConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **tables["sparse"])
 )
+if args.start:
+    sparse.load_state_dict(load_file(args.start), strict=False)
 rows = bundled_corpus(tokenizer, config.seq_len or 128, "train", config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridge_set = bridges.fit(

@@ -45,15 +45,14 @@ _OWN = {
     "qwen3": _MODERN | {"head_dim": 8},
     "exaone4": _MODERN | {"head_dim": 8},
     "mixtral": _MODERN | {"num_local_experts": 4},
-    "qwen3_moe": _MODERN
-    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "qwen3_moe": _MODERN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
     "gpt_oss": _MODERN | {"num_local_experts": 4, "head_dim": 8},
     "lfm2": _MODERN | {"layer_types": ["conv", "full_attention"]},
 }
 
 
 def build_tiny(family="gpt2", seed=0, **settings):
-    """A random causal LM of a family, in evaluation mode; norm weights and biases are random too, so that they count."""
+    """A random causal LM of a family, in evaluation mode; norm weights and biases are random too, so they count."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family, **(_OWN.get(family, _MODERN) | settings))

@@ -1,5 +1,7 @@
 """Tiny pairs of models, a padded batch, and the method written out the slow way: the oracle of several tests."""
 
+from itertools import pairwise
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -106,7 +108,7 @@ def real_places(ids, mask):
 def counted_places(ids, mask):
     """The same without each row's first."""
     real = real_places(ids, mask)
-    return [place for before, place in zip(real, real[1:], strict=False) if before[0] == place[0]]
+    return [place for before, place in pairwise(real) if before[0] == place[0]]
 
 
 def at(tensor, places):
@@ -135,7 +137,7 @@ def naive_kl(target_logits, logits, places):
 def naive_ce(logits, ids, mask):
     """Mean over tokens that a real one follows, nats."""
     terms = []
-    for (row, place), (next_row, next_place) in zip(real_places(ids, mask), real_places(ids, mask)[1:], strict=False):
+    for (row, place), (next_row, next_place) in pairwise(real_places(ids, mask)):
         if row == next_row:
             p = logits[row, place].exp() / logits[row, place].exp().sum()
             terms.append(-p[ids[next_row, next_place]].log())

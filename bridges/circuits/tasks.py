@@ -44,19 +44,27 @@ def single_double_quote(tokenizer: Any, n: int, seed: int = 0, max_tokens: int =
     rng, pairs = random.Random(f"single_double_quote {seed}"), []
     for i in range(n):
         shown, other = ("'", '"') if i % 2 == 0 else ('"', "'")
-        while True:
-            text = _call(rng)
-            ids, swapped = (_encode(tokenizer, text.replace("Q", quote)) for quote in (shown, other))
-            if len(ids) == len(swapped) <= max_tokens and sum(a != b for a, b in zip(ids, swapped, strict=True)) == 1:
-                break
+        ids, swapped = _differing_once(tokenizer, rng, shown, other, max_tokens)
         pairs.append((ids, swapped, answers[shown], answers[other]))
     return _stack("single_double_quote", pairs)
 
 
-def _call(rng: random.Random) -> str:
-    """The opening of a call with a string argument, Q in place of the quote."""
+def _differing_once(
+    tokenizer: Any, rng: random.Random, shown: str, other: str, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """A prompt with either quote, of equal length, whose tokens differ at the opening alone."""
+    for _ in range(1000):
+        opening, text = _opening(rng), phrase(rng)
+        ids, swapped = (_encode(tokenizer, f"{opening}({quote}{text}") for quote in (shown, other))
+        if len(ids) == len(swapped) <= max_tokens and sum(a != b for a, b in zip(ids, swapped, strict=True)) == 1:
+            return ids, swapped
+    raise ValueError(f"tokenizer opens no string of up to {max_tokens} tokens with (' or (\" as one token")
+
+
+def _opening(rng: random.Random) -> str:
+    """What stands before the bracket of a call."""
     verb, name = rng.choice(VERBS), rng.choice(NAMES)
-    return rng.choice(("print(Q", f"{verb}(Q", f"{name} = {verb}(Q", f"return {verb}(Q")) + phrase(rng)
+    return rng.choice(("print", verb, f"{name} = {verb}", f"return {verb}"))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

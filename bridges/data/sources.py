@@ -35,7 +35,7 @@ def load_rows(
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point():
             raise ValueError(f"data={tuple(data.shape)} of {data.dtype}: a tensor of tokens is [n, seq], integers")
-        return Rows(data[:, :seq_len], seed=seed)
+        return Rows(data[:, :seq_len].long(), seed=seed)
     if isinstance(data, Mapping):  # one batch, or a tokenizer's output
         data = [data]
     if not isinstance(data, Iterable):
@@ -78,7 +78,12 @@ def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
             raise ValueError(f"data: a batch has the keys {sorted(item)}, no 'input_ids'; tokenize the data first")
         item, mask = item["input_ids"], item.get("attention_mask")
     elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim == 2:
-        item = item[0]  # a DataLoader over a TensorDataset gives one-element lists
+        first, *others = item  # a DataLoader over a TensorDataset gives one-element lists
+        if others:
+            raise ValueError(
+                f"data: a batch is {len(item)} tensors without names; give dicts with 'input_ids' and 'attention_mask'"
+            )
+        item = first
     if isinstance(item, list) and item and not isinstance(item[0], int):
         masks = [None] * len(item) if mask is None else mask
         return [row for one, real in zip(item, masks, strict=True) for row in _rows_of(_example(one, real))]

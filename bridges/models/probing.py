@@ -113,6 +113,12 @@ def record(model: nn.Module, layers: list[nn.Module], batch: tuple[Tensor, Tenso
             f"model={model.config.model_type!r} cannot be taken apart: {len(layers)} decoder layers, but "  # pyright: ignore
             f"{len(seen)} different ones are called with the stream"
         )
+    if foreign := [i for i, layer in enumerate(layers) if seen[layer].hidden.shape[:-1] != batch[0].shape]:
+        shape = list(seen[layers[foreign[0]]].hidden.shape)
+        raise ValueError(
+            f"model={model.config.model_type!r} cannot be taken apart: layer {foreign[0]} is given a stream of shape "  # pyright: ignore
+            f"{shape}, not [batch, seq, d_model]"
+        )
     if batch[1] is None:
         real = torch.ones_like(batch[0], dtype=torch.bool)
     else:
@@ -213,9 +219,9 @@ def measure_norm(residual_model: ResidualModel, index: int) -> Norm:
         plus, minus, twice, shifted = _reads(residual_model, index, [v, -v, 2 * v, v + scale])
     half = torch.finfo(dtype).bits == 16
     slack = 1e-2 if half else 1e-4
-    if difference(plus, v.double().cpu()) == 0:
+    if plus.shape == v.shape and difference(plus, v.double().cpu()) == 0:
         return Norm(torch.ones(d, dtype=torch.promote_types(dtype, torch.float32)), False, present=False)
-    if difference(twice, plus) > slack:
+    if plus.shape != v.shape or difference(twice, plus) > slack:
         name = residual_model.sites[index]
         raise ValueError(f"site={name!r}: what stands before its read is not a LayerNorm or an RMSNorm")
     unit = v.double().cpu() / v.double().cpu().square().mean().sqrt()

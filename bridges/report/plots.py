@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from bridges.files import replacing
 from bridges.quality import BridgeReport
 
-_COLORS = {"encode": "#1f6f8b", "decode": "#d1603d", "control": "#9a9a9a"}
+_COLORS = {"encode": "#1f6f8b", "decode": "#d1603d", "control": "#555555"}
 
 
 def quality_plot(report: BridgeReport, path: str | Path) -> Path:
     """Reconstruction and KL per site, each beside its control; a PNG at `path`."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _pairs(left, report, ("nmse_encode", "nmse_decode"), ("nmse_encode_floor", None))
     left.set(title="Reconstruction, held-out", ylabel="NMSE (1 = predicting the mean)", ylim=(0, None))
@@ -25,7 +25,7 @@ def quality_plot(report: BridgeReport, path: str | Path) -> Path:
     right.axhline(report.kl_sparse_alone, color="black", linestyle=":", label="sparse model alone")
     right.set(title="Hybrid passes, held-out", ylabel="KL from the dense model, nats per token", yscale="log")
     for axes in (left, right):
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     return _save(figure, Path(path))
 
 
@@ -37,7 +37,8 @@ def _pairs(axes: Axes, report: BridgeReport, names: tuple[str, str], controls: t
         if control is not None:
             levels = [getattr(site, control) for site in report.sites]
             marks = [place + offset for place in places]
-            axes.plot(marks, levels, "_", color=_COLORS[color], markersize=16, markeredgewidth=2, label=control)
+            axes.plot(marks, levels, "_", color=_COLORS["control"], markersize=18, markeredgewidth=2.5)
+            axes.plot([], [], "_", color=_COLORS["control"], markeredgewidth=2.5, label=f"control: {control}")
     axes.set_xticks(list(places), [site.name for site in report.sites])
     axes.spines[["top", "right"]].set_visible(False)
 

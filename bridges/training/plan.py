@@ -45,12 +45,12 @@ def _moment_size(pair: ModelPair) -> int:
     return d * d + s * s + d * s
 
 
-def _si(value: float) -> str:
+def _si(value: int | float) -> str:
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}" if size > 1e6 else f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: int | float) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -23,7 +23,7 @@ class Moments:
     """Running n, sum x, sum y, X'X, X'Y, Y'Y of paired rows, about a fixed shift, in float64.
 
     The shift keeps float32 products accurate: uncentred they lose the variance under the mean. Chunks are multiplied
-    in their own dtype (at least float32) and added up in float64.
+    in the wider of their dtypes (at least float32) and added up in float64.
     """
 
     def __init__(self, shift_x: Float[Tensor, " d_x"], shift_y: Float[Tensor, " d_y"]):
@@ -36,7 +36,9 @@ class Moments:
 
     def update(self, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> None:
         """Add the rows of one chunk."""
-        x, y = _centred(x, self.shift_x), _centred(y, self.shift_y)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        # Rounded after the subtraction: a rounded shift would be off by one and the same amount in every row.
+        x, y = (x.double() - self.shift_x).to(dtype), (y.double() - self.shift_y).to(dtype)
         self.n += len(x)
         self.x += x.sum(0, dtype=torch.float64)
         self.y += y.sum(0, dtype=torch.float64)
@@ -104,11 +106,6 @@ def gather(
 def _shift(x: Tensor, reduce: Reduce, first: bool) -> Tensor:
     mean = x.double().mean(0) if len(x) else x.new_zeros(x.shape[1], dtype=torch.float64)
     return reduce(mean if first else torch.zeros_like(mean))
-
-
-def _centred(x: Tensor, shift: Tensor) -> Tensor:
-    # Rounded after the subtraction: a rounded shift would be off by one and the same amount in every row.
-    return (x.double() - shift).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _solve(cov: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:

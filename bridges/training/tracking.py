@@ -87,7 +87,7 @@ def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
 def _start(output_dir: Path | None, settings: dict[str, Any]) -> Any:
     """Start or continue the run; offline, with a line that says so, where there is neither an account nor a mode."""
     mode = os.environ.get("WANDB_MODE") or None
-    if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    if mode is None and not wandb.login(prompt=False, verify=False):
         print(
             "wandb: no account and no WANDB_MODE set; the run is recorded offline, `wandb sync` sends it later",
             file=sys.stderr,

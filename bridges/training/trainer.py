@@ -103,7 +103,7 @@ class Trainer:
         return sorted(torch.randperm(n, generator=generator)[:count].tolist())
 
     def train_step(self, batches: Sequence[Batch]) -> StepLosses:
-        """One step on this process's micro-batches; FloatingPointError, nothing changed, if a loss or gradient is not finite."""
+        """One step on this process's micro-batches; FloatingPointError, nothing changed, if figures are not finite."""
         step = self.step + 1
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.index)

@@ -140,7 +140,7 @@ class NobodysLayer(nn.Module):
 
 class _Average(nn.Module):
     def forward(self, x):
-        return x.cumsum(1) / torch.arange(1, 1 + x.shape[1]).to(x)[:, None]
+        return x.cumsum(-2) / torch.arange(1, 1 + x.shape[-2]).to(x)[:, None]
 
 
 class NobodysConfig(PretrainedConfig):
@@ -152,10 +152,10 @@ class NobodysModel(PreTrainedModel):
 
     config_class = NobodysConfig
 
-    def __init__(self, n_layers=3, between=0.0, post_norm_bias=False, shared=False):
+    def __init__(self, n_layers=3, between=0.0, post_norm_bias=False, shared=False, streams=False):
         super().__init__(NobodysConfig(num_hidden_layers=n_layers))
         torch.manual_seed(0)
-        self.embed, self.between = nn.Embedding(23, 12), between
+        self.embed, self.between, self.streams = nn.Embedding(23, 12), between, streams
         layers = [NobodysLayer(12, post_norm_bias) for _ in range(1 if shared else n_layers)]
         self.steps = nn.ModuleList(layers * (n_layers // len(layers)))
         self.out = nn.Linear(12, 23)
@@ -175,6 +175,7 @@ class NobodysModel(PreTrainedModel):
             if i == 2:
                 hidden = hidden + self.between * first
             hidden = step(hidden_states=hidden, strength=1.5)[0]
+            hidden = hidden[None] if self.streams and i == 0 else hidden
         return SimpleNamespace(logits=self.out(hidden))
 
 
@@ -219,6 +220,11 @@ def test_something_added_between_layers_is_refused():
 def test_layers_that_are_one_module_are_refused():
     with pytest.raises(ValueError, match=r"'nobodys'.*3 decoder layers, but 1 different"):
         as_residual(NobodysModel(shared=True).eval())
+
+
+def test_several_streams_are_refused():
+    with pytest.raises(ValueError, match=r"'nobodys'.*layer 1 is given a stream of shape \[1, 3, 8, 12\]"):
+        as_residual(NobodysModel(streams=True).eval())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -287,7 +293,9 @@ def test_gradients_are_those_of_the_whole_model(family, tiny, tokens, padding):
     chain = as_residual(model)
     site = 2 if len(chain.sites) == 5 else 1  # the input of layer 1
     leaf = chain.residuals(tokens, padding)[0][site].detach().requires_grad_()
-    weights = torch.randn(3, 9, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * padding[..., None]
+    weights = (
+        torch.randn(3, 9, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * padding[..., None]
+    )
     wanted = [leaf, *chain.layers[1].parameters(), model.get_output_embeddings().weight]
 
     def layer_starts_at_leaf(_module, args, kwargs):
@@ -309,7 +317,7 @@ def test_gradients_are_those_of_the_whole_model(family, tiny, tokens, padding):
 def test_the_gradient_of_a_half_layer_is_right_by_finite_differences(tiny, tokens):
     chain = as_residual(tiny("gpt2").double())
     residual = chain.residuals(tokens[:1, :3])[0][3].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda h: chain.run_from("1.mlp", h, tokens[:1, :3]), (residual,))
+    assert torch.autograd.gradcheck(lambda h: chain.run_from("1.mlp", h, tokens[:1, :3]), (residual,), fast_mode=True)
 
 
 def read_modules(family, model):

@@ -79,7 +79,7 @@ def test_groups_are_as_large_as_memory_allows_and_never_empty(pair):
 
 @pytest.mark.parametrize("build", [lambda: join(gpt2(), sparse_model()), lambda: join(neox(), sparse_model())])
 def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
-    """GPT-2 and GPT-NeoX have LayerNorms, which subtract the mean over channels; the sparse model's RMSNorm does not."""
+    """GPT-2 and GPT-NeoX have LayerNorms, which subtract the mean over channels; an RMSNorm does not."""
     pair = build()
     measure_rms(pair, batches())
     for place, bridge in enumerate(pair.bridge_set):

@@ -114,6 +114,12 @@ def test_an_input_that_never_changes_predicts_the_mean():
     torch.testing.assert_close(found.bias, y.mean(0))
 
 
+def test_streams_of_different_dtypes_are_multiplied_in_the_wider():
+    x, y = rows(80, 3, 30, torch.bfloat16, offset=5.0), rows(80, 2, 31, torch.float64)
+    found = moments_of((x, y)).solve(0.0)
+    torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_tokens_are_refused(n):
     with pytest.raises(ValueError, match=f"at least 2 tokens, got {n}"):

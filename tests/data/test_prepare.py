@@ -1,0 +1,189 @@
+from itertools import chain
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from bridges.config import FitConfig
+from bridges.data.prepare import Prepared, prepare
+from bridges.data.rows import Rows
+from bridges.models.huggingface import as_residual
+from bridges.models.sparse import SparseConfig, SparseTransformer
+
+VOCAB = 61
+SHAPE = {"vocab_size": VOCAB, "n_layer": 1, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}
+
+
+@pytest.fixture(scope="module")
+def dense(tiny):
+    return as_residual(tiny("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    return as_residual(SparseTransformer(SparseConfig(**SHAPE, block_size=32)).eval())
+
+
+@pytest.fixture
+def ready(dense, sparse):
+    def ready(data, eval_data=None, tokenizer=None, sources=None, processes=1, **settings):
+        models = sources or (dense.model, sparse.model)
+        config = FitConfig(**settings)
+        return prepare(dense, sparse, data, eval_data, tokenizer, models, config, processes)
+
+    return ready
+
+
+def data(n=40, width=6, top=VOCAB):
+    """Rows that say in their first two tokens which they are."""
+    ids = torch.randint(top, (n, width), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, 1] = torch.arange(n) // 50, torch.arange(n) % 50
+    return ids
+
+
+def which(batches):
+    return [int(row[0]) * 50 + int(row[1]) for ids, _ in batches for row in ids]
+
+
+@pytest.mark.parametrize(("n", "heldout"), [(100, 5), (40, 2), (2, 1), (7, 1)])
+def test_the_last_twentieth_is_held_out(n, heldout, ready):
+    prepared = ready(data(n))
+    assert torch.equal(prepared.train.input_ids, data(n)[: n - heldout])
+    assert torch.equal(prepared.heldout.input_ids, data(n)[n - heldout :])
+
+
+def test_eval_data_leaves_all_rows_to_training(ready):
+    prepared = ready(data(), eval_data=data(6, 9), seq_len=5)
+    assert torch.equal(prepared.train.input_ids, data()[:, :5])
+    assert torch.equal(prepared.heldout.input_ids, data(6, 9)[:, :5])
+    assert ready(data(), eval_data=data(6, 9)).heldout.seq_len == 6  # as wide as the training rows
+
+
+def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
+    def endless(read):
+        while True:
+            read.append(1)
+            yield data(4)
+
+    one, two = [], []
+    settings = {"steps": 10, "batch_size": 3, "closed_form_tokens": 1, "gradient_accumulation_steps": 2}
+    prepared = ready(endless(one), **settings)
+    assert len(prepared.train) >= 60 and len(one) <= 17  # 10 x 3 x 2 rows and a twentieth of them more
+    assert len(ready(endless(two), processes=2, **settings).train) >= 120 and len(two) > len(one)
+    tokens = ready(endless([]), steps=0, closed_form_tokens=600).train
+    assert 600 <= tokens.input_ids.numel() <= 660
+
+
+def test_sampled_rows_come_from_the_dense_model_by_seed(ready, dense):
+    prepared = ready(None, sampled_rows=40, seq_len=5, seed=3)
+    assert prepared.train.input_ids.shape == (40, 5) and prepared.heldout.input_ids.shape == (2, 5)
+    assert (prepared.train.input_ids[:, 0] == dense.model.config.bos_token_id).all()
+    again, other = (ready(None, sampled_rows=40, seq_len=5, seed=seed) for seed in (3, 4))
+    assert prepared.fingerprint() == again.fingerprint() != other.fingerprint()
+    rows = {tuple(row) for row in prepared.train.input_ids.tolist()}
+    assert not rows & {tuple(row) for row in prepared.heldout.input_ids.tolist()}
+
+
+def test_sampled_rows_are_as_long_as_both_contexts_allow(ready):
+    assert ready(None, sampled_rows=2).train.seq_len == 32
+    assert len(ready(None, sampled_rows=40, seq_len=5, eval_tokens=5).heldout) == 1
+
+
+def test_sampling_beside_eval_data(ready):
+    prepared = ready(None, eval_data=data(6, 5), sampled_rows=4, seq_len=5)
+    assert len(prepared.train) == 4 and torch.equal(prepared.heldout.input_ids, data(6, 5))
+
+
+def test_the_refusals_name_both_values(ready):
+    with pytest.raises(ValueError, match=r"seq_len=33 is over the models' context of 32 tokens; pass seq_len=32"):
+        ready(data(), seq_len=33)
+    with pytest.raises(ValueError, match=r"data with seq_len=40 is over the models' context of 32"):
+        ready(data(4, 40))
+    with pytest.raises(ValueError, match=r"data holds token 70; the models know 0 to 60"):
+        ready(torch.full((4, 5), 70))
+    with pytest.raises(ValueError, match=r"data holds token -1; the models know 0 to 60"):
+        ready(torch.full((4, 5), -1))
+    with pytest.raises(ValueError, match=r"eval_data holds token 61; the models know 0 to 60"):
+        ready(data(), eval_data=torch.full((4, 5), 61))
+    with pytest.raises(ValueError, match=r"data has 1 row; fit needs two or more"):
+        ready(data(1))
+
+
+def saved(model, folder, words):
+    """A model and a word tokenizer in one folder."""
+    vocabulary = {word: i for i, word in enumerate(["<eos>", *words])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return model
+
+
+def test_two_tokenizers_must_agree(ready, dense, tiny, tmp_path):
+    here = saved(tiny("gpt2"), tmp_path / "a", ["x", "y", "z"])
+    same = saved(tiny("llama"), tmp_path / "b", ["x", "y", "z"])
+    fewer = saved(tiny("llama"), tmp_path / "c", ["x", "y"])
+    turned = saved(tiny("llama"), tmp_path / "d", ["y", "x", "z"])
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("x y z z " * 8)
+    prepared = ready(tmp_path / "text", seq_len=5, sources=(here, same))
+    assert prepared.train.input_ids[0].tolist() == [0, 1, 2, 3, 3]
+    assert ready(tmp_path / "text", seq_len=5, sources=(dense.model, str(tmp_path / "b"))).train.seq_len == 5
+    with pytest.raises(ValueError, match="different tokenizers, 4 and 3 tokens"):
+        ready(data(), sources=(here, fewer))
+    with pytest.raises(ValueError, match="different tokenizers, 4 and 4 tokens that do not agree"):
+        ready(tmp_path / "text", seq_len=5, sources=(str(tmp_path / "a"), turned))
+    with pytest.raises(ValueError, match="is text: pass tokenizer="):
+        ready(tmp_path / "text", seq_len=5)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_processes_with_half_the_batch_take_the_same_rows(micro):
+    prepared = Prepared(Rows(data(21), seed=3), Rows(data(2)))
+    one = FitConfig(batch_size=8, gradient_accumulation_steps=micro)
+    two = FitConfig(batch_size=4, gradient_accumulation_steps=micro)
+    taken = []
+    for step in range(1, 9):
+        alone = which(prepared.step_batches(one, step, 0, 1))
+        shared = [which(prepared.step_batches(two, step, index, 2)) for index in range(2)]
+        assert alone == shared[0] + shared[1] and len(alone) == 8 * micro
+        taken += alone
+    assert sorted(taken[:21]) == list(range(21))
+    assert taken == which([prepared.train.take(0, len(taken))])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_closed_form_rows_are_shared_out_once_each(count):
+    prepared = Prepared(Rows(data(21)), Rows(data(2)))
+    config = FitConfig(batch_size=4, closed_form_tokens=65)  # 6 tokens a row: 11 rows
+    parts = [prepared.closed_form_batches(config, index, count) for index in range(count)]
+    assert sorted(chain.from_iterable(map(which, parts))) == list(range(11)) and all(parts)
+    assert max(len(ids) for part in parts for ids, _ in part) <= 4
+    everything = FitConfig(batch_size=4, closed_form_tokens=10_000)
+    whole = [prepared.closed_form_batches(everything, index, count) for index in range(count)]
+    assert sorted(chain.from_iterable(map(which, whole))) == list(range(21))
+
+
+def test_too_few_closed_form_rows_to_share_go_to_every_process():
+    prepared = Prepared(Rows(data(21)), Rows(data(2)))
+    config = FitConfig(batch_size=4, closed_form_tokens=12)
+    assert [which(prepared.closed_form_batches(config, index, 3)) for index in range(3)] == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_heldout_rows_are_shared_out_once_each(count):
+    prepared = Prepared(Rows(data(21)), Rows(data(9)))
+    config = FitConfig(batch_size=4, eval_tokens=40)  # 7 rows
+    parts = [prepared.heldout_batches(config, index, count) for index in range(count)]
+    assert all(shared for _, shared in parts)
+    assert sorted(chain.from_iterable(which(part) for part, _ in parts)) == list(range(7))
+
+
+def test_too_few_heldout_rows_to_share_go_to_every_process():
+    prepared = Prepared(Rows(data(21)), Rows(data(2)))
+    for index in range(3):
+        batches, shared = prepared.heldout_batches(FitConfig(), index, 3)
+        assert not shared and which(batches) == [0, 1]

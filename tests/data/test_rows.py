@@ -1,0 +1,80 @@
+from itertools import chain
+
+import pytest
+import torch
+
+from bridges.data.rows import Rows
+
+
+def rows(n=7, seed=3, mask=None):
+    return Rows(torch.arange(n)[:, None].expand(n, 4).clone(), mask, seed)
+
+
+def first_column(batch):
+    return batch[0][:, 0].tolist()
+
+
+def test_take_is_an_endless_sequence_of_permutations():
+    data = rows()
+    taken = first_column(data.take(0, 7 * 6))
+    epochs = [taken[i : i + 7] for i in range(0, len(taken), 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1 and epochs[0] != list(range(7))
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 14])
+def test_the_order_does_not_depend_on_how_it_is_cut(size):
+    whole = first_column(rows().take(0, 42))
+    # In reverse, so that no hidden cursor could help.
+    parts = [first_column(rows().take(start, min(size, 42 - start))) for start in reversed(range(0, 42, size))]
+    assert list(chain.from_iterable(reversed(parts))) == whole
+    assert first_column(rows(seed=4).take(0, 42)) != whole
+
+
+def test_shuffling_moves_no_global_seed():
+    state = torch.get_rng_state()
+    rows().take(0, 30)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_mask_goes_with_its_row():
+    mask = torch.ones(7, 4).long()
+    mask[torch.arange(7) % 2 == 1, 2:] = 0
+    ids, taken = rows(mask=mask).take(5, 20)
+    assert torch.equal(taken[:, 3], 1 - ids[:, 0] % 2)
+    assert rows(mask=torch.ones(7, 4).long()).take(0, 2)[1] is None
+
+
+def test_in_order_and_its_limit():
+    batches = rows().in_order(3)
+    assert [first_column(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [first_column(batch) for batch in rows().in_order(3, 5)] == [[0, 1, 2], [3, 4]]
+    assert [first_column(batch) for batch in rows().in_order(3, 99)] == [first_column(batch) for batch in batches]
+    mask = torch.ones(7, 4).long()
+    mask[6, 1:] = 0
+    assert rows(mask=mask).in_order(3)[2][1].tolist() == [[1, 0, 0, 0]]
+
+
+def test_split_sets_the_last_rows_apart():
+    mask = torch.ones(7, 4).long()
+    mask[6, 1:] = 0
+    train, heldout = rows(mask=mask, seed=5).split(2)
+    assert train.input_ids[:, 0].tolist() == [0, 1, 2, 3, 4] and heldout.input_ids[:, 0].tolist() == [5, 6]
+    assert train.attention_mask is None and heldout.attention_mask[1].tolist() == [1, 0, 0, 0]
+    assert (len(train), train.seq_len, train.seed, heldout.seed) == (5, 4, 5, 5)
+
+
+def test_the_fingerprint_is_of_tokens_mask_and_shape_alone():
+    ids = torch.arange(12).view(3, 4)
+    mark = Rows(ids).fingerprint()
+    assert Rows(ids.int(), torch.ones(3, 4).long(), seed=9).fingerprint() == mark
+    changed, mask = ids.clone(), torch.ones(3, 4).long()
+    changed[2, 3] = 0
+    mask[2, 3] = 0
+    others = [Rows(changed), Rows(ids, mask), Rows(ids.view(4, 3)), Rows(ids[:2]), Rows(ids.T)]
+    assert len({mark, *(other.fingerprint() for other in others)}) == 6
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match=r"data of shape \[0, 4\] is not"):
+        Rows(torch.zeros(0, 4).long())

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch import nn
+
+from bridges.models.huggingface import as_residual
+from bridges.models.residual import Site, input_device, position_ids
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny("gpt2")
+
+
+@pytest.fixture
+def chain(model):
+    return as_residual(model)
+
+
+def test_a_site_is_its_name():
+    site = Site("12.mlp")
+    assert site == "12.mlp" and hash(site) == hash("12.mlp") and {site: 1}["12.mlp"] == 1
+    assert (site.layer, site.kind) == (12, "mlp")
+    assert (Site("final").layer, Site("final").kind) == (None, "final")
+
+
+def test_sites_are_found_by_name_and_by_index(chain):
+    assert [chain.index(site) for site in chain.sites] == [0, 1, 2, 3, 4]
+    assert (chain.index(0), chain.index(-1), chain.index(4), chain.index("1.attn")) == (0, 4, 4, 2)
+
+
+@pytest.mark.parametrize("site", ["2.attn", "", "0.block", 5, -6])
+def test_a_site_that_is_not_there_is_refused_with_those_that_are(chain, site):
+    with pytest.raises(ValueError, match=f"site={site!r} is not .* 0.attn, 0.mlp, 1.attn, 1.mlp, final"):
+        chain.index(site)
+
+
+def test_positions_follow_the_mask():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 2]]
+
+
+def test_the_chain_composes(chain, tokens, padding):
+    with torch.no_grad():
+        trace = chain.trace(tokens, padding)
+        assert trace.context.embedding is trace.residuals[0]
+        for start in range(5):
+            for stop in range(start, 5):
+                there = chain.run(start, stop, trace.residuals[start], trace.context)
+                assert torch.equal(there, trace.residuals[stop])
+            assert torch.equal(chain.tail(start, trace.residuals[start], trace.context), trace.logits)
+        residuals, logits = chain.residuals(tokens, padding)
+    assert torch.equal(logits, trace.logits)
+    assert all(torch.equal(one, other) for one, other in zip(residuals, trace.residuals, strict=True))
+
+
+def test_dtype_and_device_are_the_models(tiny):
+    chain = as_residual(tiny("gpt2").to(torch.bfloat16))
+    assert (chain.dtype, chain.device) == (torch.bfloat16, torch.device("cpu"))
+
+
+def test_token_ids_go_where_accelerate_brings_an_offloaded_weight():
+    class Hook:
+        execution_device = "cpu"
+
+    class Several:
+        hooks = (Hook(),)
+
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"))
+    assert input_device(model) == torch.device("meta")
+    for hook in (Hook(), Several()):
+        model[0]._hf_hook = hook
+        assert input_device(model) == torch.device("cpu")
+
+
+def test_a_visitor_sees_each_read_once_and_its_answer_takes_its_place(model, chain, tokens):
+    """Against the model's own forward with a hand-made hook on the MLP of layer 0 and the attention of layer 1."""
+    reads, seen = chain.reads(tokens), []
+
+    def visit(read):
+        seen.append(read)
+        return read * 2 + 1
+
+    with torch.no_grad(), chain.reading({1: visit, 2: visit}):
+        logits = chain.trace(tokens).logits
+    assert len(seen) == 2 and torch.equal(seen[0], reads[1]) and not torch.equal(seen[1], reads[2])
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: (args[0] * 2 + 1, *args[1:]))
+        for module in (model.transformer.h[0].mlp, model.transformer.h[1].attn)
+    ]
+    with torch.no_grad():
+        assert torch.equal(logits, model(tokens, use_cache=False).logits)
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_keyword_read_is_edited_too(tiny, tokens):
+    model = tiny("llama")
+    chain = as_residual(model)
+    with torch.no_grad(), chain.reading({2: lambda read: read + 1}):
+        inside = model(tokens, use_cache=False).logits
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "hidden_states": kwargs["hidden_states"] + 1}), with_kwargs=True
+    )
+    with torch.no_grad():
+        assert torch.equal(inside, model(tokens, use_cache=False).logits)
+    handle.remove()
+
+
+def test_visitors_are_gone_after_an_exception(chain, tokens):
+    with torch.no_grad():
+        logits = chain.trace(tokens).logits
+        with pytest.raises(KeyError), chain.reading({i: lambda read: read * 0 for i in range(5)}):
+            raise KeyError
+        assert torch.equal(chain.trace(tokens).logits, logits)
+
+
+def test_reading_without_an_answer_changes_no_bit(chain, tokens):
+    with torch.no_grad():
+        logits = chain.trace(tokens).logits
+        with chain.reading({i: lambda read: None for i in range(5)}):
+            assert torch.equal(chain.trace(tokens).logits, logits)

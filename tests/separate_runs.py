@@ -1,0 +1,87 @@
+"""Fits in processes of their own, for tests that kill them or run two side by side.
+
+separate_runs.py fit OUT SETTINGS          one process of a fit (torchrun's variables say which)
+separate_runs.py killed OUT SETTINGS SEED  a fit killed at five random moments and resumed until done
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from pairs import gpt2, sparse_model, tokens
+
+from bridges.fit import fit
+from bridges.training.trainer import Trainer
+
+KILLS = 5
+
+
+def run(out, settings, resume=False):
+    # Rows of their own: padded ones among them, so that processes have different numbers of tokens.
+    ids = tokens(40, 10, seed=31)
+    mask = torch.ones_like(ids)
+    mask[::3, :4] = 0
+    mask[1::5, 6:] = 0
+    data = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
+    dense, sparse = gpt2(layers=1), sparse_model(layers=1)
+    fit(dense, sparse, data, output_dir=out, resume=resume, progress=False, **settings)
+
+
+def logged(out, settings):
+    """A run that writes down every step as it is done."""
+    step = Trainer.train_step
+
+    def noted(self, batches):
+        losses = step(self, batches)
+        with (Path(out) / "executed").open("a") as log:
+            log.write(f"{self.step}\n")
+        return losses
+
+    Trainer.train_step = noted
+    run(out, settings, resume=True)
+
+
+def attempt(out, settings):
+    """The run in a fork, which has everything imported."""
+    child = os.fork()
+    if child == 0:
+        logged(out, settings)
+        os._exit(0)
+    return child
+
+
+def last_step(log):
+    return max(map(int, log.read_text().replace("killed", "0").split()), default=0)
+
+
+def killed(out, settings, seed):
+    chance, log = random.Random(seed), Path(out) / "executed"
+    Path(out).mkdir()
+    log.touch()
+    for kill in range(KILLS):
+        # In the kill-th part of the run, at any instant: within a step, a row of metrics, a checkpoint.
+        target = settings["steps"] * (kill + chance.random()) / KILLS
+        child = attempt(out, settings)
+        while last_step(log) < target:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before it was killed"
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with log.open("a") as file:
+            file.write("killed\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(attempt(out, settings), 0)[1]) == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if what == "killed":
+        killed(out, settings, int(sys.argv[4]))
+    else:
+        run(out, settings)

@@ -1,0 +1,299 @@
+import filecmp
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bridges.bridge
+from bridges.bridge import Bridge, BridgeSet
+from bridges.quality import BridgeReport, SiteFigures
+
+D_DENSE, D_SPARSE, K = 5, 7, 3
+
+
+def filled(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    bridge = Bridge(D_DENSE, D_SPARSE, K, dtype)
+    bridge.randomize(generator)
+    with torch.no_grad():
+        bridge.encoder_bias.normal_(generator=generator)
+        bridge.decoder_bias.normal_(generator=generator)
+    bridge.rms_dense.fill_(1.5 + seed)
+    bridge.rms_sparse.fill_(2.5 + seed)
+    return bridge
+
+
+@pytest.fixture
+def bridge():
+    return filled()
+
+
+@pytest.fixture
+def report():
+    return BridgeReport((SiteFigures("0.attn", *[0.125 * i for i in range(10)]),), 2.5, 2.75, 0.375, 99, {"steps": 3})
+
+
+@pytest.fixture
+def bridge_set(report):
+    pairs = [("0.attn", "0.attn"), ("1.block", "2.attn"), ("final", "final")]
+    provenance = {"dense": {"name": "d", "fingerprint": "bf16:1 fp16:2"}, "settings": {"steps": 3}}
+    return BridgeSet(pairs, [filled(i) for i in range(3)], provenance, report, [{"step": 1, "train/loss": 0.5}])
+
+
+def normal(*shape, seed=9):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def naive_encode(bridge, h):
+    """One token at a time, as the method writes it."""
+    z = torch.zeros(*h.shape[:-1], D_SPARSE, dtype=h.dtype)
+    for place in torch.cartesian_prod(*[torch.arange(n) for n in h.shape[:-1]]).view(-1, h.ndim - 1).tolist():
+        affine = [sum(w * x for w, x in zip(row, h[tuple(place)], strict=True)) for row in bridge.encoder_weight]
+        affine = [(value + bias).item() for value, bias in zip(affine, bridge.encoder_bias, strict=True)]
+        kept = sorted(range(D_SPARSE), key=lambda i: (-abs(affine[i]), i))[:K]
+        for i in kept:
+            z[tuple(place)][i] = affine[i]
+    return z
+
+
+def test_encode_is_affine_and_keeps_k(bridge):
+    h = normal(2, 4, D_DENSE)
+    with torch.no_grad():
+        z = bridge.encode(h)
+        torch.testing.assert_close(z, naive_encode(bridge, h), rtol=0, atol=1e-12)
+    assert (z != 0).sum(-1).unique().tolist() == [K]
+
+
+def test_decode_is_affine_and_its_delta_has_no_bias(bridge):
+    z, dz = normal(2, 4, D_SPARSE), normal(2, 4, D_SPARSE, seed=10)
+    with torch.no_grad():
+        expected = torch.einsum("ds,bts->btd", bridge.decoder_weight, z) + bridge.decoder_bias
+        torch.testing.assert_close(bridge.decode(z), expected, rtol=0, atol=1e-12)
+        delta = bridge.decode_delta(dz)
+        torch.testing.assert_close(delta, bridge.decode(z + dz) - bridge.decode(z), rtol=0, atol=1e-12)
+        assert torch.equal(bridge.decode_delta(dz * 0), torch.zeros(2, 4, D_DENSE).double())
+
+
+def test_streams_of_another_dtype_are_raised_to_the_bridges_own(bridge):
+    low = normal(3, D_DENSE).bfloat16()
+    with torch.no_grad():
+        assert bridge.encode(low).dtype == torch.float64
+        assert torch.equal(bridge.encode(low), bridge.encode(low.double()))
+        assert bridge.decode(normal(3, D_SPARSE).half()).dtype == torch.float64
+
+
+def test_gradients_reach_kept_entries_alone(bridge):
+    h = normal(1, D_DENSE)
+    bridge.encode(h).sum().backward()
+    kept = (naive_encode(bridge, h)[0] != 0).double()
+    assert torch.equal(bridge.encoder_bias.grad, kept)
+    assert torch.equal(bridge.encoder_weight.grad, kept[:, None] * h)
+
+
+@pytest.mark.parametrize("k", [0, -1, D_SPARSE + 1])
+def test_an_impossible_k_is_refused(k):
+    with pytest.raises(ValueError, match=f"k={k} must lie between 1 and the sparse width 7"):
+        Bridge(D_DENSE, D_SPARSE, k)
+
+
+def test_a_new_bridge_is_zero_float32_and_knows_no_rms():
+    bridge = Bridge(D_DENSE, D_SPARSE, K)
+    assert bridge.encoder_weight.shape == (7, 5) and bridge.decoder_weight.shape == (5, 7)
+    assert all(not p.any() and p.dtype == torch.float32 for p in bridge.parameters())
+    assert bridge.rms_dense.isnan() and bridge.rms_sparse.isnan() and len(list(bridge.parameters())) == 4
+
+
+def test_random_maps_keep_variance_and_follow_the_generator():
+    one, two = Bridge(400, 300, 5), Bridge(400, 300, 5)
+    one.randomize(torch.Generator().manual_seed(1))
+    state = torch.get_rng_state()
+    two.randomize(torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(one.encoder_weight, two.encoder_weight)
+    # 120000 normal entries: the standard deviation's own is 0.2 % of it.
+    assert one.encoder_weight.std().item() == pytest.approx(400**-0.5, rel=0.02)
+    assert one.decoder_weight.std().item() == pytest.approx(300**-0.5, rel=0.02)
+    assert not one.encoder_bias.any() and not one.decoder_bias.any()
+
+
+def test_the_set_is_a_sequence_keyed_by_sparse_sites(bridge_set):
+    assert len(bridge_set) == 3 and bridge_set.sites == ["0.attn", "2.attn", "final"]
+    assert list(bridge_set) == [bridge_set[i] for i in range(3)]
+    assert bridge_set["2.attn"] is bridge_set[1] is bridge_set[-2]
+    assert bridge_set.index("final") == bridge_set.index(-1) == 2
+    with pytest.raises(KeyError, match=r"site='1.block' has no bridge; bridged are 0.attn, 2.attn, final"):
+        bridge_set["1.block"]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"site={index} is out of range; there are 3"):
+            bridge_set[index]
+    assert len(list(bridge_set.parameters())) == 12
+
+
+def same_folders(one, other):
+    compared = filecmp.dircmp(one, other)
+    names = sorted(os.listdir(one))
+    assert compared.left_only == compared.right_only == []
+    return filecmp.cmpfiles(one, other, names, shallow=False)[0]
+
+
+def test_save_load_save_gives_the_same_bytes(bridge_set, tmp_path):
+    bridge_set.save_pretrained(tmp_path / "a")
+    loaded = BridgeSet.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    names = ["README.md", "bridges.safetensors", "config.json", "history.json", "report.json"]
+    assert sorted(same_folders(tmp_path / "a", tmp_path / "b")) == names == sorted(os.listdir(tmp_path / "b"))
+    assert loaded.pairs == bridge_set.pairs and loaded.report == bridge_set.report
+    assert loaded.history == bridge_set.history and loaded.provenance == bridge_set.provenance
+    for name, tensor in bridge_set.tensors().items():
+        assert torch.equal(loaded.tensors()[name], tensor) and loaded.tensors()[name].dtype == tensor.dtype
+    assert [b.k for b in loaded] == [K] * 3 and loaded[0].encoder_weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unfitted_set_comes_back_without_a_report(dtype, tmp_path):
+    BridgeSet([("0.attn", "0.attn")], [filled(dtype=dtype)]).save_pretrained(tmp_path / "a")
+    loaded = BridgeSet.from_pretrained(str(tmp_path / "a"))
+    loaded.save_pretrained(tmp_path / "b")
+    assert len(same_folders(tmp_path / "a", tmp_path / "b")) == 4
+    assert loaded.report is None and loaded.history == [] and loaded[0].encoder_weight.dtype == dtype
+
+
+def test_the_folders_content(bridge_set, tmp_path):
+    bridge_set.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {
+        "format_version": 1,
+        "pairs": [["0.attn", "0.attn"], ["1.block", "2.attn"], ["final", "final"]],
+        "d_dense": 5,
+        "d_sparse": 7,
+        "k": 3,
+        "dtype": "float64",
+        "dense": {"name": "d", "fingerprint": "bf16:1 fp16:2"},
+        "settings": {"steps": 3},
+    }
+    stored = load_file(tmp_path / "bridges.safetensors")
+    parts = ["encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias", "rms_dense", "rms_sparse"]
+    assert set(stored) == {f"{site}.{part}" for site in bridge_set.sites for part in parts}
+    assert stored["2.attn.rms_dense"].item() == 2.5
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
+    path.write_text(json.dumps(config))
+
+
+TENSORS, CONFIG = "bridges.safetensors", "config.json"
+DAMAGES = {
+    "cut": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-20]), rf"{TENSORS} cannot be read"),
+    "empty": (lambda f: (f / TENSORS).write_bytes(b""), rf"{TENSORS} cannot be read"),
+    "no safetensors": (lambda f: (f / TENSORS).write_text("x" * 99), rf"{TENSORS} cannot be read"),
+    "gone": (lambda f: (f / TENSORS).unlink(), rf"{TENSORS} is missing"),
+    "one missing": (
+        lambda f: rewrite(f / TENSORS, lambda t: t.pop("final.decoder_bias")),
+        "tensor 'final.decoder_bias' is missing",
+    ),
+    "one too many": (
+        lambda f: rewrite(f / TENSORS, lambda t: t.update({"0.mlp.decoder_bias": torch.ones(2)})),
+        "tensor '0.mlp.decoder_bias' is unexpected",
+    ),
+    "misshapen": (
+        lambda f: rewrite(f / TENSORS, lambda t: t.update({"final.decoder_bias": torch.ones(2)})),
+        r"'final.decoder_bias' is \[2\], not \[5\]",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json: not a bridge folder"),
+    "torn config": (lambda f: (f / CONFIG).write_text('{"k": '), "config.json is not valid JSON"),
+    "another version": (lambda f: edit_config(f, format_version=2), r"config.json: format_version=2, .* reads 1"),
+    "no width": (lambda f: edit_config(f, d_dense=None), "config.json lacks 'd_dense'"),
+    "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is no dtype"),
+    "torn report": (lambda f: (f / "report.json").write_text("{"), "report.json is not valid JSON"),
+    "odd report": (lambda f: (f / "report.json").write_text("{}"), "report.json is not a report"),
+    "torn history": (lambda f: (f / "history.json").write_text("["), "history.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_by_name(damage, bridge_set, tmp_path):
+    bridge_set.save_pretrained(tmp_path)
+    act, message = DAMAGES[damage]
+    act(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        BridgeSet.from_pretrained(tmp_path)
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    for path in (tmp_path / "nothing", "nothing", "a/b/c"):
+        with pytest.raises(OSError, match="neither a bridge folder nor a hub id"):
+            BridgeSet.from_pretrained(path)
+
+
+def test_a_hub_id_is_fetched_with_its_revision(bridge_set, tmp_path, monkeypatch):
+    bridge_set.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(bridges.bridge, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert BridgeSet.from_pretrained("someone/bridges", revision="v1").sites == bridge_set.sites
+    assert asked == [(("someone/bridges",), {"revision": "v1"})]
+
+
+def test_push_to_hub_uploads_the_bridge_folder(bridge_set, tmp_path, monkeypatch):
+    bridge_set.save_pretrained(tmp_path / "here")
+    asked = {}
+
+    class Api:
+        def __init__(self, token=None):
+            asked["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            asked["created"] = (repo_id, options)
+            return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            asked["uploaded"], asked["folder"] = repo_id, folder_path
+            asked["same"] = sorted(same_folders(folder_path, tmp_path / "here"))
+            return SimpleNamespace(commit_url="address of the commit")
+
+    monkeypatch.setattr(bridges.bridge, "HfApi", Api)
+    assert bridge_set.push_to_hub("mine", private=True, token="secret") == "address of the commit"
+    assert asked["created"] == ("mine", {"private": True, "exist_ok": True}) and asked["token"] == "secret"
+    assert asked["uploaded"] == "someone/mine" and len(asked["same"]) == 5
+    assert not os.path.exists(asked["folder"])
+
+
+def test_the_set_knows_its_models_again(tiny, tmp_path):
+    dense, sparse = tiny("gpt2"), tiny("llama")
+    bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
+    bridge_set.check_models(dense, sparse)  # nothing remembered, nothing to refuse
+    bridge_set.remember(dense, sparse)
+    bridge_set.save_pretrained(tmp_path)
+    loaded = BridgeSet.from_pretrained(tmp_path)
+    loaded.check_models(tiny("gpt2").to(torch.bfloat16), tiny("llama").double())
+    loaded.check_models(dense)
+    with pytest.raises(ValueError, match=r"dense=GPT2LMHeadModel is not the model .*'GPT2LMHeadModel'.* hash to bf16:"):
+        loaded.check_models(tiny("gpt2", seed=1), sparse)
+    with pytest.raises(ValueError, match="sparse=GPT2LMHeadModel is not the model"):
+        loaded.check_models(dense, dense)
+
+
+def test_a_model_is_remembered_by_its_folders_name_not_its_place(tiny, tmp_path):
+    names = []
+    for place in ("here", "there"):
+        folder = tmp_path / place / "tiny-dense"
+        tiny("gpt2").save_pretrained(folder)
+        bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
+        loaded = type(tiny("gpt2")).from_pretrained(folder)
+        bridge_set.remember(loaded, loaded)
+        names.append(bridge_set.provenance)
+    assert names[0] == names[1] and names[0]["dense"]["name"] == "tiny-dense"
+    hub = tiny("gpt2")
+    hub.config._name_or_path = "someone/model"
+    bridge_set.remember(hub, tiny("llama"))
+    assert bridge_set.provenance["dense"]["name"] == "someone/model"
+    assert bridge_set.provenance["sparse"]["name"] == "LlamaForCausalLM"

@@ -1,0 +1,91 @@
+"""The command line as a user meets it: real processes are slow to start, so `main` is called with their arguments."""
+
+import json
+import sys
+
+import pytest
+import torch
+from pairs import gpt2, sparse_model
+
+from bridges import cli
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit status, stdout, stderr) of `bridges ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["bridges", *map(str, arguments)])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Two saved models and a run file that names them."""
+    gpt2(dtype=torch.float32).save_pretrained(tmp_path / "dense")
+    sparse_model(dtype=torch.float32).save_pretrained(tmp_path / "sparse")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[dense]\npath = "{tmp_path}/dense"\n[sparse]\npath = "{tmp_path}/sparse"\n'
+        "[fit]\nsteps = 2\nseq_len = 8\nsampled_rows = 16\nbatch_size = 2\nprogress = false\n"
+    )
+    return path
+
+
+def test_help_everywhere(monkeypatch, capsys):
+    for arguments in ((), ("fit",), ("evaluate",), ("demo",)):
+        status, out, _ = run(monkeypatch, capsys, *arguments, "--help")
+        assert status == 0
+        assert "Usage" in out
+
+
+def test_fit_reads_the_file_and_takes_overrides(monkeypatch, capsys, config, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--fit.steps", "1", f"--fit.output_dir={out}", "--fit.seed", 3, "--dense.dtype", "float32")
+    status, printed, err = run(monkeypatch, capsys, "fit", config, *arguments)
+    assert status == 0, err
+    assert "kl_sparse_to_dense" in printed
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    settings = json.loads((out / "config.json").read_text())["fit"]
+    assert (settings["steps"], settings["seed"], settings["seq_len"]) == (1, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--fit.stepz", "1"), "stepz=1 is no setting of fit"),
+        (("--fit.steps", "-1"), "steps=-1 cannot be"),
+        (("--nonsense", "1"), "'--nonsense' is no option"),
+        (("--fit.steps",), "--fit.steps needs a value"),
+        (("--data.pth", "x"), "pth='x' is unknown"),
+        (("--sparse.path", "missing/folder/here"), "missing/folder/here"),
+        (("--fit.seq_len", "64"), "seq_len=64 is over the models' context of 12"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(monkeypatch, capsys, config, arguments, message):
+    status, _, err = run(monkeypatch, capsys, "fit", config, *arguments)
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_run_files_that_are_not_are_refused(monkeypatch, capsys, tmp_path):
+    for text, message in (("[fit", "not valid TOML"), ("[fut]\nx = 1", "unknown table [fut]"), ("", "[dense] path")):
+        (tmp_path / "run.toml").write_text(text)
+        status, _, err = run(monkeypatch, capsys, "fit", tmp_path / "run.toml")
+        assert status == 2
+        assert message in err
+    status, _, err = run(monkeypatch, capsys, "fit", tmp_path / "none.toml")
+    assert (status, "is no file" in err) == (2, True)
+
+
+def test_evaluate_needs_data_and_a_bridge_folder(monkeypatch, capsys, tmp_path):
+    status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path, "--dense", "x")
+    assert status == 2
+    assert "--data is missing" in err
+    status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path, "--dense", "x", "--data", tmp_path)
+    assert status == 2
+    assert "no config.json" in err

@@ -1,0 +1,157 @@
+import re
+
+import pytest
+
+from bridges.config import FitConfig
+
+FIXED_NAMES = [
+    "steps",
+    "batch_size",
+    "seq_len",
+    "lr",
+    "seed",
+    "k",
+    "ridge",
+    "sites",
+    "site_map",
+    "sites_per_step",
+    "nmse_weight",
+    "kl_dense_to_sparse_weight",
+    "kl_sparse_to_dense_weight",
+    "ce_weight",
+    "train_sparse",
+    "target_density",
+    "mixed_precision",
+    "eval_every",
+    "checkpoint_every",
+    "output_dir",
+    "resume",
+    "report_to",
+    "progress",
+]
+
+INVALID = {
+    "steps": [-1, 1.5, "many"],
+    "batch_size": [0],
+    "gradient_accumulation_steps": [0],
+    "seq_len": [1],
+    "lr": [0.0, -1.0, float("nan"), float("inf")],
+    "seed": [-1],
+    "k": [0],
+    "closed_form": ["perhaps"],
+    "closed_form_tokens": [0],
+    "ridge": [-1e-9, float("nan")],
+    "moments_gib": [0.0],
+    "nmse_weight": [-1.0, float("inf")],
+    "kl_dense_to_sparse_weight": [-1.0],
+    "kl_sparse_to_dense_weight": [-1.0],
+    "ce_weight": [-1.0],
+    "train_sparse": [2],
+    "anneal": [-0.1, 1.1],
+    "sparse_lr": [0.0],
+    "sparse_weight_decay": [-0.1],
+    "sparse_eps": [0.0],
+    "mixed_precision": ["fp8"],
+    "eval_every": [0],
+    "eval_tokens": [0],
+    "checkpoint_every": [0],
+    "sampled_rows": [1],
+    "report_to": ["tensorboard"],
+    "progress": ["loud"],
+    "sites": [3, "0.attn"],
+    "site_map": [("0.attn",), 3],
+    "sites_per_step": [0, -2, "some", 1.5],
+}
+
+
+def test_the_fixed_names_are_there_with_a_word_on_each_and_weights_of_one():
+    fields = FitConfig.model_fields
+    assert not set(FIXED_NAMES) - set(fields)
+    assert [name for name, field in fields.items() if not field.description] == []
+    config = FitConfig()
+    for name in ("nmse", "kl_dense_to_sparse", "kl_sparse_to_dense", "ce"):
+        assert getattr(config, f"{name}_weight") == 1.0
+    assert (config.output_dir, config.report_to, config.resume, config.train_sparse) == (None, "none", False, False)
+
+
+def test_an_unknown_setting_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"stepz=3 is no setting of fit; those are steps, batch_size, "):
+        FitConfig.of({"stepz": 3})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
+def test_an_impossible_value_is_refused_by_name_and_value_on_one_line(name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        FitConfig.of({name: value})
+    message = str(caught.value)
+    assert re.match(rf"{name}(\.\d+)*=", message) and "\n" not in message and "pydantic" not in message
+    assert str(value) in message or repr(value) in message or isinstance(value, tuple)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_density": 0.1}, "target_density=0.1 needs train_sparse=True"),
+        ({"resume": True}, "resume=True needs output_dir"),
+        ({"target_density": 0.0, "train_sparse": True}, "target_density=0.0 cannot be"),
+        ({"target_density": 1.1, "train_sparse": True}, "target_density=1.1 cannot be"),
+    ],
+)
+def test_settings_that_need_others(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        FitConfig.of(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_bound_itself_is_allowed():
+    FitConfig.of({"steps": 0, "ridge": 0, "nmse_weight": 0, "seq_len": 2, "k": 1, "anneal": 1, "sites_per_step": 1})
+    FitConfig.of({"target_density": 1.0, "train_sparse": True, "sites_per_step": "all", "sampled_rows": 2})
+
+
+def test_it_is_frozen():
+    config = FitConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 3
+    assert config.steps == FitConfig().steps
+
+
+def test_with_settings_validates_anew_and_leaves_the_old():
+    config = FitConfig(steps=3, seed=4)
+    changed = config.with_settings({"steps": 5})
+    assert (config.steps, changed.steps, changed.seed) == (3, 5, 4)
+    with pytest.raises(ValueError, match="steps=-1"):
+        config.with_settings({"steps": -1})
+
+
+def test_written_and_read_it_is_equal(tmp_path):
+    path = tmp_path / "run.toml"
+    given = {"steps": 7, "sites": ["0.attn"], "site_map": [["0.attn", "1.attn"]], "sites_per_step": "all", "lr": 0.5}
+    config = FitConfig.of({**given, "output_dir": tmp_path / "out", "train_sparse": True, "target_density": 0.25})
+    config.to_file(path)
+    assert FitConfig.from_file(path) == config
+    assert path.read_text().startswith("[fit]") and "seq_len" not in path.read_text()
+    default = FitConfig()
+    default.to_file(path)
+    assert FitConfig.from_file(path) == default
+
+
+def test_a_file_without_the_table_is_read_from_the_top(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 9\nsite_map = [['0.attn', '1.attn']]\n")
+    config = FitConfig.from_file(tmp_path / "a.toml")
+    assert config.steps == 9 and config.site_map == (("0.attn", "1.attn"),)
+
+
+def test_files_are_refused_by_name_or_setting(tmp_path):
+    (tmp_path / "bad.toml").write_text("steps = = 9")
+    with pytest.raises(ValueError, match=r"bad.toml is not valid TOML"):
+        FitConfig.from_file(tmp_path / "bad.toml")
+    (tmp_path / "odd.toml").write_text("[fit]\nbatchsize = 9")
+    with pytest.raises(ValueError, match=r"batchsize=9 is no setting"):
+        FitConfig.from_file(tmp_path / "odd.toml")
+
+
+def test_what_is_recorded_are_plain_values_without_where_and_how_it_is_shown(tmp_path):
+    config = FitConfig(output_dir=tmp_path, resume=True, report_to="wandb", progress=False, sites=("0.attn",))
+    recorded = config.recorded()
+    assert set(FitConfig.model_fields) - set(recorded) == {"output_dir", "resume", "report_to", "progress"}
+    assert recorded["sites"] == ["0.attn"] and recorded == FitConfig(sites=("0.attn",)).recorded()
