@@ -5,6 +5,7 @@ from bridges.config import FitConfig
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.models.huggingface import as_residual
+from bridges.models.pair import load_pair
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse import SparseTransformer
 from bridges.models.sparse_config import SparseConfig
@@ -26,4 +27,5 @@ __all__ = [
     "evaluate",
     "fit",
     "hybrid_losses",
+    "load_pair",
 ]

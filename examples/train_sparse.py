@@ -20,13 +20,13 @@ parser.add_argument("--run", default="runs/pair", help="the run folder; sparse/ 
 parser.add_argument("--dense", default="bridges/assets/dense", help="the dense model's folder")
 parser.add_argument("--tokenizer", default="bridges/assets/tokenizer", help="its tokenizer's folder")
 parser.add_argument("--start", help="weights to start from: sparse.safetensors of a checkpoint; none: from scratch")
+parser.add_argument("--split", default="train", help='"heldout" is a twentieth, for a quick try')
 parser.add_argument("--rows", type=int, default=0, help="train on the first so many rows only; 0: on all")
 parser.add_argument("--report-to", default="none", help="none or wandb")
 args, settings = parser.parse_known_args()
 # Any other argument is a setting of fit: --steps 100
-overrides = {
-    name.removeprefix("--").replace("-", "_"): value for name, value in zip(settings[::2], settings[1::2], strict=True)
-}
+names = [name.removeprefix("--").replace("-", "_") for name in settings[::2]]
+overrides = dict(zip(names, settings[1::2], strict=True))
 
 tables = tomllib.loads(Path(args.config).read_text())
 config = bridges.FitConfig.from_file(args.config).with_settings(overrides)
@@ -38,7 +38,7 @@ sparse = bridges.SparseTransformer(
 )
 if args.start:
     sparse.load_state_dict(load_file(args.start), strict=False)
-rows = bundled_corpus(tokenizer, config.seq_len or 128, "train", config.seed)
+rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridge_set = bridges.fit(
     dense,

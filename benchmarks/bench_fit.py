@@ -1,0 +1,52 @@
+"""Closed form alone, gradient steps alone, both, at equal wall time on the bundled pair: python benchmarks/bench_fit.py
+
+All three see the same rows and are measured on the same held-out ones; the pace of each part is measured first.
+"""
+
+import argparse
+import time
+
+import bridges
+from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, TRAIN_DOCUMENTS, demo_rows
+
+PROBE_TOKENS, PROBE_STEPS = 50_000, 20
+
+
+def timed(pair, train, heldout, **settings):
+    """(seconds, report) of one fit."""
+    started = time.perf_counter()
+    config = SETTINGS.with_settings({"progress": False, **settings})
+    report = bridges.fit(pair.dense, pair.sparse, train, eval_data=heldout, config=config).report
+    return time.perf_counter() - started, report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=90.0, help="wall time of each, evaluation aside")
+    seconds = parser.parse_args().seconds
+    pair = bridges.load_pair()
+    train = demo_rows(pair, "train", 2 * TRAIN_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)
+    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)
+    rest, _ = timed(pair, train, heldout, steps=0, closed_form=False)
+    per_token = (timed(pair, train, heldout, steps=0, closed_form_tokens=PROBE_TOKENS)[0] - rest) / PROBE_TOKENS
+    per_step = (timed(pair, train, heldout, steps=PROBE_STEPS, closed_form=False)[0] - rest) / PROBE_STEPS
+    tokens = min(round(seconds / per_token), train.numel())
+    few = min(SETTINGS.closed_form_tokens, tokens // 2)
+    runs = {
+        "closed form alone": dict(steps=0, closed_form_tokens=tokens),
+        "gradient steps alone": dict(steps=round(seconds / per_step), closed_form=False),
+        "both": dict(steps=round((seconds - few * per_token) / per_step), closed_form_tokens=few),
+    }
+    print(
+        "| | steps | closed-form tokens | seconds | nmse_encode | nmse_decode | kl_dense_to_sparse | kl_sparse_to_dense |"
+    )
+    print("|" + "---|" * 8)
+    for name, settings in runs.items():
+        took, report = timed(pair, train, heldout, **settings)
+        figures = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
+        cells = [name, settings["steps"], settings.get("closed_form_tokens", 0), f"{took - rest:.0f}"]
+        print("| " + " | ".join(map(str, [*cells, *(f"{report.mean[f]:.3f}" for f in figures)])) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Every example runs, at tiny settings."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY_DENSE = "--split heldout --batch-size 4 --seq-len 16 --width 8 --heads 2 --warmup 2 --steps 6"
+TINY_FIT = "--split heldout --rows 64 --steps 3 --batch_size 2 --eval_tokens 256 --progress false"
+
+
+def run(script, *arguments):
+    """What the example printed."""
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_examples_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 80, path.name
+
+
+def test_fit_two_models(tmp_path):
+    assert "kl_sparse_to_dense" in run("fit_two_models.py", "--steps", 3, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "bridges.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_train_dense_in_two_legs_is_one_run(tmp_path):
+    for name, legs in (("once", [0]), ("twice", [3, 3])):
+        for leg in legs:
+            folders = ("--out", tmp_path / name, "--run", tmp_path / f"{name}_run")
+            run("train_dense.py", *TINY_DENSE.split(), "--leg-steps", leg, *folders)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_train_tokenizer_and_sparse(tmp_path):
+    run("train_tokenizer.py", "--split", "heldout", "--out", tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    out = run("train_sparse.py", "--run", tmp_path / "pair", *TINY_FIT.split())
+    assert "nmse_decode" in out
+    assert (tmp_path / "pair" / "sparse" / "sparse_model.safetensors").is_file()
