@@ -37,15 +37,13 @@ def main():
         "gradient steps alone": dict(steps=round(seconds / per_step), closed_form=False),
         "both": dict(steps=round((seconds - few * per_token) / per_step), closed_form_tokens=few),
     }
-    print(
-        "| | steps | closed-form tokens | seconds | nmse_encode | nmse_decode | kl_dense_to_sparse | kl_sparse_to_dense |"
-    )
+    names = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
+    print("| " + " | ".join(["", "steps", "closed-form tokens", "seconds", *names]) + " |")
     print("|" + "---|" * 8)
     for name, settings in runs.items():
         took, report = timed(pair, train, heldout, **settings)
-        figures = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
         cells = [name, settings["steps"], settings.get("closed_form_tokens", 0), f"{took - rest:.0f}"]
-        print("| " + " | ".join(map(str, [*cells, *(f"{report.mean[f]:.3f}" for f in figures)])) + " |", flush=True)
+        print("| " + " | ".join(map(str, [*cells, *(f"{report.mean[f]:.3f}" for f in names)])) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 import typer
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
+from bridges.data.prepare import prepare
+from bridges.data.rows import Rows
+from bridges.data.sources import load_rows
 from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
+from bridges.files import write_text
 from bridges.fit import fit
+from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, load_model
+from bridges.training.identity import refuse_used_folder
 
 app = typer.Typer(
     help="Linear bridges between a dense language model and a weight-sparse, readable one.",
@@ -24,6 +32,7 @@ app = typer.Typer(
 )
 
 TABLES = {"dense", "sparse", "data", "fit"}
+RUN_FILE = "run.toml"
 
 
 def main() -> None:
@@ -58,41 +67,78 @@ def fit_command(
 ) -> None:
     """Fit bridges as CONFIG says; any value can be given anew: --fit.steps 100 --dense.path gpt2."""
     tables = _read(config)
-    for dotted, value in _overrides(overrides or []):
-        table, name = dotted
+    for (table, name), value in _overrides(overrides or []):
         tables.setdefault(table, {})[name] = value
-    sources, data = {}, dict(tables.get("data", {}))
-    for side in ("dense", "sparse"):
-        arguments = dict(tables.get(side, {}))
-        if "path" not in arguments:
-            raise ValueError(f"[{side}] path is missing in {config}; give a folder or a hub id")
-        path = arguments.pop("path")
-        sources[side] = load_model(path, **arguments) if arguments else path
     settings = FitConfig.of(tables.get("fit", {}))
-    print(fit(sources["dense"], sources["sparse"], **_data(data), config=settings).report)
+    if not settings.resume:
+        refuse_used_folder(settings.output_dir)
+    dense, sparse = (_source(tables, side) for side in ("dense", "sparse"))
+    data = _data(tables.get("data", {}))
+    if settings.output_dir is not None:  # what `bridges evaluate` finds the models and the data by
+        write_text(settings.output_dir / RUN_FILE, tomli_w.dumps(_absolute(tables, settings)))
+    print(fit(dense, sparse, **data, config=settings).report)
 
 
 @app.command("evaluate")
 def evaluate_command(
-    run_dir: Annotated[Path, typer.Argument(help="A bridge folder.")],
-    dense: Annotated[str, typer.Option(help="The dense model: a folder or a hub id.")],
-    sparse: Annotated[str, typer.Option(help="The sparse model; RUN_DIR/sparse where it was trained.")] = "",
-    data: Annotated[str, typer.Option(help="Text files to measure on.")] = "",
+    run_dir: Annotated[Path, typer.Argument(help="A bridge folder, as `bridges fit` writes it.")],
+    dense: Annotated[str, typer.Option(help="The dense model, if not the one of the run.")] = "",
+    sparse: Annotated[str, typer.Option(help="The sparse model, if not the one of the run.")] = "",
+    data: Annotated[str, typer.Option(help="Text files to measure on, if not the run's held-out rows.")] = "",
+    seq_len: Annotated[int, typer.Option(help="Tokens per row of --data.")] = 128,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON too.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
 ) -> None:
-    """Measure a bridge folder on held-out text."""
-    from bridges.data.sources import load_rows
-
-    if not data:
-        raise ValueError("--data is missing: name the text files to measure on")
+    """Measure a bridge folder on held-out data."""
     bridge_set = BridgeSet.from_pretrained(run_dir)
-    sparse = sparse or str(run_dir / "sparse")
-    rows = load_rows(data, find_tokenizer(dense) or find_tokenizer(sparse), seq_len)
-    report = evaluate(load_model(dense), load_model(sparse), bridge_set, rows)
+    tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
+    sources = {}
+    for side, given in (("dense", dense), ("sparse", sparse)):
+        if given:
+            tables[side] = {"path": given}
+        elif side not in tables:
+            raise ValueError(f"RUN_DIR={str(run_dir)!r} does not say where its {side} model is; pass --{side}")
+        sources[side] = _source(tables, side)
+    if data:
+        rows = load_rows(data, find_tokenizer(sources["dense"]) or find_tokenizer(sources["sparse"]), seq_len)
+    elif "fit" not in tables:
+        raise ValueError(f"RUN_DIR={str(run_dir)!r} does not say what data it was fitted on; pass --data")
+    else:
+        rows = _heldout(tables, sources)
+    report = evaluate(load_model(sources["dense"]), load_model(sources["sparse"]), bridge_set, rows)
     if out is not None:
         report.save(out)
     print(report)
+
+
+def _heldout(tables: dict[str, Any], sources: dict[str, Any]) -> Rows:
+    """The held-out rows of the run that the tables describe."""
+    settings = FitConfig.of(tables["fit"])
+    given = {"data": None, "eval_data": None, "tokenizer": None} | _data(tables.get("data", {}))
+    dense, sparse = (load_model(sources[side]) for side in ("dense", "sparse"))
+    models = as_residual(dense), as_residual(sparse)
+    rows = prepare(*models, **given, sources=(sources["dense"], sources["sparse"]), config=settings).heldout
+    return rows.first(math.ceil(settings.eval_tokens / rows.seq_len))
+
+
+def _source(tables: dict[str, Any], side: str) -> Any:
+    """A model's path, or the model itself where the table says how to load it."""
+    arguments = dict(tables.get(side, {}))
+    if "path" not in arguments:
+        raise ValueError(f"[{side}] path is missing; give a folder or a hub id")
+    path = arguments.pop("path")
+    return load_model(path, **arguments) if arguments else path
+
+
+def _absolute(tables: dict[str, Any], settings: FitConfig) -> dict[str, Any]:
+    """The tables with local paths made absolute, and the trained sparse model in place of the one it started from."""
+    tables = {name: dict(table) for name, table in tables.items()}
+    for table in tables.values():
+        for name in ("path", "eval_path", "tokenizer"):
+            if name in table and Path(table[name]).exists():
+                table[name] = str(Path(table[name]).resolve())
+    if settings.train_sparse and settings.output_dir is not None:
+        tables["sparse"]["path"] = str((settings.output_dir / "sparse").resolve())
+    return tables
 
 
 def _read(path: Path) -> dict[str, Any]:

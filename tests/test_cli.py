@@ -82,10 +82,29 @@ def test_run_files_that_are_not_are_refused(monkeypatch, capsys, tmp_path):
     assert (status, "is no file" in err) == (2, True)
 
 
-def test_evaluate_needs_data_and_a_bridge_folder(monkeypatch, capsys, tmp_path):
-    status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path, "--dense", "x")
+def test_evaluate_finds_the_models_and_the_heldout_rows_of_a_run(monkeypatch, capsys, config, tmp_path):
+    out = tmp_path / "run"
+    assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out)[0] == 0
+    status, printed, err = run(monkeypatch, capsys, "evaluate", out, "--out", tmp_path / "again.json")
+    assert status == 0, err
+    assert "nmse_decode" in printed
+    first, again = (json.loads(path.read_text()) for path in (out / "report.json", tmp_path / "again.json"))
+    assert first["tokens"] == again["tokens"]
+    # Other batches, so the same up to rounding, and but for the pairing that is shuffled within a batch.
+    for name in ("nmse_decode", "kl_sparse_to_dense", "kl_dense_to_sparse_mean_ablation"):
+        assert again["mean"][name] == pytest.approx(first["mean"][name], rel=1e-4)
+
+
+def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
+    status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path)
+    assert (status, "no config.json" in err) == (2, True)
+    out = tmp_path / "run"
+    assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out)[0] == 0
+    (out / cli.RUN_FILE).unlink()
+    status, _, err = run(monkeypatch, capsys, "evaluate", out)
+    assert (status, "pass --dense" in err) == (2, True)
+    models = ("--dense", tmp_path / "dense", "--sparse", tmp_path / "sparse")
+    status, _, err = run(monkeypatch, capsys, "evaluate", out, *models)
+    assert (status, "pass --data" in err) == (2, True)
+    status, _, err = run(monkeypatch, capsys, "evaluate", out, "--dense", tmp_path / "sparse", *models[2:])
     assert status == 2
-    assert "--data is missing" in err
-    status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path, "--dense", "x", "--data", tmp_path)
-    assert status == 2
-    assert "no config.json" in err

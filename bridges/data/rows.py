@@ -48,6 +48,11 @@ class Rows:
         mask = self.attention_mask
         return [(self.input_ids[s], None if mask is None else mask[s]) for s in slices]
 
+    def first(self, count: int) -> Rows:
+        """The first `count` rows as they stand."""
+        mask = self.attention_mask
+        return Rows(self.input_ids[:count], None if mask is None else mask[:count], self.seed)
+
     def split(self, heldout_rows: int) -> tuple[Rows, Rows]:
         """All but the last rows, and the last rows."""
         cut, mask = len(self) - heldout_rows, self.attention_mask

@@ -232,8 +232,7 @@ def _refuse_not_finite(losses: StepLosses, step: int) -> None:
 def _refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:
     """A loss may be finite where its gradient overflows, in float16 above all; a checkpoint must not keep that."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    largest = [norm.double() for norm in torch._foreach_norm(grads, float("inf"))] if grads else []
-    if not all(math.isfinite(norm) for norm in largest):
+    if grads and not torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
         raise FloatingPointError(
             f"step {step}: a gradient is not finite though the losses are; the last good checkpoint stays. "
             "Lower lr (or sparse_lr), or use mixed_precision='bf16' in place of 'fp16'"
