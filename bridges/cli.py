@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tomli_w
 import typer
+from transformers.utils import logging
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
@@ -37,6 +38,8 @@ RUN_FILE = "run.toml"
 
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit status 2."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # bars of single files would bury the one line that matters
     try:
         app()
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
@@ -113,10 +116,10 @@ def evaluate_command(
 def _heldout(tables: dict[str, Any], sources: dict[str, Any]) -> Rows:
     """The held-out rows of the run that the tables describe."""
     settings = FitConfig.of(tables["fit"])
-    given = {"data": None, "eval_data": None, "tokenizer": None} | _data(tables.get("data", {}))
-    dense, sparse = (load_model(sources[side]) for side in ("dense", "sparse"))
-    models = as_residual(dense), as_residual(sparse)
-    rows = prepare(*models, **given, sources=(sources["dense"], sources["sparse"]), config=settings).heldout
+    given = _data(tables.get("data", {}))
+    dense, sparse = (as_residual(load_model(sources[side])) for side in ("dense", "sparse"))
+    data = given.get("data"), given.get("eval_data"), given.get("tokenizer")
+    rows = prepare(dense, sparse, *data, (sources["dense"], sources["sparse"]), settings).heldout
     return rows.first(math.ceil(settings.eval_tokens / rows.seq_len))
 
 

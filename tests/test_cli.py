@@ -12,6 +12,7 @@ from bridges import cli
 
 def run(monkeypatch, capsys, *arguments):
     """(exit status, stdout, stderr) of `bridges ARGUMENTS`."""
+    capsys.readouterr()  # saving a fixture's models shows progress bars
     monkeypatch.setattr(sys, "argv", ["bridges", *map(str, arguments)])
     try:
         cli.main()
