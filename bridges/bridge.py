@@ -146,6 +146,8 @@ class BridgeSet(nn.Module):
         write_text(path / "README.md", model_card(self.config(), self.report))
         if self.report is not None:
             self.report.save(path / "report.json")
+        else:
+            (path / "report.json").unlink(missing_ok=True)
         write_json(path / "config.json", self.config())
 
     @classmethod

@@ -6,11 +6,12 @@ import math
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tomli_w
 import typer
 from transformers.utils import logging
+from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
@@ -41,14 +42,18 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # bars of single files would bury the one line that matters
     try:
-        app()
+        app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (Abort, KeyboardInterrupt):
+        _stop("stopped; the same command with --fit.resume true carries on", 130)
+    except TyperException as error:
+        _stop(error.format_message() if hasattr(error, "format_message") else str(error), 2)  # pyright: ignore
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"bridges: {' '.join(str(message).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("bridges: stopped; the same command with --fit.resume true carries on", file=sys.stderr)
-        sys.exit(130)
+        _stop(str(error.args[0] if isinstance(error, KeyError) and error.args else error), 2)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"bridges: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 @app.command("demo")
@@ -57,7 +62,7 @@ def demo_command(
         "runs/demo"
     ),
     steps: Annotated[int, typer.Option(help="Gradient steps after the closed form.")] = SETTINGS.steps,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to steer.")] = 200,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts to steer.")] = 200,
 ) -> None:
     """Fit bridges for the bundled pair, measure them held-out, steer one channel, and draw it all."""
     demo(out, SETTINGS.with_settings({"steps": steps}), prompts)
@@ -77,9 +82,9 @@ def fit_command(
         refuse_used_folder(settings.output_dir)
     dense, sparse = (_source(tables, side) for side in ("dense", "sparse"))
     data = _data(tables.get("data", {}))
+    print(fit(dense, sparse, **data, config=settings).report)
     if settings.output_dir is not None:  # what `bridges evaluate` finds the models and the data by
         write_text(settings.output_dir / RUN_FILE, tomli_w.dumps(_absolute(tables, settings)))
-    print(fit(dense, sparse, **data, config=settings).report)
 
 
 @app.command("evaluate")
@@ -129,6 +134,8 @@ def _source(tables: dict[str, Any], side: str) -> Any:
     if "path" not in arguments:
         raise ValueError(f"[{side}] path is missing; give a folder or a hub id")
     path = arguments.pop("path")
+    if not isinstance(path, str):
+        raise ValueError(f"[{side}] path={path!r} is no text; give a folder or a hub id")
     return load_model(path, **arguments) if arguments else path
 
 
@@ -153,6 +160,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     if unknown := sorted(tables.keys() - TABLES):
         raise ValueError(f"{path} has the unknown table [{unknown[0]}]; known are {', '.join(sorted(TABLES))}")
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} has {name}={table!r}; [{name}] must be a table")
     return tables
 
 

@@ -29,7 +29,7 @@ class FitConfig(BaseModel):
     """Tokens per row; None: the data's own width, or the least of 128 and both contexts where text is cut here."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate of the bridges at the first step; it decays linearly to zero."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds the order of rows, the sampled sites and the sampled sequences."""
 
     k: int | None = Field(default=None, ge=1)

@@ -24,7 +24,7 @@ from bridges.sweep import find_channels, prompts_of, sweep
 from bridges.training.hybrid import ModelPair
 
 SETTINGS = FitConfig(
-    steps=400, batch_size=8, seq_len=128, lr=2e-3, closed_form_tokens=200_000, sites_per_step=1, eval_tokens=16_384
+    steps=600, batch_size=8, seq_len=128, lr=2e-3, closed_form_tokens=200_000, sites_per_step=1, eval_tokens=16_384
 )
 STRENGTHS = tuple(i / 10 for i in range(11))
 CHOSEN_ON, REPORTED, FEW = 64, 200, 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.data.sources import load_rows
+from bridges.data.prepare import heldout_rows
 from bridges.models.huggingface import as_residual
 from bridges.models.probing import evaluation
 from bridges.models.residual import ResidualModel
@@ -43,7 +43,7 @@ def evaluate(
     batch_size: int = 16,
     check_models: bool = True,
 ) -> BridgeReport:
-    """Measure a bridge set on held-out `data` (any form that `fit` takes).
+    """Measure a bridge set on held-out `data`: tokens [n, seq], a finite iterable of batches, or a path to text.
 
     Every figure is one sum over the whole data divided by another. ValueError if the set was fitted to other models,
     unless `check_models` is False.
@@ -51,8 +51,9 @@ def evaluate(
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    limits = [m.context_length for m in (pair.dense, pair.sparse) if m.context_length is not None]
-    rows = load_rows(data, tokenizer, seq_len=min(limits, default=None))
+    seq_len = bridge_set.provenance.get("fit", {}).get("seq_len")
+    sources = (pair.dense.model, pair.sparse.model)
+    rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, sources, seq_len)
     return measure(pair, rows.in_order(batch_size), settings=bridge_set.provenance.get("fit", {}))
 
 
@@ -140,10 +141,10 @@ def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any
         sites.append(
             SiteFigures(
                 name=name,
-                nmse_encode=encode / var_sparse,
-                nmse_encode_floor=floor / var_sparse,
-                nmse_decode=decode / var_dense,
-                nmse_decode_shuffled=shuffled / var_dense,
+                nmse_encode=_ratio(encode, var_sparse),
+                nmse_encode_floor=_ratio(floor, var_sparse),
+                nmse_decode=_ratio(decode, var_dense),
+                nmse_decode_shuffled=_ratio(shuffled, var_dense),
                 kl_dense_to_sparse=kls[0],
                 kl_sparse_to_dense=kls[1],
                 kl_dense_to_sparse_mean_ablation=kls[2],
@@ -155,6 +156,11 @@ def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any
     return BridgeReport(
         tuple(sites), dense_ce.item(), sparse_ce.item(), kl_alone.item(), int(tokens), settings, versions()
     )
+
+
+def _ratio(error: float, variance: float) -> float:
+    """NaN where the target does not vary: no prediction of it can be rated."""
+    return error / variance if variance else float("nan")
 
 
 def _recovered(ce: float, ablated: float, dense: float) -> float:

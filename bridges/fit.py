@@ -27,10 +27,10 @@ from bridges.quality import BridgeReport
 from bridges.report.plots import quality_plot
 from bridges.training.checkpoint import Checkpoint, last_checkpoint
 from bridges.training.closed_form import measure_rms, solve_bridges
-from bridges.training.hybrid import ModelPair
+from bridges.training.hybrid import SIDES, ModelPair
 from bridges.training.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.training.plan import describe
-from bridges.training.step import Batch, StepLosses
+from bridges.training.step import Batch, StepLosses, trained_parameters
 from bridges.training.tracking import Tracker
 from bridges.training.trainer import Processes, Trainer, checkpoint_saver, train
 
@@ -61,16 +61,27 @@ def fit(
     config = (config or FitConfig()).with_settings(settings)
     if not config.resume:
         refuse_used_folder(config.output_dir)
-    processes = Processes(config.mixed_precision)
+    with Processes(config.mixed_precision) as processes:
+        return _fit(dense, sparse, data, tokenizer, eval_data, config, processes)
+
+
+def _fit(
+    dense: Any, sparse: Any, data: Any, tokenizer: Any, eval_data: Any, config: FitConfig, processes: Processes
+) -> BridgeSet:
     dense_model, sparse_model = (load_model(source, processes.device) for source in (dense, sparse))
     if config.train_sparse and not isinstance(sparse_model, SparseTransformer):
         raise ValueError(
             f"sparse={type(sparse_model).__name__}: train_sparse=True needs a SparseTransformer; "
             "leave train_sparse off to bridge to any frozen model"
         )
+    if config.train_sparse and not any(p.requires_grad for p in sparse_model.parameters()):
+        raise ValueError("sparse has no parameter with requires_grad, so train_sparse=True has nothing to train")
     held: AbstractContextManager = (training if config.train_sparse else frozen)(sparse_model)
     with frozen(dense_model), held:
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)
+        for i in range(len(pair.bridge_set)):  # a norm that R cannot be measured for is refused before the work
+            for side in SIDES:
+                pair.model(side).norm(pair.site(side, i))
         sources, count = (dense, sparse), processes.count
         prepared = prepare(pair.dense, pair.sparse, data, eval_data, tokenizer, sources, config, count)
         return _Run(pair, config, processes, prepared).finish()
@@ -87,7 +98,9 @@ class _Run:
 
     def finish(self) -> BridgeSet:
         bridge_set, out = self.pair.bridge_set, self.config.output_dir
-        identity = RunIdentity.of(self.pair, self.config, self.data.fingerprint(), versions())
+        data = self.data.fingerprint()
+        self.processes.refuse_unequal("data", data)
+        identity = RunIdentity.of(self.pair, self.config, data, versions(), self.processes.count)
         checkpoint = last_checkpoint(out / "checkpoints") if out is not None and self.config.resume else None
         if checkpoint is not None:
             refuse_other_run(checkpoint.state, identity)
@@ -127,6 +140,7 @@ class _Run:
             save()
         else:
             trainer.restore(checkpoint)
+        self.processes.share(trained_parameters(self.pair, self.config.train_sparse))
         with self._progress() as bar:
             task = bar.add_task("fit", total=self.config.steps, completed=trainer.step, losses="")
 

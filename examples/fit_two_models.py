@@ -31,5 +31,5 @@ else:
 bridge_set = bridges.fit(dense, sparse, steps=args.steps, seq_len=32, sampled_rows=256, output_dir=args.out)
 print(bridge_set.report)
 
-bridge = bridge_set["1.attn"]
+bridge = bridge_set["0.mlp"]
 print("a channel of the sparse model, seen by the dense one:", bridge.decoder_weight[:4, 0].tolist())

@@ -175,10 +175,23 @@ def test_models_are_evaluated_without_dropout_and_left_in_their_modes():
     assert all(p.grad is None for p in pair.bridge_set.parameters())
 
 
-def test_rows_longer_than_a_context_are_cut_to_it():
-    pair = join(gpt2(context=9), sparse_model())
-    rows = tokens(4, 12)
-    assert evaluate(*pair, rows).flat() == evaluate(*pair, rows[:, :9]).flat()
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (tokens(4, 12), "data with seq_len=12 is over the models' context of 9"),
+        (tokens(4, 8) + 17, "data holds token"),
+        (tokens(4, 1), "rows of 1 real token"),
+    ],
+)
+def test_data_that_cannot_be_is_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*join(gpt2(context=9), sparse_model()), rows)
+
+
+def test_rows_that_never_vary_have_no_nmse():
+    report = evaluate(*join(gpt2(), sparse_model()), torch.full((3, 2), 4))
+    assert math.isnan(report.sites[0].nmse_decode)
+    assert math.isfinite(report.sites[0].kl_sparse_to_dense)
 
 
 def test_chains_and_models_are_the_same_to_it():

@@ -586,3 +586,35 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, joint):
         trained = (SparseTransformer.from_pretrained(tmp_path / name / "sparse") for name in ("one", "two"))
         for p, q in zip(*(model.parameters() for model in trained), strict=True):
             assert relative(p.detach(), q.detach()) < 1e-8 or (p - q).abs().max() < 1e-12
+
+
+def test_it_leaves_the_users_random_state_and_accelerator():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    models = {"dense": shallow(), "sparse": shallow(sparse_model)}
+    before = torch.get_rng_state()
+    run(**models)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not AcceleratorState._shared_state
+    assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+    AcceleratorState._reset_state()
+
+
+def test_a_model_that_is_not_finite_is_named_before_anything_is_saved(tmp_path):
+    sparse = shallow(sparse_model)
+    with torch.no_grad():
+        sparse.transformer.h[0].mlp.c_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"closed form.*site final is not finite"):
+        run(sparse=sparse, steps=0, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "bridges.safetensors").exists()
+
+
+def test_a_resume_with_another_number_of_processes_is_refused(tmp_path):
+    run(output_dir=tmp_path / "run", steps=1)
+    for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
+        stored = json.loads(state.read_text())
+        stored["settings"]["processes"] = 2
+        state.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"processes=1, but the run was started with processes=2"):
+        run(output_dir=tmp_path / "run", steps=1, resume=True)

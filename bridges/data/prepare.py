@@ -79,7 +79,28 @@ def prepare(
     for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
         _refuse_too_long(f"{name} with seq_len", part.seq_len, limit)
         _refuse_foreign_tokens(name, part, dense.vocab_size)
+        _refuse_single_tokens(name, part)
     return prepared
+
+
+def heldout_rows(
+    dense: ResidualModel,
+    sparse: ResidualModel,
+    data: Any,
+    tokenizer: Any,
+    sources: tuple[Any, Any],
+    seq_len: int | None,
+) -> Rows:
+    """`data` as rows to measure on, with the checks that `prepare` makes."""
+    limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
+    if isinstance(data, str) or hasattr(data, "__fspath__"):
+        seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+        tokenizer = _one_tokenizer(tokenizer, sources)
+    rows = load_rows(data, tokenizer, seq_len)
+    _refuse_too_long("data with seq_len", rows.seq_len, limit)
+    _refuse_foreign_tokens("data", rows, min(dense.vocab_size, sparse.vocab_size))
+    _refuse_single_tokens("data", rows)
+    return rows
 
 
 def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | None, config: FitConfig) -> Prepared:
@@ -92,7 +113,7 @@ def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | Non
 
 
 def _sampled(dense: ResidualModel, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig) -> Prepared:
-    bos = dense.model.config.bos_token_id  # pyright: ignore
+    bos = getattr(dense.model.config.get_text_config(), "bos_token_id", None)  # pyright: ignore
     bos = bos if isinstance(bos, int) and 0 <= bos < dense.vocab_size else None
 
     def rows(n: int, seed: int) -> Rows:
@@ -127,3 +148,9 @@ def _refuse_foreign_tokens(name: str, rows: Rows, vocab_size: int) -> None:
     low, high = int(rows.input_ids.min()), int(rows.input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
+
+
+def _refuse_single_tokens(name: str, rows: Rows) -> None:
+    most = rows.seq_len if rows.attention_mask is None else int(rows.attention_mask.sum(1).max())
+    if most < 2:
+        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")

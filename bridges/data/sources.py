@@ -77,6 +77,11 @@ def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
         if "input_ids" not in item:
             raise ValueError(f"data: a batch has the keys {sorted(item)}, no 'input_ids'; tokenize the data first")
         item, mask = item["input_ids"], item.get("attention_mask")
+        if isinstance(item, list) and len(item) > 1 and all(isinstance(one, Tensor) and one.ndim == 1 for one in item):
+            raise ValueError(
+                "data: input_ids is a list of tensors, which a DataLoader makes of lists by turning rows into columns; "
+                "call set_format('torch') on the dataset, or stack the rows into one tensor"
+            )
     elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim == 2:
         first, *others = item  # a DataLoader over a TensorDataset gives one-element lists
         if others:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bridges.files import read_json, replacing, write_json, write_tensors
+from bridges.models.checkpoint import read_safetensors
 
 KEPT = 2
 
@@ -47,7 +47,7 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
     if not steps:
         return None
     state = read_json(steps[-1] / "state.json")
-    tensors = {file.stem: load_file(file) for file in sorted(steps[-1].glob("*.safetensors"))}
+    tensors = {file.stem: read_safetensors(file) for file in sorted(steps[-1].glob("*.safetensors"))}
     return Checkpoint(state.pop("step"), state, tensors)
 
 

@@ -31,6 +31,11 @@ def solve_bridges(
     for group in site_groups(pair, memory_bytes):
         moments = gather((_counted(pair, batch, group) for batch in batches()), reduce, first)
         for site, found in zip(group, moments, strict=True):
+            if not all(tensor.isfinite().all() for tensor in found.tensors()):
+                raise FloatingPointError(
+                    f"closed form: a residual stream at site {pair.bridge_set.sites[site]} is not finite; "
+                    "look for weights that are NaN, or for a dtype that overflows"
+                )
             set_closed_form(pair.bridge_set[site], found, ridge)
 
 

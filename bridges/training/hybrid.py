@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from bridges.bridge import BridgeSet
 from bridges.models.huggingface import as_residual
+from bridges.models.loading import frozen
 from bridges.models.residual import ResidualModel, Trace
 from bridges.ops.kl import kl_divergence
 from bridges.training.scale import Share, counted_tokens, predicting, scale_of, share_of_streams
 
 Side = Literal["dense", "sparse"]
+SIDES: tuple[Side, Side] = ("dense", "sparse")
 
 
 class HybridLosses(NamedTuple):
@@ -170,6 +172,14 @@ def hybrid_losses(
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
+    with frozen(pair.dense.model):  # the dense model is a fixed target: no dropout, no gradient
+        return _losses(pair, input_ids, attention_mask, sites)
+
+
+def _losses(
+    pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None, sites: Sequence[str] | None
+) -> HybridLosses:
+    bridge_set = pair.bridge_set
     traces = trace_pair(pair, input_ids, attention_mask)
     scale = scale_of([share_of(pair, traces)])
     rows = []

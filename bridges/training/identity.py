@@ -24,10 +24,12 @@ class RunIdentity:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str]) -> RunIdentity:
+    def of(
+        cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str], processes: int = 1
+    ) -> RunIdentity:
         """The identity of a run about to start."""
         sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
-        return cls(config.recorded(), data, fingerprint(pair.dense.model), sparse, versions)
+        return cls({**config.recorded(), "processes": processes}, data, fingerprint(pair.dense.model), sparse, versions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a checkpoint."""

@@ -38,14 +38,38 @@ class Processes:
     """The processes of a run, through accelerate: who this one is, sums over all, and autocast."""
 
     def __init__(self, mixed_precision: str = "no"):
-        # One process may fit several times with other precisions; accelerate's state is a singleton.
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        # accelerate's state is a singleton, and the user's own Accelerator may live beside or come after this one.
+        self._before = dict(AcceleratorState._shared_state)
+        if self._before and AcceleratorState().mixed_precision != mixed_precision:
             AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
         self.count: int = self.accelerator.num_processes
         self.index: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leave accelerate's state as it was before."""
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(self._before)
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """The main process's values on every process: an unseeded model, or another solver, may have made others."""
+        for tensor in tensors if self.count > 1 else ():
+            tensor.copy_(self.reduce(tensor.detach() if self.main else torch.zeros_like(tensor)))
+
+    def refuse_unequal(self, name: str, digest: str) -> None:
+        """ValueError unless every process has the same hexadecimal `digest`."""
+        mine = int(digest[:8], 16)
+        total = self.reduce(torch.tensor(float(mine), dtype=torch.float64)).item()
+        # All or none must raise, or the others would wait for ever.
+        unequal = self.reduce(torch.tensor(float(total != self.count * mine), dtype=torch.float64)).item()
+        if unequal:
+            raise ValueError(f"{name} differs between processes; seed its order, so that every process reads the same")
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over processes, on the tensor's own device."""
@@ -163,7 +187,7 @@ class Trainer:
         if self.processes.count == 1:
             return
         grads = [p.grad for p in self._parameters() if p.grad is not None]
-        for key in {(g.dtype, g.device) for g in grads}:
+        for key in dict.fromkeys((g.dtype, g.device) for g in grads):  # in one order on every process
             group = [g for g in grads if (g.dtype, g.device) == key]
             summed = self.processes.reduce(torch.cat([g.flatten() for g in group]))
             for grad, part in zip(group, summed.split([g.numel() for g in group]), strict=True):
@@ -193,10 +217,12 @@ def train(
     """Run the steps that are left. `batches(step)` gives this process's micro-batches, steps counted from 1.
 
     Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
-    `tracker` is None on all processes but the main one.
+    Global random state is left as it was.
     """
     config, processes = trainer.config, trainer.processes
-    with _interruptible() as interrupted:
+    device = trainer.pair.sparse.device
+    cuda = [device] if device.type == "cuda" else []
+    with _interruptible() as interrupted, torch.random.fork_rng(devices=cuda):
         while trainer.step < config.steps:
             started = time.perf_counter()
             losses = trainer.train_step(batches(trainer.step + 1))
