@@ -73,7 +73,10 @@ def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int) -> dict[str, A
         reported = prompts_of(models, single_double_quote(pair.tokenizer, prompts, seed=2))
         steering = sweep(models, chosen_on, reported, find_channels(models, chosen_on), STRENGTHS)
         few = sweep(models, chosen_on, reported, find_channels(models, chosen_on, most=FEW), STRENGTHS)
-    keys = ("site", "at", "channel", "p_target", "p_target_random_direction")
+    keys = ("site", "at", "channel", "p_target", "p_target_random_direction", "p_target_by_target_token")
+    for curves in (steering, few):
+        by_token = curves["p_target_by_target_token"]
+        curves["p_target_by_target_token"] = {pair.tokenizer.decode(int(token)): p for token, p in by_token.items()}
     return steering | {"few_channels": {key: few[key] for key in keys}}
 
 
@@ -90,7 +93,8 @@ def summary(steering: dict[str, Any]) -> str:
         _line("the dense model's mean difference", steering["p_target_mean_difference"]),
         _line("the same edit inside the sparse model", steering["p_target_sparse_model"]),
     ]
-    return "\n".join(lines)
+    by_target = ", ".join(f"{p:.3f} toward {token}" for token, p in steering["p_target_by_target_token"].items())
+    return "\n".join([*lines, f"  one channel, either way round, at strength 1: {by_target}"])
 
 
 def _line(name: str, curve: list[float]) -> str:

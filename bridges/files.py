@@ -55,4 +55,7 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors writes for the owner alone; a cluster's users share folders
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(mode)

@@ -1,0 +1,53 @@
+"""The whole demo at tiny settings, read back as a person would; and the summary's wording."""
+
+import json
+
+import pytest
+import torch
+
+import bridges
+from bridges import demo as module
+from bridges.demo import SETTINGS, demo
+
+INTERFACE = {
+    "p_target",
+    "p_target_random_direction",
+    "p_target_mean_difference",
+    "p_target_all_channels",
+    "p_target_sparse_model",
+}
+
+
+def test_the_bundled_pair_is_sparse_and_closes_quotes():
+    pair = bridges.load_pair()
+    parameters = list(pair.sparse.parameters())
+    assert sum(int(p.count_nonzero()) for p in parameters) <= 0.02 * sum(p.numel() for p in parameters)
+    for text, answer in (("print('hello world", "')"), ('print("hello world', '")')):
+        ids = torch.tensor([[0, *pair.tokenizer(text).input_ids]])
+        for model in (pair.dense, pair.sparse):
+            assert pair.tokenizer.decode(model(ids).logits[0, -1].argmax()) == answer
+
+
+@pytest.mark.slow
+def test_the_demo_writes_what_the_interface_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TRAIN_DOCUMENTS", 200)
+    monkeypatch.setattr(module, "HELDOUT_DOCUMENTS", 40)
+    settings = {"steps": 5, "closed_form_tokens": 20_000, "eval_tokens": 2048, "progress": False}
+    demo(tmp_path, SETTINGS.with_settings(settings), prompts=20)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [site["name"] for site in report["sites"]] == ["0.attn", "0.mlp", "1.attn", "1.mlp", "final"]
+    assert report["mean"]["nmse_decode"] < 0.5 < report["mean"]["nmse_decode_shuffled"]
+    assert report["mean"]["kl_sparse_to_dense"] < report["mean"]["kl_sparse_to_dense_mean_ablation"] / 5
+    steering = json.loads((tmp_path / "steering.json").read_text())
+    assert steering["prompts"] == 20
+    for name in INTERFACE:
+        assert len(steering[name]) == len(steering["strengths"]) == 11
+    assert steering["p_target"][0] < 0.05
+    assert steering["p_target"][-1] > 3 * steering["p_target_random_direction"][-1]
+    assert set(steering["p_target_by_target_token"]) == {"')", '")'}
+    assert bridges.BridgeSet.from_pretrained(tmp_path / "bridges").report.to_dict() == report
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert f"Channel {steering['channel']}" in page
+    for picture in ("quality.png", "steering.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
