@@ -21,5 +21,5 @@ bench: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[fast,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[fast,dev]" || $(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch .venv/ready

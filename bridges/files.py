@@ -52,10 +52,11 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); it was cut short or edited by hand") from None
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all."""
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; at most one metadata key, or their order is not fixed."""
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors writes for the owner alone; a cluster's users share folders
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, temporary, metadata)
         temporary.chmod(mode)

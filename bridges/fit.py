@@ -175,8 +175,10 @@ class _Run:
         """What a finished set carries: R on both sides, provenance, the held-out report."""
         bridge_set, config = self.pair.bridge_set, self.config
         with frozen(self.pair.sparse.model):
-            rows = math.ceil(RMS_TOKENS / self.data.train.seq_len)
-            measure_rms(self.pair, self.data.train.in_order(config.batch_size, rows))
+            rows = min(len(self.data.train), math.ceil(RMS_TOKENS / self.data.train.seq_len))
+            size = config.batch_size
+            batches = [self.data.train.take(i, min(size, rows - i)) for i in range(0, rows, size)]
+            measure_rms(self.pair, batches)
             bridge_set.report = self._evaluate()
         bridge_set.remember(self.pair.dense.model, self.pair.sparse.model)
         bridge_set.provenance |= {"fit": config.recorded(), "versions": identity.versions}

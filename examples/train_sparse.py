@@ -37,7 +37,7 @@ sparse = bridges.SparseTransformer(
     bridges.SparseConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **tables["sparse"])
 )
 if args.start:
-    sparse.load_state_dict(load_file(args.start), strict=False)
+    sparse.load_state_dict(load_file(args.start))
 rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridge_set = bridges.fit(

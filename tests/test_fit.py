@@ -592,6 +592,7 @@ def test_it_leaves_the_users_random_state_and_accelerator():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # another test may have left it
     models = {"dense": shallow(), "sparse": shallow(sparse_model)}
     before = torch.get_rng_state()
     run(**models)

@@ -56,8 +56,12 @@ def idiom_documents(n_characters: int, seed: int) -> list[str]:
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Int[Tensor, " tokens"]:
     """One stream of token ids: every document followed by EOS."""
     # The backend encodes a batch several times faster than the wrapper, which builds dicts and masks around it.
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-    stream = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer written in Python
+        rows = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
+    else:
+        rows = [encoding.ids for encoding in backend.encode_batch_fast(list(documents), add_special_tokens=False)]
+    stream = [token for row in rows for token in (*row, tokenizer.eos_token_id)]
     return torch.tensor(stream, dtype=torch.long)
 
 

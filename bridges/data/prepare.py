@@ -38,10 +38,10 @@ class Prepared(NamedTuple):
         return [self.train.take(start + i * config.batch_size, config.batch_size) for i in range(micro)]
 
     def closed_form_batches(self, config: FitConfig, index: int, count: int) -> list[Batch]:
-        """One process's part of the first rows, as many as `closed_form_tokens` asks for; never empty."""
+        """One process's part of the first shuffled rows, as many as `closed_form_tokens` asks for; never empty."""
         rows = min(len(self.train), math.ceil(config.closed_form_tokens / self.train.seq_len))
         size = max(1, min(config.batch_size, rows // count))
-        batches = self.train.in_order(size, rows)
+        batches = [self.train.take(i, min(size, rows - i)) for i in range(0, rows, size)]
         # Too few to share: the same rows on every process, whose sum has the same solution.
         return batches[index::count] if len(batches) >= count else batches
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         return self.attn_out(F.dropout(self.c_proj(mixed), self.dropout, self.training))
 
     def _split_heads(self, x: Float[Tensor, "b s heads"]) -> Float[Tensor, "b n_head s d_head"]:
-        return x.unflatten(-1, (self.n_head, self.d_head)).transpose(1, 2)
+        return rearrange(x, "b s (n_head d_head) -> b n_head s d_head", n_head=self.n_head)
 
     def _attend(
         self,

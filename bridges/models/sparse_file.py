@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bridges.files import replacing
+from bridges.files import write_tensors
 from bridges.models.checkpoint import read_safetensors
 
 METADATA_KEY = "nonzeros"
@@ -37,8 +36,7 @@ def write_nonzeros(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor
-    with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={METADATA_KEY: json.dumps(shapes, sort_keys=True, separators=(",", ":"))})
+    write_tensors(path, stored, {METADATA_KEY: json.dumps(shapes, sort_keys=True, separators=(",", ":"))})
 
 
 def read_nonzeros(path: str | Path) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("bridges.models.sparse_file.save_file", fail)
+    monkeypatch.setattr("bridges.files.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path, sparse=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
