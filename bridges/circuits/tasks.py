@@ -27,10 +27,6 @@ class TaskPairs(NamedTuple):
     targets: Int[Tensor, " n"]
     """The first token of the counterfactual prompt's answer."""
 
-    def rows(self, index: slice | Tensor) -> TaskPairs:
-        """Some of the pairs."""
-        return TaskPairs(self.task, *(field[index] for field in self[1:]))
-
 
 QUOTES = {"'": "')", '"': '")'}
 
