@@ -63,8 +63,10 @@ class FitConfig(BaseModel):
     """Train the weight-sparse model together with the bridges."""
     target_density: float | None = Field(default=None, gt=0, le=1)
     """Fraction of weights kept at the end of the anneal; None keeps the present zeros."""
+    start_density: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of weights that the anneal starts from: 1 from scratch, less in a leg that carries on from another."""
     anneal: float = Field(default=0.5, ge=0, le=1)
-    """Part of the training over which the kept fraction falls linearly from 1."""
+    """Part of the training over which the kept fraction falls linearly from `start_density`."""
     sparse_lr: float = Field(default=3e-3, gt=0)
     """Learning rate of the sparse model, before warm-up, decay and the factor sqrt(target / kept)."""
     sparse_weight_decay: float = Field(default=0.1, ge=0)

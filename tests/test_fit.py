@@ -205,6 +205,7 @@ KNOBS = {
     "ce_weight": (0.0, SPARSE),
     "train_sparse": (True, {}),
     "target_density": (0.3, SPARSE),
+    "start_density": (0.6, SPARSE),
     "anneal": (1.0, SPARSE),
     "sparse_lr": (1e-3, SPARSE),
     "sparse_weight_decay": (5.0, SPARSE),

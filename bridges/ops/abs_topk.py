@@ -7,16 +7,14 @@ and seen rather than hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from inspect import unwrap
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from bridges.ops.compiled import compiled, has_kernel
 
 
 class _Bits(NamedTuple):
@@ -54,13 +52,13 @@ def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batc
 def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
     """True at the `k` entries of largest magnitude in every row, ties to the lowest index, everywhere if `k >= d`."""
     _check(x, k)
-    if k >= x.shape[-1] or not _has_kernel(x):
+    if k >= x.shape[-1] or not has_kernel(x):
         return abs_topk_mask_eager(x, k)
     bits = _BITS[x.dtype]
     mask = torch.empty(x.shape, dtype=torch.bool)
     # reshape copies what is not contiguous; the kernel reads rows one after another.
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().view(bits.dtype).numpy()
-    _compiled(_mask_kernel)(rows, k, bits.infinity, mask.view(rows.shape).numpy())
+    compiled(_mask_kernel)(rows, k, bits.infinity, mask.view(rows.shape).numpy())
     return mask
 
 
@@ -87,12 +85,12 @@ def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tens
     """
     if x.shape != mask.shape:  # the kernel would read past the mask's end
         raise ValueError(f"mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
-    if not _has_kernel(x):
+    if not has_kernel(x):
         return torch.where(mask, x, 0)
     bits = _BITS[x.dtype].dtype
     kept = torch.empty(x.shape, dtype=x.dtype)
     flat = x.detach().contiguous().view(-1).view(bits).numpy()
-    _compiled(_keep_kernel)(flat, mask.contiguous().view(-1).numpy(), kept.view(-1).view(bits).numpy())
+    compiled(_keep_kernel)(flat, mask.contiguous().view(-1).numpy(), kept.view(-1).view(bits).numpy())
     return kept
 
 
@@ -126,25 +124,6 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         return _Keep.apply(grads[0], *ctx.saved_tensors), None  # pyright: ignore[reportReturnType]
-
-
-_HAS_NUMBA = find_spec("numba") is not None
-
-
-def _has_kernel(x: Tensor) -> bool:
-    plain = type(x) in (Tensor, nn.Parameter)  # other subclasses may hold no memory of their own
-    return _HAS_NUMBA and x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
-
-
-@cache
-def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    import numba  # here, because it is optional and takes half a second to import
-
-    plain = unwrap(kernel)  # the test run wraps every function in a check of its types
-    try:
-        return numba.njit(cache=True, nogil=True)(plain)
-    except RuntimeError:  # numba found no folder to keep compiled code in: compile once per process
-        return numba.njit(nogil=True)(plain)
 
 
 def _mask_kernel(rows, k, infinity, mask):  # pragma: no cover - compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float
@@ -50,21 +50,6 @@ def supports(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() != 0 for name, parameter in sparse_parameters(model)}
 
 
-@torch.no_grad()
-def apply_supports(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero, in place, what lies outside the masks of `supports`: training that keeps the zeros of its start.
-
-    ValueError if the masks are not those of this model's `sparse_parameters`.
-    """
-    parameters = dict(sparse_parameters(model))
-    if parameters.keys() != masks.keys():
-        raise ValueError(
-            f"masks must be those of supports(model); different: {sorted(parameters.keys() ^ masks.keys())}"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(keep(parameter, masks[name]))
-
-
 def nonzeros(model: nn.Module) -> int:
     """How many entries of the model's `sparse_parameters` are not zero."""
     return sum(int(torch.count_nonzero(parameter)) for _, parameter in sparse_parameters(model))
@@ -75,12 +60,12 @@ def density(model: nn.Module) -> float:
     return nonzeros(model) / sum(parameter.numel() for _, parameter in sparse_parameters(model))
 
 
-def kept_fraction(step: int, steps: int, target: float, anneal: float = 0.5) -> float:
+def kept_fraction(step: int, steps: int, target: float, anneal: float = 0.5, start: float = 1.0) -> float:
     """The fraction of weights kept after step `step` of `steps`, counted from 1.
 
-    1 + (target - 1) * step / (anneal * steps), then `target` from step anneal * steps on.
+    start + (target - start) * step / (anneal * steps), then `target` from step anneal * steps on.
     """
-    return target if step >= anneal * steps else 1 + (target - 1) * step / (anneal * steps)
+    return target if step >= anneal * steps else start + (target - start) * step / (anneal * steps)
 
 
 def learning_rate(

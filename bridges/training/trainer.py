@@ -29,6 +29,7 @@ from bridges.training.checkpoint import (
 )
 from bridges.training.hybrid import ModelPair
 from bridges.training.step import Batch, Objective, StepLosses, Weights, step_gradients
+from bridges.training.support import Support
 from bridges.training.tracking import Tracker
 
 FP16_LOSS_SCALE = 1024.0
@@ -94,18 +95,34 @@ class Trainer:
         self.pair, self.config, self.processes = pair, config, processes
         self.step = 0
         self.bridge_optimizer = torch.optim.AdamW(pair.bridge_set.parameters(), lr=config.lr, weight_decay=0.0)
-        self.sparse_optimizer = None
-        self.supports: dict[str, Tensor] = {}
-        if config.train_sparse:
-            self.sparse_optimizer = torch.optim.AdamW(
-                [p for p in pair.sparse.model.parameters() if p.requires_grad],
-                lr=config.sparse_lr,
-                betas=(0.9, 0.95),
-                eps=config.sparse_eps,
-                weight_decay=config.sparse_weight_decay,
-            )
-            if config.target_density is None:
-                self.supports = sparsity.supports(pair.sparse.model)
+        self._supports: dict[str, Tensor] | None = None
+
+    @cached_property
+    def support(self) -> Support | None:
+        """The nonzeros that alone train, where the zeros of the start are kept.
+
+        Made when the first step or checkpoint needs it: it copies the weights, which a restored run or the main
+        process may still replace.
+        """
+        if not self.config.train_sparse or self.config.target_density is not None:
+            return None
+        model = self.pair.sparse.model
+        masks = sparsity.supports(model) if self._supports is None else self._supports
+        return Support(model, masks, fast=self.config.mixed_precision == "no")
+
+    @cached_property
+    def sparse_optimizer(self) -> torch.optim.AdamW | None:
+        """Of the sparse model, where it trains."""
+        if not self.config.train_sparse:
+            return None
+        trained = [p for p in self.pair.sparse.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            trained if self.support is None else self.support.parameters(),
+            lr=self.config.sparse_lr,
+            betas=(0.9, 0.95),
+            eps=self.config.sparse_eps,
+            weight_decay=self.config.sparse_weight_decay,
+        )
 
     @cached_property
     def objective(self) -> Objective:
@@ -132,8 +149,11 @@ class Trainer:
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.index)
         self._zero_grad()
-        losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
+        with nullcontext() if self.support is None else self.support.multiplying():
+            losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
         _refuse_not_finite(losses, step)
+        if self.support is not None:
+            self.support.gather_gradients()
         self._sum_gradients()
         _refuse_not_finite_gradients(self._parameters(), step)
         self.bridge_optimizer.param_groups[0]["lr"] = self.config.lr * (1 - self.step / self.config.steps)
@@ -145,8 +165,10 @@ class Trainer:
 
     def kept_fraction(self, step: int) -> float:
         """Part of the sparse model's weights kept after a step."""
-        target = self.config.target_density
-        return 1.0 if target is None else sparsity.kept_fraction(step, self.config.steps, target, self.config.anneal)
+        c = self.config
+        if c.target_density is None:
+            return 1.0
+        return sparsity.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
 
     def state(self) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -157,7 +179,7 @@ class Trainer:
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
-            tensors["supports"] = self.supports
+            tensors["supports"] = {} if self.support is None else self.support.masks
         return Checkpoint(self.step, {}, {name: t for name, t in tensors.items() if t})
 
     @torch.no_grad()
@@ -167,11 +189,14 @@ class Trainer:
         for name, tensor in self.pair.bridge_set.tensors().items():
             tensor.copy_(checkpoint.tensors["bridges"][name])
         restore_optimizer(self.bridge_optimizer, checkpoint.tensors.get("bridge_optimizer", {}))
-        if self.sparse_optimizer is not None:
+        if self.config.train_sparse:
             for name, parameter in self.pair.sparse.model.named_parameters():
                 parameter.copy_(checkpoint.tensors["sparse"][name])
+            self._supports = checkpoint.tensors.get("supports")
+            vars(self).pop("support", None)
+            vars(self).pop("sparse_optimizer", None)
+        if self.sparse_optimizer is not None:
             restore_optimizer(self.sparse_optimizer, checkpoint.tensors.get("sparse_optimizer", {}))
-            self.supports = checkpoint.tensors.get("supports", {})
 
     def _parameters(self) -> Iterator[Tensor]:
         for optimizer in (self.bridge_optimizer, self.sparse_optimizer):
@@ -200,9 +225,9 @@ class Trainer:
         )
         sparsity.clip_to_rms(optimizer.param_groups[0]["params"])
         optimizer.step()
-        if config.target_density is None:
-            sparsity.apply_supports(self.pair.sparse.model, self.supports)
-        else:
+        if self.support is not None:
+            self.support.scatter()
+        elif config.target_density is not None:
             sparsity.project(self.pair.sparse.model, kept)
 
 

@@ -1,12 +1,11 @@
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import jaxtyping
 import pytest
 import torch
 
-from bridges.ops import abs_topk as module
+from bridges.ops import compiled
 from bridges.ops.abs_topk import abs_topk, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
 
 TWINS = [abs_topk, abs_topk_eager]
@@ -153,25 +152,8 @@ assert torch.equal(gradient, expected)
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr(module, "_HAS_NUMBA", False)
+    monkeypatch.setattr(compiled, "_HAS_NUMBA", False)
     x = seeded(6, 11).requires_grad_()
     kept = abs_topk(x, 4)
     kept.sum().backward()
     assert torch.equal(x.grad.bool(), oracle(x.detach(), 4))
-
-
-@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
-def test_no_folder_for_the_compiled_code(monkeypatch):
-    """Numba refuses to cache where it finds no writable folder; the kernel then lives for the process."""
-    import numba
-
-    def refuse(cache=False, njit=numba.njit, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(numba, "njit", refuse)
-    keep = module._compiled.__wrapped__(module._keep_kernel)
-    kept = torch.empty(3, dtype=torch.int32)
-    keep(torch.tensor([4, 5, 6], dtype=torch.int32).numpy(), torch.tensor([True, False, True]).numpy(), kept.numpy())
-    assert kept.tolist() == [4, 0, 6]

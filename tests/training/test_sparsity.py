@@ -6,7 +6,6 @@ from torch import nn
 
 from bridges.models.sparse import SparseConfig, SparseTransformer
 from bridges.training.sparsity import (
-    apply_supports,
     clip_to_rms,
     density,
     kept_fraction,
@@ -14,7 +13,6 @@ from bridges.training.sparsity import (
     nonzeros,
     project,
     sparse_parameters,
-    supports,
 )
 
 CHANNELS = {"attn.c_attn.weight": 0, "mlp.c_fc.weight": 0, "attn.c_proj.weight": 1, "mlp.c_proj.weight": 1}
@@ -129,26 +127,6 @@ def test_matrices_narrower_than_the_floor():
     assert (model.mlp.c_fc.weight != 0).all()
 
 
-def test_supports_bring_back_the_zeros():
-    model = tiny_model()
-    project(model, 0.3)
-    masks, count = supports(model), nonzeros(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(10)
-    assert density(model) == 1
-    apply_supports(model, masks)
-    assert nonzeros(model) == count
-    assert all(torch.equal(parameter != 0, masks[name]) for name, parameter in sparse_parameters(model))
-
-
-def test_foreign_supports_are_refused():
-    masks = supports(tiny_model())
-    masks.pop("lm_head.weight")
-    with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        apply_supports(tiny_model(), masks)
-
-
 def test_density_counts_sparse_tensors_only():
     model = tiny_model()
     total = sum(parameter.numel() for _, parameter in sparse_parameters(model))
@@ -163,6 +141,7 @@ def test_kept_fraction_by_hand():
     assert [kept_fraction(step, 8, 0.2) for step in (1, 2, 4, 5, 8)] == pytest.approx([0.8, 0.6, 0.2, 0.2, 0.2])
     assert kept_fraction(4, 8, 0.2, anneal=0.8) == pytest.approx(1 - 0.8 * 4 / 6.4)
     assert kept_fraction(1, 8, 0.2, anneal=0.0) == 0.2
+    assert kept_fraction(1, 8, 0.2, start=0.6) == pytest.approx(0.5) and kept_fraction(6, 8, 0.2, start=0.6) == 0.2
 
 
 def test_learning_rate_by_hand():

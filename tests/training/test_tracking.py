@@ -82,6 +82,7 @@ def records(path):
 
 def read_runs(folder):
     """What each offline run under `folder` holds, oldest first."""
+    wandb.teardown()  # its service may still be writing after a run has finished; this waits for its end
     return [list(records(path)) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
 
 

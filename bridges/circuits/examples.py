@@ -1,0 +1,217 @@
+"""The twenty tasks of paper table 1 as text: pairs of prompts that differ in one cue, with what should follow each.
+
+Every function draws one pair from a random generator. A pair's two prompts need not have one length in tokens yet:
+`tasks.py` draws until they do, which is why lines that carry no cue (`_filler`) differ freely between the two.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bridges.data.idioms import phrase
+from bridges.data.words import CLASSES, COLLECTIONS, EXTENSIONS, NAMES, READ_NAMES, VERBS, WORDS, WRITE_NAMES
+
+Answer = str | re.Pattern[str]
+"""Text whose first token answers, or a pattern: then every token that begins so does."""
+
+NEW_LINE = re.compile(r"\n")
+WORD = re.compile(r" ?[A-Za-z_]")
+
+
+class Example(NamedTuple):
+    """A pair of prompts that differ in one cue."""
+
+    first: str
+    first_answer: Answer
+    second: str
+    second_answer: Answer
+
+
+def single_double_quote(rng: random.Random) -> Example:
+    """A string is closed by the quote that opened it."""
+    verb, name = rng.choice(VERBS), rng.choice(NAMES)
+    opening, text = rng.choice(("print", verb, f"{name} = {verb}", f"return {verb}")), phrase(rng)
+    return Example(f"{opening}('{text}", "')", f'{opening}("{text}', '")')
+
+
+def final_kwarg(rng: random.Random) -> Example:
+    """The last argument has a default if the earlier ones do, else the list ends."""
+    verb, *names = rng.choice(VERBS), *rng.sample(NAMES, 7)
+    last, with_default = names.pop(), rng.randint(1, 2)
+    first = "".join(f"{name}=None, " for name in names[:with_default])
+    second = "".join(f"{name}, " for name in names[: rng.randint(1, 6)])
+    return Example(f"def {verb}({first}{last}", "=None", f"def {verb}({second}{last}", "):")
+
+
+def set_or_string(rng: random.Random) -> Example:
+    """What began as a set grows by `.add`, what began as a string by `+=`."""
+    return _gathered(rng, rng.choice(NAMES))
+
+
+def set_or_string_fixedvarname(rng: random.Random) -> Example:
+    """The same under one name, `current`."""
+    return _gathered(rng, "current")
+
+
+def _gathered(rng: random.Random, name: str) -> Example:
+    loop = f"for {rng.choice(NAMES)} in {rng.choice(COLLECTIONS)}:\n    {name}"
+    first, second = (f"{name} = {start}\n{_number_line(rng)}{loop}" for start in ("set()", '""'))
+    return Example(first, ".add", second, " +=")
+
+
+def class_init(rng: random.Random) -> Example:
+    """In an `__init__`, a field is set from the argument of its own name."""
+    fields = rng.sample(NAMES, rng.randint(4, 7))
+    done = rng.randint(1, len(fields) - 2)
+    lines = "".join(f"        self.{field} = {field}\n" for field in fields[:done])
+    head = f"class {rng.choice(CLASSES)}:\n    def __init__(self, {', '.join(fields)}):\n{lines}        self."
+    one, other = rng.sample(fields[done:], 2)
+    return Example(f"{head}{one} =", f" {one}", f"{head}{other} =", f" {other}")
+
+
+def with_as(rng: random.Random) -> Example:
+    """`with open(...)` goes on with `as`, an assignment ends there."""
+    quote, handle = rng.choice("'\""), rng.choice(("f", "file", "handle"))
+    one, other = (f"open({quote}{_file(rng, READ_NAMES)}{quote})" for _ in range(2))
+    return Example(f"with {one}", " as", f"{handle} = {other}", NEW_LINE)
+
+
+def bracket_brace(rng: random.Random) -> Example:
+    """After a key comes `:`, after a list's element `,`."""
+    name, elements = rng.choice(NAMES), rng.sample(NAMES, 2 * rng.randint(1, 3) + 1)
+    pairs = "".join(f"{key}: {value}, " for key, value in zip(elements[:-1:2], elements[1::2], strict=True))
+    items = "".join(f"{element}, " for element in elements[:-1])
+    return Example(f"{name} = {{{pairs}{elements[-1]}", ":", f"{name} = [{items}{elements[-1]}", ",")
+
+
+def with_open(rng: random.Random) -> Example:
+    """A file named as a source is opened to read, one named as a result to write."""
+    quote, ending = rng.choice("'\""), rng.choice(EXTENSIONS)
+    first, second = (
+        f"with open({quote}{rng.choice(names)}.{ending}{quote}, {quote}" for names in (READ_NAMES, WRITE_NAMES)
+    )
+    return Example(first, f"r{quote}", second, f"w{quote}")
+
+
+def bracket_counting(rng: random.Random) -> Example:
+    """A list closes as many brackets as it opened."""
+    name, row = rng.choice(NAMES), ", ".join(str(rng.randint(0, 99)) for _ in range(3))
+    return Example(f"{name} = [{row}", "]\n", f"{name} = [[{row}", "]]\n")
+
+
+def for_while(rng: random.Random) -> Example:
+    """`for x` goes on with `in`, `while x` with a colon."""
+    name, filler = rng.choice(NAMES), _filler(rng)
+    return Example(f"{filler}for {name}", " in", f"{filler}while {name}", ":")
+
+
+def else_elif(rng: random.Random) -> Example:
+    """`else` ends in a colon, `elif` goes on with a condition."""
+    test, name = rng.choices(NAMES, k=2)
+    head = f"if {test}:\n    {name} = {rng.randint(0, 20)}\n"
+    return Example(f"{head}else", ":", f"{head}elif", WORD)
+
+
+def fstring_brace(rng: random.Random) -> Example:
+    """An f-string comes to a field in braces, a plain string goes on in words."""
+    quote, words = rng.choice("'\""), " ".join(rng.choices(WORDS, k=3))
+    one, other = rng.choices(NAMES, k=2)
+    return Example(f"{one} = f{quote}{words}", " {", f"{other} = {quote}{words}", WORD)
+
+
+def if_ternary(rng: random.Random) -> Example:
+    """A statement's condition ends in a colon, that of an expression in `else`."""
+    name, test, other = rng.choices(NAMES, k=3)
+    condition = f"if {test} {rng.choice(('==', '>', '<', 'is', 'in'))} {other}"
+    one, two = (rng.randint(0, 20) for _ in range(2))
+    return Example(f"{name} = {one}\n{condition}", ":", f"{name} = {two} {condition}", " else")
+
+
+def var_swap(rng: random.Random) -> Example:
+    """`x, y = y,` goes on with the x of this line."""
+    one, other, second = rng.sample(NAMES, 3)
+    return Example(f"{one}, {second} = {second},", f" {one}", f"{other}, {second} = {second},", f" {other}")
+
+
+def indent_for(rng: random.Random) -> Example:
+    """The line after a `for` header is deeper, the one after a plain statement is not."""
+    item, other, argument = rng.choices(NAMES, k=3)
+    head = f"def {rng.choice(VERBS)}({rng.choice(COLLECTIONS)}):\n    "
+    loop = f"for {item} in {rng.choice(COLLECTIONS)}:"
+    plain = f"{other} = {rng.choice(VERBS)}({argument})"
+    return Example(head + loop, "\n        ", head + plain, "\n    ")
+
+
+def lambda_func(rng: random.Random) -> Example:
+    """The name after `lambda` is followed by a colon, the one after `def` by a bracket."""
+    name, target = rng.choices(NAMES, k=2)
+    call = rng.choice((f"{target} = lambda", f"{target} = {rng.choice(VERBS)}(lambda"))
+    return Example(f"{call} {name}", ":", f"{_filler(rng)}def {name}", "(")
+
+
+def if_equals(rng: random.Random) -> Example:
+    """After `if x` a comparison, after `x` an assignment."""
+    name = rng.choice(NAMES)
+    return Example(f"{_number_line(rng)}if {name}", " ==", f"{_number_line(rng)}{name}", " =")
+
+
+def enumerate_range(rng: random.Random) -> Example:
+    """Two loop variables go through `enumerate`, one counter through `range`."""
+    counter, name = rng.choice("ijkn"), rng.choice(NAMES[3:])
+    two, one = f"for {counter}, {name} in", f"for {counter} in"
+    return Example(f"{_filler(rng)}{two}", " enumerate", f"{_filler(rng)}{one}", " range")
+
+
+def var_if(rng: random.Random) -> Example:
+    """A comparison with a constant in an `if` ends in a colon, an assignment of it in a new line."""
+    name, constant = rng.choice(NAMES), rng.choice(("True", "False", "None"))
+    lines = _number_line(rng), _number_line(rng)
+    return Example(f"{lines[0]}if {name} == {constant}", ":", f"{lines[1]}{name} = {constant}", NEW_LINE)
+
+
+def while_return_true(rng: random.Random) -> Example:
+    """`while True` ends in a colon, `return True` in a new line."""
+    head = f"def {rng.choice(VERBS)}({rng.choice(NAMES)}):\n    "
+    return Example(f"{head}while True", ":", f"{head}return True", NEW_LINE)
+
+
+def _number_line(rng: random.Random) -> str:
+    return f"{rng.choice(NAMES)} = {rng.choice((rng.randint(0, 9), rng.randint(10, 99)))}\n"
+
+
+def _filler(rng: random.Random) -> str:
+    """A line that has nothing to do with the cue, of any length."""
+    call = f"{rng.choice(NAMES)} = {rng.choice(VERBS)}({rng.choice(NAMES)})\n"
+    return rng.choice((_number_line(rng), call))
+
+
+def _file(rng: random.Random, names: list[str]) -> str:
+    return f"{rng.choice(names)}.{rng.choice(EXTENSIONS)}"
+
+
+EXAMPLES: dict[str, Callable[[random.Random], Example]] = {
+    task.__name__: task
+    for task in (
+        single_double_quote,
+        final_kwarg,
+        set_or_string,
+        set_or_string_fixedvarname,
+        class_init,
+        with_as,
+        bracket_brace,
+        with_open,
+        bracket_counting,
+        for_while,
+        else_elif,
+        fstring_brace,
+        if_ternary,
+        var_swap,
+        indent_for,
+        lambda_func,
+        if_equals,
+        enumerate_range,
+        var_if,
+        while_return_true,
+    )
+}
