@@ -2,6 +2,7 @@
 
 from bridges.bridge import Bridge, BridgeSet
 from bridges.config import FitConfig
+from bridges.edits import Edit, counterfactual, load_edits, save_edits
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.models.huggingface import as_residual
@@ -11,12 +12,14 @@ from bridges.models.sparse import SparseTransformer
 from bridges.models.sparse_config import SparseConfig
 from bridges.ops.abs_topk import abs_topk
 from bridges.quality import BridgeReport
+from bridges.steer import steer
 from bridges.training.hybrid import HybridLosses, hybrid_losses
 
 __all__ = [
     "Bridge",
     "BridgeReport",
     "BridgeSet",
+    "Edit",
     "FitConfig",
     "HybridLosses",
     "ResidualModel",
@@ -24,8 +27,12 @@ __all__ = [
     "SparseTransformer",
     "abs_topk",
     "as_residual",
+    "counterfactual",
     "evaluate",
     "fit",
     "hybrid_losses",
+    "load_edits",
     "load_pair",
+    "save_edits",
+    "steer",
 ]

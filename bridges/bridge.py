@@ -21,7 +21,7 @@ from bridges.fingerprint import fingerprint, same_model
 from bridges.ops.abs_topk import abs_topk
 from bridges.quality import BridgeReport
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Bridge(nn.Module):
@@ -34,6 +34,8 @@ class Bridge(nn.Module):
     rms_dense: Float[Tensor, ""]
     """R of the dense stream here (method, section 4), measured by `fit`; NaN before."""
     rms_sparse: Float[Tensor, ""]
+    gain_sparse: Float[Tensor, " d_sparse"]
+    """What the sparse model's norm here multiplies each channel by, so that reads have units without that model."""
 
     def __init__(self, d_dense: int, d_sparse: int, k: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -46,6 +48,7 @@ class Bridge(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(d_dense, dtype=dtype))
         self.register_buffer("rms_dense", torch.tensor(float("nan"), dtype=torch.float64))
         self.register_buffer("rms_sparse", torch.tensor(float("nan"), dtype=torch.float64))
+        self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=dtype))
 
     def encode(self, h: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
         """f(h): the sparse model's stream as read off the dense one, exactly k entries per token."""

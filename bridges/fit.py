@@ -26,7 +26,7 @@ from bridges.models.sparse import SparseTransformer
 from bridges.quality import BridgeReport
 from bridges.report.plots import quality_plot
 from bridges.training.checkpoint import Checkpoint, last_checkpoint
-from bridges.training.closed_form import measure_rms, solve_bridges
+from bridges.training.closed_form import measure_units, solve_bridges
 from bridges.training.hybrid import SIDES, ModelPair
 from bridges.training.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.training.plan import describe
@@ -178,7 +178,7 @@ class _Run:
             rows = min(len(self.data.train), math.ceil(RMS_TOKENS / self.data.train.seq_len))
             size = config.batch_size
             batches = [self.data.train.take(i, min(size, rows - i)) for i in range(0, rows, size)]
-            measure_rms(self.pair, batches)
+            measure_units(self.pair, batches)
             bridge_set.report = self._evaluate()
         bridge_set.remember(self.pair.dense.model, self.pair.sparse.model)
         bridge_set.provenance |= {"fit": config.recorded(), "versions": identity.versions}

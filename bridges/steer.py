@@ -1,100 +1,380 @@
-"""Push a change of one sparse channel into the dense model's forward pass (paper A.4; method, section 4).
-
-What stands here computes the intervention on a `ResidualModel`; the context manager that makes an ordinary Hugging
-Face model behave so is not built yet.
-"""
+"""steer(): inside, an ordinary Hugging Face model runs with edits of sparse channels pushed into it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from bridges.models.residual import Norm, ResidualModel, Trace
-from bridges.training.hybrid import ModelPair
+from bridges.bridge import BridgeSet
+from bridges.edits import Edit
+from bridges.intervention import At, as_read
+from bridges.models.huggingface import as_residual
+from bridges.models.probing import evaluation
+from bridges.models.residual import ResidualModel, Visitor, position_ids
+from bridges.models.shadow import Pass, Shadow, leading_pass
 
-At = Literal["read", "residual"]
-
-
-class ReadChange(NamedTuple):
-    """What a counterfactual prompt changes in the sparse model's reads at one site."""
-
-    site: int
-    """Index of the bridge."""
-    delta: Float[Tensor, "b s d_sparse"]
-    """n_counterfactual - n_presented, in read units; zero on padding."""
+Source = Literal["sparse", "encoder"]
 
 
-def counterfactual_changes(
-    pair: ModelPair,
-    input_ids: Int[Tensor, "b s"],
-    counterfactual_ids: Int[Tensor, "b t"],
-    attention_mask: Int[Tensor, "b s"] | None = None,
-) -> list[ReadChange]:
-    """dn of every channel at every bridged site; ValueError unless both prompts have one shape."""
-    if input_ids.shape != counterfactual_ids.shape:
+@contextmanager
+def steer(
+    dense: nn.Module | ResidualModel,
+    bridge_set: BridgeSet,
+    edits: Edit | Sequence[Edit],
+    *,
+    sparse: nn.Module | ResidualModel | None = None,
+    strength: float = 1.0,
+    at: At = "read",
+    source: Source = "sparse",
+    check_models: bool = True,
+) -> Iterator[None]:
+    """Inside, `dense` runs with the edits pushed through the decoders into it (method, section 4; paper A.4).
+
+    Forward passes and `generate` work as ever: with a cache or without, greedy, sampled or with beams, padded on either
+    side. `at="read"`: the edit enters the input of the dense sublayer alone; `at="residual"`: the stream, so that every
+    later layer sees it. Edits that set or scale need the channel's reading: of the `sparse` model, which runs beside
+    the dense one on the same tokens, or (`source="encoder"`) of the encoder on the unedited dense stream. Readings
+    carry no gradient. Edits of one channel compose in order; contexts nest. Strength 0 or no edits change no bit.
+
+    The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
+    other than those the bridges were fitted to (unless `check_models` is False).
+    """
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    _check(bridge_set, edits, strength, at, source)
+    if not edits or strength == 0:
+        yield
+        return
+    with _steering(dense).paused():  # so that taking the model apart meets no outer edit
+        chain = as_residual(dense)
+        beside = None if sparse is None else as_residual(sparse)
+        if check_models:
+            bridge_set.check_models(chain.model, None if beside is None else beside.model)
+        steering = _Steering(chain, beside, bridge_set, edits, strength, at, source)
+    with steering.installed():
+        yield
+
+
+def _check(bridge_set: BridgeSet, edits: list[Edit], strength: float, at: str, source: str) -> None:
+    for name, value, known in (("at", at, get_args(At)), ("source", source, get_args(Source))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength={strength} must be a finite number")
+    for edit in edits:
+        if edit.site not in bridge_set.sites:
+            raise ValueError(f"site={edit.site!r} has no bridge; there are {', '.join(bridge_set.sites)}")
+        bridge = bridge_set[edit.site]
+        if edit.channel >= len(bridge.gain_sparse):
+            raise ValueError(f"channel={edit.channel} is over the sparse stream's {len(bridge.gain_sparse)} channels")
+        if bridge.gain_sparse[edit.channel] == 0:
+            raise ValueError(
+                f"channel={edit.channel} at site={edit.site!r} has gain 0: no read shows it, so none can edit it"
+            )
+        units = torch.stack([bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse[edit.channel].double()])
+        if units.isnan().any():
+            raise ValueError(
+                f"site={edit.site!r}: R and the gain were not measured; bridges that fit() returns have them"
+            )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Where a call's new tokens stand in their rows."""
+
+    place: Int[Tensor, "b s"]
+    """Index among the row's real tokens."""
+    real: Bool[Tensor, "b s"]
+    prompt: Int[Tensor, "b 1"] | None
+    """Real tokens of the row's prompt, None where the prompt is over."""
+    start: int
+    """Column of the first new token, padding included."""
+
+    def at(self, positions: tuple[int, ...]) -> Bool[Tensor, "b s"]:
+        """True at the tokens that an edit's positions name."""
+        here = torch.zeros_like(self.real)
+        for position in positions:
+            if position >= 0:
+                here |= self.place == position
+            elif self.prompt is not None:
+                here |= self.place == self.prompt + position
+        return here & self.real
+
+    def columns(self, value: Float[Tensor, "rows prompt"]) -> Float[Tensor, "b s"]:
+        """A value per token of the prompt: the part that falls here, zero after the prompt."""
+        rows, width = self.real.shape
+        if rows % len(value):
+            raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
+        if self.start == 0 and width < value.shape[1]:
+            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {(rows, width)}")
+        here = value[:, self.start : self.start + width].to(self.real.device)
+        here = torch.nn.functional.pad(here, (0, width - here.shape[1]))
+        return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
+
+
+@dataclass
+class _Place:
+    """The edits at one bridged site and what they need there."""
+
+    bridge: int
+    dense_site: int
+    sparse_site: int | None
+    channels: list[int]
+    edits: list[Edit]
+    to_stream: Float[Tensor, "channels d_dense"]
+    """What one read unit of each channel adds to the dense stream, strength included."""
+    reading: Float[Tensor, "b s channels"] | None = None
+
+    @property
+    def constant(self) -> bool:
+        return all(edit.constant for edit in self.edits)
+
+    @property
+    def mode(self) -> str | None:
+        """That of the first edit that needs the channel's reading, None where none does."""
+        return next((edit.mode for edit in self.edits if edit.mode != "add"), None)
+
+    def changes(self, window: _Window) -> Float[Tensor, "b s channels"]:
+        """dn of every channel: what the edits, one after another, make of its reading, less the reading."""
+        shape = (*window.real.shape, len(self.channels))
+        before = self.to_stream.new_zeros(shape) if self.reading is None else self.reading.to(self.to_stream)
+        after = list(before.unbind(-1))
+        for edit in self.edits:
+            i = self.channels.index(edit.channel)
+            after[i] = _applied(edit, after[i], window)
+        return torch.stack(after, -1) - before
+
+    def total(self) -> Float[Tensor, " channels"]:
+        """dn of every channel where all edits are constant."""
+        sums = [sum(float(e.value) for e in self.edits if e.channel == channel) for channel in self.channels]
+        return self.to_stream.new_tensor(sums)
+
+
+def _applied(edit: Edit, v: Tensor, window: _Window) -> Tensor:
+    if isinstance(edit.value, Tensor):
+        return v + window.columns(edit.value).to(v)
+    changed = {"set": torch.full_like(v, edit.value), "add": v + edit.value, "scale": v * edit.value}[edit.mode]
+    here = window.real if edit.positions is None else window.at(edit.positions)  # pyright: ignore[reportArgumentType]
+    return torch.where(here.to(v.device), changed, v)
+
+
+class _Steering:
+    """One `steer()`: what it hooks into the model, and what it knows of the call at hand."""
+
+    def __init__(
+        self,
+        dense: ResidualModel,
+        sparse: ResidualModel | None,
+        bridge_set: BridgeSet,
+        edits: list[Edit],
+        strength: float,
+        at: At,
+        source: Source,
+    ):
+        self.dense, self.sparse, self.bridge_set, self.at = dense, sparse, bridge_set, at
+        self.places = [
+            _place(dense, sparse, bridge_set, site, [e for e in edits if e.site == site], strength)
+            for site in dict.fromkeys(edit.site for edit in edits)
+        ]
+        self.places.sort(key=lambda place: place.dense_site)
+        self.readers = {p.bridge: _readers(dense, bridge_set, p) for p in self.places} if at == "read" else {}
+        self.idle = False
+        self.window: _Window | None = None
+        self._prompt: Tensor | None = None
+        reading = [place for place in self.places if place.mode]
+        if reading and source == "sparse" and sparse is None:
+            raise ValueError(
+                f"mode={reading[0].mode!r} at site={reading[0].edits[0].site!r} needs the channel's reading: pass "
+                "sparse=, the model to read it from, or source='encoder'"
+            )
+        # The stream at the first edited site is what an unedited run has there; later ones need a run of their own.
+        first = reading[:1] == self.places[:1] and not _steering(dense)
+        self.in_flight = reading[:1] if source == "encoder" and first else []
+        self.apart = [place for place in reading if place not in self.in_flight]
+        self.beside = sparse if source == "sparse" else dense
+        self.shadow = Shadow(self.beside.model) if self.apart and self.beside is not None else None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the model runs with the edits."""
+        model = self.dense.model
+        with ExitStack() as stack:
+            if not all(place.constant for place in self.places):
+                handles = (
+                    model.register_forward_pre_hook(self._before, with_kwargs=True),
+                    model.register_forward_hook(self._after),
+                )
+                for handle in handles:
+                    stack.callback(handle.remove)
+            stack.enter_context(_listed(model, self))
+            for place in self.places:
+                for context in self._hooks(place):
+                    stack.enter_context(context)
+            yield
+
+    def _hooks(self, place: _Place) -> Iterator[Any]:
+        add = _Adding(self, place, place.to_stream) if self.at == "residual" else None
+
+        def on_stream(h: Tensor) -> Tensor | None:
+            if place in self.in_flight:
+                self._encode(place, h)
+            return None if add is None else add(h)
+
+        if add is not None or place in self.in_flight:
+            yield self.dense.streaming({place.dense_site: self._unless_idle(on_stream)})
+        if add is None:
+            readers = {m: self._unless_idle(_Adding(self, place, unit)) for m, unit in self.readers[place.bridge]}
+            yield self.dense.hooked(readers)
+
+    def _unless_idle(self, visitor: Visitor) -> Visitor:
+        return lambda h: None if self.idle else visitor(h)
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward pass of the dense model: where its tokens stand, and the readings taken apart."""
+        if self.idle:
+            return
+        call = leading_pass(model, args, kwargs)
+        self.window = self._locate(call)
+        if self.shadow is not None:
+            with _steering(model).paused() if self.beside is self.dense else evaluation(self.shadow.model):
+                self._read(call)
+
+    def _after(self, _model: nn.Module, _args: tuple, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if self.shadow is not None and not self.idle and cache is not None:
+            self.shadow.join(cache)  # a cache that the model made for itself
+
+    def _locate(self, call: Pass) -> _Window:
+        ids, mask = call.input_ids, call.attention_mask
+        mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
+        prompt = None
+        if call.past == 0:
+            width = self._prompt_width(call)
+            prompt = mask[:, :width].sum(1, keepdim=True)
+        new = slice(call.past, None)
+        return _Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
+
+    def _prompt_width(self, call: Pass) -> int:
+        """How many columns are the prompt: without a cache, a call that begins with the last one carries on from it."""
+        ids, known = call.input_ids, self._prompt
+        if not call.cached and known is not None and torch.equal(ids[:, : known.shape[1]], known):
+            return known.shape[1]
+        self._prompt = ids.clone()
+        return ids.shape[1]
+
+    def _read(self, call: Pass) -> None:
+        assert self.shadow is not None and self.beside is not None
+        if self.beside is self.sparse:
+            visitors = {p.sparse_site: self._keep(p) for p in self.apart}
+            with self.beside.reading(visitors):  # pyright: ignore[reportArgumentType]
+                self.shadow.run(call)
+        else:
+            visitors = {p.dense_site: lambda h, p=p: self._encode(p, h) for p in self.apart}
+            with evaluation(self.shadow.model), self.beside.streaming(visitors):
+                self.shadow.run(call)
+
+    def _keep(self, place: _Place) -> Visitor:
+        def keep(read: Tensor) -> None:
+            place.reading = read[..., place.channels].detach()
+
+        return keep
+
+    @torch.no_grad()
+    def _encode(self, place: _Place, h: Tensor) -> None:
+        """v = gain_s z / R_s with z = f(h): the encoder's reading of the unedited stream."""
+        bridge = self.bridge_set[place.bridge]
+        z = bridge.encode(h.detach().to(bridge.encoder_weight.device))[..., place.channels]
+        place.reading = (z * bridge.gain_sparse[place.channels] / bridge.rms_sparse.to(z)).to(h.device)
+
+
+class _Adding:
+    """A visitor that adds a site's edits to a stream or to a read."""
+
+    def __init__(self, steering: _Steering, place: _Place, unit: Float[Tensor, "channels d"]):
+        self.steering, self.place, self.unit = steering, place, unit
+        self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self.place.constant:
+            key = (h.dtype, h.device)
+            if key not in self._vectors:
+                self._vectors[key] = (self.place.total() @ self.unit).to(device=h.device, dtype=h.dtype)
+            return h + self._vectors[key]
+        window = self.steering.window
+        assert window is not None, "the model's own forward ran first"
+        changes = self.place.changes(window)
+        return h + (changes @ self.unit.to(changes)).to(h)
+
+
+def _place(
+    dense: ResidualModel,
+    sparse: ResidualModel | None,
+    bridge_set: BridgeSet,
+    site: str,
+    edits: list[Edit],
+    strength: float,
+) -> _Place:
+    i = bridge_set.index(site)
+    channels = list(dict.fromkeys(edit.channel for edit in edits))
+    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
+    with torch.no_grad():
+        dz = strength * bridge.rms_sparse.to(bridge.gain_sparse) / bridge.gain_sparse[channels]
+        unit = bridge.decoder_weight[:, channels].T * dz[:, None]
+    return _Place(
+        i,
+        dense.index(dense_site),
+        None if sparse is None else sparse.index(sparse_site),
+        channels,
+        edits,
+        unit.detach(),
+    )
+
+
+def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: _Place) -> list[tuple[nn.Module, Tensor]]:
+    """Every module that reads the site's stream, with what a read unit of each channel adds to its input."""
+    modules, rms = dense.read_modules(place.dense_site), bridge_set[place.bridge].rms_dense
+    norms = [dense.norm(place.dense_site, reader) for reader in range(len(modules))]
+    if any((norm.centred, norm.present) != (norms[0].centred, norms[0].present) for norm in norms):
         raise ValueError(
-            f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
-            "one shape; use pairs of equal token length"
+            f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
         )
-    presented = pair.sparse.reads(input_ids, attention_mask)
-    changed = pair.sparse.reads(counterfactual_ids, attention_mask)
-    real = 1 if attention_mask is None else attention_mask[..., None]
-    sites = [pair.site("sparse", i) for i in range(len(pair.bridge_set))]
-    return [ReadChange(i, (changed[site] - presented[site]) * real) for i, site in enumerate(sites)]
+    return [(m, as_read(norm, rms, place.to_stream, "read")) for m, norm in zip(modules, norms, strict=True)]
 
 
-def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
-    """dz = dn R_s / gain_s: a change of reads as a change of the sparse stream, at strength 1.
+class _Active(list):
+    """The steerings that are installed in a model, innermost last."""
 
-    Channels whose gain is 0 give 0: they cannot be read, so no stream explains a change of theirs.
-    """
-    gain = pair.sparse.norm(pair.site("sparse", site)).gain.to(dn)
-    dz = dn * pair.bridge_set[site].rms_sparse.to(dn) / gain
-    return torch.where(gain == 0, 0, dz)
-
-
-def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
-    """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
-    bridge = pair.bridge_set[site]
-    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, bridge.decode_delta(dz), at)
-
-
-def only(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
-    """The same change with every other channel left alone."""
-    kept = torch.zeros_like(dz)
-    kept[..., list(channels)] = dz[..., list(channels)]
-    return kept
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the model runs as if none were."""
+        before = [steering.idle for steering in self]
+        try:
+            for steering in self:
+                steering.idle = True
+            yield
+        finally:
+            for steering, idle in zip(self, before, strict=True):
+                steering.idle = idle
 
 
-def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
-    """A change of the stream in the units of the read: gain C(delta) / R; unchanged at the residual."""
-    if at == "residual":
-        return delta
-    centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
-    return norm.gain.to(delta) * centred / rms.to(delta)
+def _steering(dense: nn.Module | ResidualModel) -> _Active:
+    model = dense.model if isinstance(dense, ResidualModel) else dense
+    return vars(model).get("_steering", _Active())
 
 
-def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
-    """The transpose of `as_read`: from a gradient where the edit enters to one with respect to the stream's change."""
-    if at == "residual":
-        return gradient
-    gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
-    return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
-
-
-def edited_logits(
-    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: At
-) -> Float[Tensor, "b s vocab"]:
-    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
-
-    `trace` is the unedited run, so only what comes after the site is run again.
-    """
-    residual = trace.residuals[site]
-    if at == "residual":
-        return model.tail(site, residual + addend.to(residual), trace.context)
-    with model.reading({site: lambda read: read + addend.to(read)}):
-        return model.tail(site, residual, trace.context)
+@contextmanager
+def _listed(model: nn.Module, steering: _Steering) -> Iterator[None]:
+    active = vars(model).setdefault("_steering", _Active())
+    active.append(steering)
+    try:
+        yield
+    finally:
+        active.remove(steering)
+        if not active:
+            del vars(model)["_steering"]

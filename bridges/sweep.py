@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.circuits.tasks import TaskPairs
-from bridges.models.residual import ResidualModel, Trace
-from bridges.steer import (
+from bridges.intervention import (
     At,
     as_read_adjoint,
     counterfactual_changes,
@@ -20,6 +19,7 @@ from bridges.steer import (
     only,
     sparse_delta,
 )
+from bridges.models.residual import ResidualModel, Trace
 from bridges.training.hybrid import ModelPair, Traces, trace_pair
 
 ENTRIES: tuple[At, ...] = ("read", "residual")

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jaxtyping
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
@@ -83,3 +84,11 @@ def padding():
     mask[0, :4] = 0
     mask[1, -3:] = 0
     return mask
+
+
+@pytest.fixture
+def unchecked():
+    """What users run: no check of types speaks before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -66,6 +66,15 @@ def join(dense, sparse, k=4, seed=7, site_map=None):
     return ModelPair(*chains, BridgeSet([(p.dense, p.sparse) for p in pairs], bridges))
 
 
+def with_units(pair):
+    """The pair's bridges with R and gains as `fit` would set them, R made up."""
+    for i, bridge in enumerate(pair.bridge_set):
+        bridge.rms_dense.fill_(1.5 + i)
+        bridge.rms_sparse.fill_(0.5 + i)
+        bridge.gain_sparse.copy_(pair.sparse.norm(pair.site("sparse", i)).gain)
+    return pair
+
+
 def relative(one, other):
     """Largest difference over the largest entry."""
     return ((one - other).abs().max() / other.abs().max().clamp(min=1e-300)).item()

@@ -23,6 +23,7 @@ def filled(seed=0, dtype=torch.float64):
         bridge.decoder_bias.normal_(generator=generator)
     bridge.rms_dense.fill_(1.5 + seed)
     bridge.rms_sparse.fill_(2.5 + seed)
+    bridge.gain_sparse.fill_(0.5 + seed)
     return bridge
 
 
@@ -164,7 +165,7 @@ def test_the_folders_content(bridge_set, tmp_path):
     bridge_set.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {
-        "format_version": 1,
+        "format_version": 2,
         "pairs": [["0.attn", "0.attn"], ["1.block", "2.attn"], ["final", "final"]],
         "d_dense": 5,
         "d_sparse": 7,
@@ -174,7 +175,15 @@ def test_the_folders_content(bridge_set, tmp_path):
         "settings": {"steps": 3},
     }
     stored = load_file(tmp_path / "bridges.safetensors")
-    parts = ["encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias", "rms_dense", "rms_sparse"]
+    parts = [
+        "encoder_weight",
+        "encoder_bias",
+        "decoder_weight",
+        "decoder_bias",
+        "rms_dense",
+        "rms_sparse",
+        "gain_sparse",
+    ]
     assert set(stored) == {f"{site}.{part}" for site in bridge_set.sites for part in parts}
     assert stored["2.attn.rms_dense"].item() == 2.5
 
@@ -211,7 +220,7 @@ DAMAGES = {
     ),
     "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json: not a bridge folder"),
     "torn config": (lambda f: (f / CONFIG).write_text('{"k": '), "config.json is not valid JSON"),
-    "another version": (lambda f: edit_config(f, format_version=2), r"config.json: format_version=2, .* reads 1"),
+    "another version": (lambda f: edit_config(f, format_version=1), r"config.json: format_version=1, .* reads 2"),
     "no width": (lambda f: edit_config(f, d_dense=None), "config.json lacks 'd_dense'"),
     "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is no dtype"),
     "torn report": (lambda f: (f / "report.json").write_text("{"), "report.json is not valid JSON"),

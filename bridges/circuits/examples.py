@@ -6,7 +6,7 @@ Every function draws one pair from a random generator. A pair's two prompts need
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bridges.data.idioms import phrase
@@ -186,7 +186,7 @@ def _filler(rng: random.Random) -> str:
     return rng.choice((_number_line(rng), call))
 
 
-def _file(rng: random.Random, names: list[str]) -> str:
+def _file(rng: random.Random, names: Sequence[str]) -> str:
     return f"{rng.choice(names)}.{rng.choice(EXTENSIONS)}"
 
 

@@ -142,7 +142,7 @@ def _stack(task: str, encoded: list[_Encoded]) -> TaskPairs:
         ids[row, -len(pair.first) :] = torch.tensor(pair.first)
         swapped[row, -len(pair.second) :] = torch.tensor(pair.second)
         mask[row, -len(pair.first) :] = 1
-    answers, targets = (_sets([pair[i] for pair in turned]) for i in (1, 3))
+    answers, targets = _sets([pair.first_answer for pair in turned]), _sets([pair.second_answer for pair in turned])
     return TaskPairs(task, ids, swapped, mask, answers, targets, torch.arange(len(turned)) % 2)
 
 

@@ -6,8 +6,8 @@ are found by what they do, and the adapter proves on a few random tokens that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,8 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.models import probing
-from bridges.models.layers import Call, forwards, hidden_of, like, split_call
-from bridges.models.residual import Context, Norm, ResidualModel, Site
+from bridges.models.layers import Call, attribute, forwards, hidden_of, like, split_call
+from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor, on_input
+
+
+def _on_output(visitor: Visitor) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        changed = visitor(hidden_of(output))
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
 
 
 def as_residual(model: nn.Module | ResidualModel) -> ResidualModel:
@@ -39,7 +49,8 @@ class Part(NamedTuple):
 
     layer: int
     silenced: nn.Module | None
-    read: nn.Module | None
+    reads: list[nn.Module]
+    """The modules that read the stream at its site."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +123,66 @@ class HuggingFaceResidual(ResidualModel):
         with forwards({layer: skip(i) for i, layer in enumerate(self.layers)}):
             return self.model(**context.extra.inputs).logits
 
-    def read_module(self, index: int) -> nn.Module:
-        """The attention or MLP module of the sublayer; at `final` the unembedding."""
+    def read_modules(self, index: int) -> list[nn.Module]:
+        """The attention or MLP module of the sublayer, both of a block that reads one stream twice; at `final` the
+        unembedding."""
         if index == len(self._parts):
-            return self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        module = self._parts[index].read
-        if module is None:
+            return [self.model.get_output_embeddings()]  # pyright: ignore[reportCallIssue]
+        modules = self._parts[index].reads
+        if not modules:
             raise ValueError(f"site={self.sites[index]!r} of {self.family} has no module that reads the stream")
-        return module
+        return modules
 
-    def norm(self, index: int) -> Norm:
+    def norm(self, index: int, reader: int = 0) -> Norm:
         """Measured by what it does to probe vectors, so that no norm class needs to be known."""
-        return probing.measure_norm(self, index)
+        return probing.measure_norm(self, index, reader)
 
-    def _run_part(self, part: Part, residual: Tensor, call: Call) -> Tensor:
-        layer, silence = self.layers[part.layer], nullcontext()
+    @contextmanager
+    def streaming(self, visitors: Mapping[int, Visitor]) -> Iterator[None]:
+        """Hooks on the layers; a stream between a layer's halves shows by running them one after the other."""
+        with ExitStack() as stack:
+            for index, visitor in visitors.items():
+                if index == len(self._parts):
+                    handle = self.layers[-1].register_forward_hook(_on_output(visitor))
+                    stack.callback(handle.remove)
+                elif index == 0 or self._parts[index - 1].layer != self._parts[index].layer:
+                    layer = self.layers[self._parts[index].layer]
+                    handle = layer.register_forward_pre_hook(on_input(visitor, self.d_model), with_kwargs=True)
+                    stack.callback(handle.remove)
+                else:
+                    stack.enter_context(self._in_the_middle(index, visitor))
+            yield
+
+    @contextmanager
+    def _in_the_middle(self, index: int, visitor: Visitor) -> Iterator[None]:
+        """Inside, a layer runs as its two halves with the visitor between; hooks around the layer still run once."""
+        layer = self.layers[self._parts[index].layer]
+        visitors: list[Visitor] = vars(layer).setdefault("_middle_visitors", [])
+        visitors.append(visitor)
+        try:
+            with nullcontext() if len(visitors) > 1 else attribute(layer, "forward", self._halves(index, visitors)):
+                yield
+        finally:
+            visitors.remove(visitor)
+            if not visitors:
+                del vars(layer)["_middle_visitors"]
+
+    def _halves(self, index: int, visitors: list[Visitor]) -> Callable[..., Any]:
+        number = self._parts[index].layer
+        whole = self.layers[number].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = split_call(args, kwargs)
+            middle = self._run_part(self._parts[index - 1], hidden, call, whole)
+            for visitor in visitors:
+                changed = visitor(middle)
+                middle = middle if changed is None else changed
+            return like(self._returns[number], self._run_part(self._parts[index], middle, call, whole))
+
+        return forward
+
+    def _run_part(self, part: Part, residual: Tensor, call: Call, forward: Callable[..., Any] | None = None) -> Tensor:
+        layer, silence = forward or self.layers[part.layer], nullcontext()
         if part.silenced is not None:
             returned = self._children[part.layer][part.silenced].returned
 
@@ -141,14 +197,25 @@ class HuggingFaceResidual(ResidualModel):
         """Two halves where their composition is the layer itself, else one block."""
         mixing = [child for child, seen_child in self._children[index].items() if seen_child.mixes_tokens]
         pointwise = [child for child, seen_child in self._children[index].items() if not seen_child.mixes_tokens]
-        block = [Part(index, None, mixing[0] if mixing else None)]
+        block = [Part(index, None, mixing[:1])]
         if len(mixing) != 1 or len(pointwise) != 1:
             return block
-        halves = [Part(index, pointwise[0], mixing[0]), Part(index, mixing[0], pointwise[0])]
+        halves = [Part(index, pointwise[0], mixing), Part(index, mixing[0], pointwise)]
         middle = self._run_part(halves[0], seen.hidden, seen.call)
         end = self._run_part(halves[1], middle, seen.call)
         parallel = middle + self._run_part(halves[1], seen.hidden, seen.call) - seen.hidden
-        return halves if probing.same_layer(end, seen.output, parallel) else block
+        if probing.same_layer(end, seen.output, parallel):
+            return halves
+        return [Part(index, None, [*mixing, *self._beside(index, halves, seen)])]
+
+    def _beside(self, index: int, halves: list[Part], seen: probing.Seen) -> list[nn.Module]:
+        """The MLP of a block, if it reads the block's own stream: attention then makes no difference to its input."""
+        (mlp,) = halves[1].reads
+        with probing.watching([mlp]) as alone:
+            self._run_part(halves[1], seen.hidden, seen.call)
+        with probing.watching([mlp]) as together:
+            self._run_part(Part(index, None, []), seen.hidden, seen.call)
+        return [mlp] if torch.equal(alone[mlp].hidden, together[mlp].hidden) else []
 
     def _names(self) -> Iterator[Site]:
         for part in self._parts:

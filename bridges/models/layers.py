@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,16 +45,25 @@ def like(returned: int, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each module's call is another, hooks included: what is not computed has no read to see or to edit."""
-    own = {module: vars(module).get("_call_impl") for module in replacements}
-    try:
+    with ExitStack() as stack:
         for module, forward in replacements.items():
             # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.
-            vars(module)["_call_impl"] = forward
+            stack.enter_context(attribute(module, "_call_impl", forward))
+        yield
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an object has another value under a name of its own; afterwards what it had before, or none."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
+    own[name] = value
+    try:
         yield
     finally:
-        for module, call in own.items():
-            vars(module).pop("_call_impl", None)
-            if call is not None:
-                vars(module)["_call_impl"] = call
+        if had:
+            own[name] = before
+        else:
+            del own[name]

@@ -203,8 +203,8 @@ def same_layer(split: Tensor, whole: Tensor, parallel: Tensor) -> bool:
     return apart == 0 or (apart <= tolerance(whole) and apart <= 0.1 * difference(parallel, whole))
 
 
-def measure_norm(residual_model: ResidualModel, index: int) -> Norm:
-    """Gain and centring of the norm before a read, from the reads of v, -v, 2v and v + 1.
+def measure_norm(residual_model: ResidualModel, index: int, reader: int = 0) -> Norm:
+    """Gain and centring of the norm before one of a site's reads, from the reads of v, -v, 2v and v + 1.
 
     Any norm of the form gain * C(v) / RMS(C(v)) + bias shows its gain as the odd part of its answer; ValueError where
     what stands before the read is of another form.
@@ -216,7 +216,7 @@ def measure_norm(residual_model: ResidualModel, index: int) -> Norm:
     signs -= signs.mean()  # an odd width would leave a mean
     v = (signs * scale).to(dtype).to(residual_model.device)
     with evaluation(residual_model.model), torch.no_grad():
-        plus, minus, twice, shifted = _reads(residual_model, index, [v, -v, 2 * v, v + scale])
+        plus, minus, twice, shifted = _reads(residual_model, index, reader, [v, -v, 2 * v, v + scale])
     half = torch.finfo(dtype).bits == 16
     slack = 1e-2 if half else 1e-4
     if plus.shape == v.shape and difference(plus, v.double().cpu()) == 0:
@@ -229,11 +229,12 @@ def measure_norm(residual_model: ResidualModel, index: int) -> Norm:
     return Norm(gain.to(torch.promote_types(dtype, torch.float32)), difference(shifted, plus) < slack)
 
 
-def _reads(residual_model: ResidualModel, index: int, streams: list[Tensor]) -> list[Tensor]:
+def _reads(residual_model: ResidualModel, index: int, reader: int, streams: list[Tensor]) -> list[Tensor]:
     tokens = torch.zeros(len(streams), 1, dtype=torch.long, device=residual_model.device)
     residual = torch.stack(streams)[:, None]
     kept: list[Tensor] = []
-    with residual_model.reading({index: lambda read: kept.append(read)}):
+    module = residual_model.read_modules(index)[reader]
+    with residual_model.hooked({module: lambda read: kept.append(read)}):
         context = residual_model.context(tokens)
         if index == len(residual_model.sites) - 1:
             residual_model.head(residual, context)

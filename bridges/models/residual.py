@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+Visitor = Callable[[Tensor], Tensor | None]
+"""Sees a stream or a read [batch, seq, d_model]; what it returns, if anything, takes its place."""
 
 
 class Site(str):
@@ -65,7 +68,7 @@ class ResidualModel(ABC):
     """A decoder-only model as sublayers M_0 .. M_{n-1} and a head: h_{i+1} = M_i(h_i), logits = head(h_n).
 
     Site i is the input of sublayer i; the last site, `final`, is the input of the head (final norm and unembedding).
-    A subclass supplies the five abstract methods; everything else follows from them.
+    A subclass supplies the abstract methods; everything else follows from them.
     """
 
     model: nn.Module
@@ -88,12 +91,22 @@ class ResidualModel(ABC):
         """Logits from the stream at `final`."""
 
     @abstractmethod
-    def read_module(self, index: int) -> nn.Module:
-        """The module whose first input is the read of site `index`, on its leading d_model channels."""
+    def read_modules(self, index: int) -> list[nn.Module]:
+        """The modules whose first input is a read of site `index`, on its leading d_model channels.
+
+        One, but for a block whose attention and MLP both read its stream; `reads` shows the first one's.
+        """
 
     @abstractmethod
-    def norm(self, index: int) -> Norm:
-        """The norm between site `index` and its read."""
+    def norm(self, index: int, reader: int = 0) -> Norm:
+        """The norm between site `index` and the read of one of its `read_modules`."""
+
+    @abstractmethod
+    def streaming(self, visitors: Mapping[int, Visitor]) -> AbstractContextManager[None]:
+        """Inside, `visitors[i]` sees the stream at site i in the model's own forward passes, as `reading` does reads.
+
+        For `model(...)` and `model.generate(...)`, cached or not; not for the chain's own methods.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -158,12 +171,16 @@ class ResidualModel(ABC):
             self.trace(input_ids, attention_mask)
         return [read[-1] for read in reads]
 
-    @contextmanager
-    def reading(self, visitors: dict[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    def reading(self, visitors: Mapping[int, Visitor]) -> AbstractContextManager[None]:
         """Inside, `visitors[i]` sees the read of site i at every pass and may return another to take its place."""
+        return self.hooked({self.read_modules(index)[0]: visitor for index, visitor in visitors.items()})
+
+    @contextmanager
+    def hooked(self, visitors: Mapping[nn.Module, Visitor]) -> Iterator[None]:
+        """Inside, a visitor sees what its module reads of the stream and may return another to take its place."""
         handles = [
-            self.read_module(index).register_forward_pre_hook(_on_read(visitor, self.d_model), with_kwargs=True)
-            for index, visitor in visitors.items()
+            module.register_forward_pre_hook(on_input(visitor, self.d_model), with_kwargs=True)
+            for module, visitor in visitors.items()
         ]
         try:
             yield
@@ -172,7 +189,9 @@ class ResidualModel(ABC):
                 handle.remove()
 
 
-def _on_read(visitor: Callable[[Tensor], Tensor | None], d_model: int) -> Callable[..., Any]:
+def on_input(visitor: Visitor, d_model: int) -> Callable[..., Any]:
+    """A forward pre-hook that shows a module's first input, on its leading d_model channels, to a visitor."""
+
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         whole = args[0] if args else kwargs["hidden_states"]
         changed = visitor(whole[..., :d_model])

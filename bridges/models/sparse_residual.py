@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bridges.models.residual import Context, Norm, ResidualModel, Site
+from bridges.models.layers import attribute
+from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor
 from bridges.models.sparse import SparseTransformer
 
 
@@ -49,14 +52,14 @@ class SparseResidual(ResidualModel):
         """Final norm, unembedding, final_logits_bias and the bigram table's rows of the context's tokens."""
         return self.model.unembed(residual, context.input_ids)
 
-    def read_module(self, index: int) -> nn.Module:
+    def read_modules(self, index: int) -> list[nn.Module]:
         """`c_attn`, `c_fc` or `lm_head`, whose inputs have passed the norm and AbsTopK."""
         if index == len(self.sites) - 1:
-            return self.model.lm_head
+            return [self.model.lm_head]
         block = self.model.blocks[index // 2]
-        return block.mlp.c_fc if index % 2 else block.attn.c_attn
+        return [block.mlp.c_fc if index % 2 else block.attn.c_attn]
 
-    def norm(self, index: int) -> Norm:
+    def norm(self, index: int, reader: int = 0) -> Norm:
         """The norm's weight as gain; a LayerNorm also centres."""
         if index == len(self.sites) - 1:
             norm = self.model.transformer.ln_f
@@ -65,3 +68,23 @@ class SparseResidual(ResidualModel):
             norm = block.ln_2 if index % 2 else block.ln_1
         gain = norm.weight.detach()
         return Norm(gain.to(torch.promote_types(gain.dtype, torch.float32)), centred=not self.model.config.rms_norm)
+
+    @contextmanager
+    def streaming(self, visitors: Mapping[int, Visitor]) -> Iterator[None]:
+        """Wraps the method that takes the stream at a site."""
+        with ExitStack() as stack:
+            for index, visitor in visitors.items():
+                if index == len(self.sites) - 1:
+                    owner, name = self.model, "unembed"
+                else:
+                    owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
+                stack.enter_context(attribute(owner, name, _shown(getattr(owner, name), visitor)))
+            yield
+
+
+def _shown(method: Callable[..., Any], visitor: Visitor) -> Callable[..., Any]:
+    def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
+        changed = visitor(residual)
+        return method(residual if changed is None else changed, *args, **kwargs)
+
+    return call

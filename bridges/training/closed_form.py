@@ -56,8 +56,11 @@ def site_groups(pair: ModelPair, memory_bytes: float) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def measure_rms(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = alone) -> None:
-    """Set R of method section 4 on both sides of every bridge: the mean over tokens of the RMS of C(h)."""
+def measure_units(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = alone) -> None:
+    """Set what gives reads their units (method, section 4): R of both sides of every bridge, the sparse norm's gain.
+
+    R is the mean over tokens of the per-token RMS of C(h), 1 where no norm stands before the read.
+    """
     n = len(pair.bridge_set)
     norms = [[pair.model(side).norm(pair.site(side, i)) for i in range(n)] for side in ("dense", "sparse")]
     sums = torch.zeros(2 * n + 1, dtype=torch.float64)
@@ -72,6 +75,7 @@ def measure_rms(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = alon
     for i, bridge in enumerate(pair.bridge_set):
         for buffer, side in ((bridge.rms_dense, 0), (bridge.rms_sparse, 1)):
             buffer.fill_(sums[side * n + i] / sums[-1] if norms[side][i].present else 1.0)
+        bridge.gain_sparse.copy_(norms[1][i].gain)
 
 
 def _counted(pair: ModelPair, batch: Batch, sites: Iterable[int]) -> list[tuple[Tensor, Tensor]]:

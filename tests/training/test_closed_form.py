@@ -2,7 +2,7 @@ import pytest
 import torch
 from pairs import MASK, at, counted_places, gpt2, join, neox, sparse_model, tokens
 
-from bridges.training.closed_form import measure_rms, site_groups, solve_bridges
+from bridges.training.closed_form import measure_units, site_groups, solve_bridges
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_groups_are_as_large_as_memory_allows_and_never_empty(pair):
 def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
     """GPT-2 and GPT-NeoX have LayerNorms, which subtract the mean over channels; an RMSNorm does not."""
     pair = build()
-    measure_rms(pair, batches())
+    measure_units(pair, batches())
     for place, bridge in enumerate(pair.bridge_set):
         dense, sparse = rows_at(pair, place)
         by_hand = sum(((row - row.mean()) ** 2).mean().sqrt() for row in dense) / len(dense)
@@ -92,7 +92,7 @@ def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
 
 def test_rms_is_centred_where_the_sparse_model_has_layer_norms():
     pair = join(gpt2(), sparse_model(rms_norm=False))
-    measure_rms(pair, [(tokens(), MASK)])
+    measure_units(pair, [(tokens(), MASK)])
     site = pair.sparse.residuals(tokens(), MASK)[0][1].detach()
     rows = at(site, counted_places(tokens(), MASK))
     by_hand = sum(((row - row.mean()) ** 2).mean().sqrt() for row in rows) / len(rows)
@@ -106,13 +106,13 @@ def test_rms_is_one_where_no_norm_stands_before_the_sublayer():
     torch.manual_seed(0)
     dense = Olmo2ForCausalLM(Olmo2Config(**shape, num_key_value_heads=2, vocab_size=17, pad_token_id=0)).double()
     pair = join(dense.eval(), sparse_model(layers=1))
-    measure_rms(pair, batches())
+    measure_units(pair, batches())
     assert [bridge.rms_dense.item() == 1 for bridge in pair.bridge_set] == [True, True, False]
 
 
 def test_processes_add_their_rms(pair):
-    measure_rms(pair, batches())
+    measure_units(pair, batches())
     alone = [(b.rms_dense.clone(), b.rms_sparse.clone()) for b in pair.bridge_set]
-    measure_rms(pair, batches(), reduce=lambda sums: 2 * sums)
+    measure_units(pair, batches(), reduce=lambda sums: 2 * sums)
     for bridge, (dense, sparse) in zip(pair.bridge_set, alone, strict=True):
         assert torch.equal(bridge.rms_dense, dense) and torch.equal(bridge.rms_sparse, sparse)

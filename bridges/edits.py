@@ -1,0 +1,124 @@
+"""Edit: what to do to one readable channel of the sparse model, as plain data that saves and loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bridges.files import read_json, write_json
+from bridges.models.huggingface import as_residual
+from bridges.models.loading import frozen
+from bridges.models.residual import ResidualModel
+
+Mode = Literal["set", "add", "scale"]
+NAMES = ("site", "channel", "value", "mode", "positions")
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of one channel of the sparse model's read at one site (method, section 4).
+
+    ValueError names a field that cannot be.
+    """
+
+    site: str
+    """The bridge, by its sparse site: "1.attn"."""
+    channel: int
+    """A coordinate of the sparse residual stream."""
+    value: float | int | Float[Tensor, "batch seq"]
+    """In read units: a number, or with mode "add" one per token of the prompts, padding included."""
+    mode: Mode = "set"
+    """What becomes of a reading v: `value`, v + `value` or v * `value`."""
+    positions: int | Sequence[int] | None = None
+    """None: every position, generated ones included. Integers index a row's real tokens from 0, negative ones from the
+    prompt's end."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r} must be one of {', '.join(get_args(Mode))}")
+        if isinstance(self.channel, bool) or not isinstance(self.channel, int) or self.channel < 0:
+            raise ValueError(f"channel={self.channel!r} must be an index of the sparse stream, 0 or more")
+        if isinstance(self.value, Tensor):
+            self._check_tensor(self.value)
+        elif not isinstance(self.value, int | float) or not math.isfinite(self.value):
+            raise ValueError(f"value={self.value!r} must be a finite number or a tensor [batch, seq]")
+        if self.positions is not None:
+            positions = [self.positions] if isinstance(self.positions, int) else list(self.positions)
+            if not all(isinstance(p, int) and not isinstance(p, bool) for p in positions):
+                raise ValueError(f"positions={self.positions!r} must be integers or None")
+            object.__setattr__(self, "positions", tuple(positions))
+
+    def _check_tensor(self, value: Tensor) -> None:
+        if value.ndim != 2 or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"value={tuple(value.shape)} of {value.dtype} must be finite numbers [batch, seq]")
+        if self.mode != "add":
+            raise ValueError(f"mode={self.mode!r} takes one number as value; a value per token goes with mode='add'")
+        if self.positions is not None:
+            raise ValueError(f"positions={self.positions!r} and a value per token exclude each other; put zeros in it")
+
+    @property
+    def constant(self) -> bool:
+        """Whether the edit adds one number everywhere: it then needs no reading and knows no positions."""
+        return self.mode == "add" and self.positions is None and not isinstance(self.value, Tensor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, a tensor as nested lists."""
+        value = self.value.tolist() if isinstance(self.value, Tensor) else self.value
+        positions = None if self.positions is None else list(self.positions)  # pyright: ignore[reportArgumentType]
+        return dict(zip(NAMES, (self.site, self.channel, value, self.mode, positions), strict=True))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Edit:
+        """The inverse of `to_dict`; ValueError for a key that is unknown or missing."""
+        if wrong := sorted(values.keys() ^ set(NAMES)):
+            raise ValueError(f"an edit has the keys {', '.join(NAMES)}; {wrong[0]!r} is unknown or missing")
+        value = torch.tensor(values["value"]) if isinstance(values["value"], list) else values["value"]
+        return cls(**{**values, "value": value})
+
+
+def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
+    """Write edits as JSON."""
+    write_json(path, {"edits": [edit.to_dict() for edit in edits]})
+
+
+def load_edits(path: str | Path) -> list[Edit]:
+    """Read what `save_edits` wrote; ValueError names a file that is something else."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("edits"), list):
+        raise ValueError(f"{path} holds no edits; it must be JSON with a list under 'edits'")
+    return [Edit.from_dict(values) for values in content["edits"]]
+
+
+def counterfactual(
+    sparse: nn.Module | ResidualModel,
+    site: str,
+    channel: int,
+    input_ids: Int[Tensor, "batch seq"],
+    counterfactual_ids: Int[Tensor, "batch seq_too"],
+    attention_mask: Int[Tensor, "batch seq"] | None = None,
+) -> Edit:
+    """The edit that gives a channel the reading it would have on another prompt, token by token (paper A.4).
+
+    dn[t] = n^s_counterfactual[t] - n^s_presented[t] in read units, of both prompts through the sparse model; zero on
+    padding and after the prompt. ValueError unless the prompts have one shape.
+    """
+    if input_ids.shape != counterfactual_ids.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
+            "one shape; use pairs of equal token length"
+        )
+    chain = as_residual(sparse)
+    index = chain.index(site)
+    if not 0 <= channel < chain.d_model:
+        raise ValueError(f"channel={channel} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels")
+    with frozen(chain.model), torch.no_grad():
+        shown, other = (chain.reads(ids, attention_mask)[index] for ids in (input_ids, counterfactual_ids))
+    delta = (other - shown)[..., channel]
+    return Edit(site, channel, delta if attention_mask is None else delta * attention_mask.to(delta), "add")

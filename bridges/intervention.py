@@ -1,0 +1,100 @@
+"""Push a change of one sparse channel into the dense model's forward pass (paper A.4; method, section 4).
+
+What stands here computes the intervention on a `ResidualModel`; the context manager that makes an ordinary Hugging
+Face model behave so is not built yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridges.models.residual import Norm, ResidualModel, Trace
+from bridges.training.hybrid import ModelPair
+
+At = Literal["read", "residual"]
+
+
+class ReadChange(NamedTuple):
+    """What a counterfactual prompt changes in the sparse model's reads at one site."""
+
+    site: int
+    """Index of the bridge."""
+    delta: Float[Tensor, "b s d_sparse"]
+    """n_counterfactual - n_presented, in read units; zero on padding."""
+
+
+def counterfactual_changes(
+    pair: ModelPair,
+    input_ids: Int[Tensor, "b s"],
+    counterfactual_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b s"] | None = None,
+) -> list[ReadChange]:
+    """dn of every channel at every bridged site; ValueError unless both prompts have one shape."""
+    if input_ids.shape != counterfactual_ids.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
+            "one shape; use pairs of equal token length"
+        )
+    presented = pair.sparse.reads(input_ids, attention_mask)
+    changed = pair.sparse.reads(counterfactual_ids, attention_mask)
+    real = 1 if attention_mask is None else attention_mask[..., None]
+    sites = [pair.site("sparse", i) for i in range(len(pair.bridge_set))]
+    return [ReadChange(i, (changed[site] - presented[site]) * real) for i, site in enumerate(sites)]
+
+
+def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
+    """dz = dn R_s / gain_s: a change of reads as a change of the sparse stream, at strength 1.
+
+    Channels whose gain is 0 give 0: they cannot be read, so no stream explains a change of theirs.
+    """
+    gain = pair.sparse.norm(pair.site("sparse", site)).gain.to(dn)
+    dz = dn * pair.bridge_set[site].rms_sparse.to(dn) / gain
+    return torch.where(gain == 0, 0, dz)
+
+
+def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
+    """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
+    bridge = pair.bridge_set[site]
+    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, bridge.decode_delta(dz), at)
+
+
+def only(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
+    """The same change with every other channel left alone."""
+    kept = torch.zeros_like(dz)
+    kept[..., list(channels)] = dz[..., list(channels)]
+    return kept
+
+
+def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
+    """A change of the stream in the units of the read: gain C(delta) / R; unchanged at the residual."""
+    if at == "residual":
+        return delta
+    centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
+    return norm.gain.to(delta) * centred / rms.to(delta)
+
+
+def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
+    """The transpose of `as_read`: from a gradient where the edit enters to one with respect to the stream's change."""
+    if at == "residual":
+        return gradient
+    gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
+    return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
+
+
+def edited_logits(
+    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: At
+) -> Float[Tensor, "b s vocab"]:
+    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
+
+    `trace` is the unedited run, so only what comes after the site is run again.
+    """
+    residual = trace.residuals[site]
+    if at == "residual":
+        return model.tail(site, residual + addend.to(residual), trace.context)
+    with model.reading({site: lambda read: read + addend.to(read)}):
+        return model.tail(site, residual, trace.context)
