@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import tomli_w
 import typer
@@ -14,6 +15,8 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
+from bridges.channels import Channels
+from bridges.circuits.tasks import TASKS
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
 from bridges.data.rows import Rows
@@ -22,8 +25,10 @@ from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
 from bridges.files import write_text
 from bridges.fit import fit
+from bridges.intervention import At
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, load_model
+from bridges.sweep import STRENGTHS, sweep
 from bridges.training.identity import refuse_used_folder
 
 app = typer.Typer(
@@ -99,13 +104,7 @@ def evaluate_command(
     """Measure a bridge folder on held-out data."""
     bridge_set = BridgeSet.from_pretrained(run_dir)
     tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
-    sources = {}
-    for side, given in (("dense", dense), ("sparse", sparse)):
-        if given:
-            tables[side] = {"path": given}
-        elif side not in tables:
-            raise ValueError(f"RUN_DIR={str(run_dir)!r} does not say where its {side} model is; pass --{side}")
-        sources[side] = _source(tables, side)
+    sources = _sources(run_dir, tables, dense, sparse)
     if data:
         rows = load_rows(data, find_tokenizer(sources["dense"]) or find_tokenizer(sources["sparse"]), seq_len)
     elif "fit" not in tables:
@@ -116,6 +115,70 @@ def evaluate_command(
     if out is not None:
         report.save(out)
     print(report)
+
+
+@app.command("steer")
+def steer_command(
+    run_dir: Annotated[Path, typer.Argument(help="A bridge folder, as `bridges fit` writes it.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "single_double_quote",
+    site: Annotated[str, typer.Option(help="The sparse site of --channel; none: search for the channels.")] = "",
+    channel: Annotated[str, typer.Option(help="Channels to turn together, as 367 or 367,18.")] = "",
+    at: Annotated[str, typer.Option(help="Where the edit of --channel enters: read or residual.")] = "residual",
+    most: Annotated[int, typer.Option(help="How many channels to search for, 1 to 8.")] = 1,
+    strengths: Annotated[str, typer.Option(help="Strengths of the edit, as 0,0.5,1.")] = "",
+    n: Annotated[int, typer.Option(min=2, help="Held-out prompts to measure on.")] = 200,
+    dense: Annotated[str, typer.Option(help="The dense model, if not the one of the run.")] = "",
+    sparse: Annotated[str, typer.Option(help="The sparse model, if not the one of the run.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Its folder or hub id, if not with the models.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/steering if not given.")] = None,
+) -> None:
+    """Turn sparse channels on a task and measure the dense model's answer, with every baseline: JSON and PNG."""
+    bridge_set = BridgeSet.from_pretrained(run_dir)
+    tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
+    sources = _sources(run_dir, tables, dense, sparse)
+    if tokenizer:
+        tables["data"] = tables.get("data", {}) | {"tokenizer": tokenizer}
+    known = _data(tables.get("data", {})).get("tokenizer") or find_tokenizer(sources["dense"])
+    chosen = Channels(site, _channels(channel), _entry(at)) if site or channel else most
+    levels = [_number("strengths", part) for part in strengths.split(",")] if strengths else STRENGTHS
+    text = _heldout(tables, sources).input_ids if "fit" in tables else None
+    models = load_model(sources["dense"]), load_model(sources["sparse"])
+    found = sweep(*models, bridge_set, task, chosen, levels, n=n, tokenizer=known, text=text)
+    folder = run_dir / "steering" if out is None else out
+    found.save(folder / f"{task}.json")
+    found.plot(folder / f"{task}.png")
+    print(f"{found}\nWritten to {folder / task}.json and .png")
+
+
+def _sources(run_dir: Path, tables: dict[str, Any], dense: str, sparse: str) -> dict[str, Any]:
+    """Both models as the run names them, or as given anew; ValueError where neither says."""
+    sources = {}
+    for side, given in (("dense", dense), ("sparse", sparse)):
+        if given:
+            tables[side] = {"path": given}
+        elif side not in tables:
+            raise ValueError(f"RUN_DIR={str(run_dir)!r} does not say where its {side} model is; pass --{side}")
+        sources[side] = _source(tables, side)
+    return sources
+
+
+def _channels(text: str) -> tuple[int, ...]:
+    if not text:
+        raise ValueError("--site goes with --channel; without both, channels are searched for")
+    return tuple(int(_number("channel", part, int)) for part in text.split(","))
+
+
+def _number(name: str, text: str, kind: Callable[[str], float] = float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--{name} {text!r} is no number; give numbers with commas between") from None
+
+
+def _entry(at: str) -> At:
+    if at not in get_args(At):
+        raise ValueError(f"--at {at!r} must be one of {', '.join(get_args(At))}")
+    return at  # pyright: ignore[reportReturnType]
 
 
 def _heldout(tables: dict[str, Any], sources: dict[str, Any]) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bridges.training.hybrid import SIDES, ModelPair
 from bridges.training.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.training.plan import describe
 from bridges.training.step import Batch, StepLosses, trained_parameters
+from bridges.training.support import multiplying_nonzeros
 from bridges.training.tracking import Tracker
 from bridges.training.trainer import Processes, Trainer, checkpoint_saver, train
 
@@ -77,7 +78,8 @@ def _fit(
     if config.train_sparse and not any(p.requires_grad for p in sparse_model.parameters()):
         raise ValueError("sparse has no parameter with requires_grad, so train_sparse=True has nothing to train")
     held: AbstractContextManager = (training if config.train_sparse else frozen)(sparse_model)
-    with frozen(dense_model), held:
+    thin = isinstance(sparse_model, SparseTransformer) and not config.train_sparse
+    with frozen(dense_model), held, multiplying_nonzeros(sparse_model) if thin else nullcontext():
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)
         for i in range(len(pair.bridge_set)):  # a norm that R cannot be measured for is refused before the work
             for side in SIDES:

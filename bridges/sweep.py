@@ -1,231 +1,343 @@
-"""Find the sparse channel that turns the dense model's answer, and measure it beside its baselines."""
+"""sweep(): P(target) over strengths of an edit, with confidence bands, beside every baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 
-from bridges.circuits.tasks import TaskPairs
-from bridges.intervention import (
-    At,
-    as_read_adjoint,
-    counterfactual_changes,
-    dense_addend,
-    edited_logits,
-    only,
-    sparse_delta,
+from bridges.bridge import BridgeSet
+from bridges.channels import (
+    CHOSEN_ON,
+    Channels,
+    Prompts,
+    addend_of,
+    find,
+    model_pair,
+    p_target,
+    pairs_of,
+    prompts_of,
 )
+from bridges.circuits.tasks import TaskPairs, solved
+from bridges.effects import Agreement, SideEffects, intervention_agreement, side_effects
+from bridges.files import write_json
+from bridges.intervention import At, dense_addend, edited_logits, only
 from bridges.models.residual import ResidualModel, Trace
-from bridges.training.hybrid import ModelPair, Traces, trace_pair
+from bridges.report.plots import steering_plot
+from bridges.training.hybrid import ModelPair
 
-ENTRIES: tuple[At, ...] = ("read", "residual")
+STRENGTHS = tuple(i / 10 for i in range(11))
 RANDOM_DIRECTIONS = 20
+RESAMPLES = 1000
 
 
-class Channels(NamedTuple):
-    """Some channels at one bridged site, where their edit enters the dense model, and P(target) when they do."""
+class Curve(NamedTuple):
+    """P(target), one entry per strength."""
 
-    site: int
-    channels: tuple[int, ...]
-    at: At
-    p_target: float
-    """Mean at strength 1 over the prompts they were chosen on."""
+    mean: list[float]
+    low: list[float]
+    """Where 95 % of the means of resampled prompts begin."""
+    high: list[float]
 
 
-class Prompts(NamedTuple):
-    """A task's pairs, both models' unedited runs, and what the sparse model changes: computed once for every edit."""
+@dataclass(frozen=True)
+class Sweep:
+    """An edit's curve and its baselines, on prompts that the channels were not chosen on."""
 
-    pairs: TaskPairs
-    traces: Traces
-    reads: list[Float[Tensor, "b s d_sparse"]]
-    """dn per bridged site, in read units."""
-    streams: list[Float[Tensor, "b s d_sparse"]]
-    """dz per bridged site, at strength 1."""
+    task: str
+    chosen: Channels
+    strengths: list[float]
+    curves: dict[str, Curve]
+    """By name: `p_target`, the edit itself, and `p_target_...`, the baselines."""
+    p_target_by_direction: list[float]
+    """At strength 1, where the task's first prompt was presented and where its second was."""
+    prompts: int
+    accuracy_dense: float
+    accuracy_sparse: float
+    mean_difference_site: str
+    agreement: Agreement
+    effects: SideEffects | None = None
+    ranking_agreement: float | None = field(default=None)
+    """Rank correlation of predicted and done effects where the channels were searched for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `steering.json`."""
+        channels = self.chosen.channels
+        content: dict[str, Any] = {
+            "task": self.task,
+            "site": self.chosen.site,
+            "channel": channels[0] if len(channels) == 1 else list(channels),
+            "at": self.chosen.at,
+            "strengths": self.strengths,
+        }
+        content |= {name: curve.mean for name, curve in self.curves.items()}
+        bands = {name: {"low": curve.low, "high": curve.high} for name, curve in self.curves.items()}
+        content |= {
+            "bands": bands,
+            "p_target_by_direction": self.p_target_by_direction,
+            "prompts": self.prompts,
+            "accuracy_dense": self.accuracy_dense,
+            "accuracy_sparse": self.accuracy_sparse,
+            "mean_difference_site": self.mean_difference_site,
+            "agreement": self.agreement._asdict(),
+            "side_effects": None if self.effects is None else self.effects._asdict(),
+            "ranking_agreement": self.ranking_agreement,
+        }
+        return content
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        write_json(path, self.to_dict())
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the curves with their bands, log scale, as PNG (paper, figure 9)."""
+        return steering_plot(self.to_dict(), path)
+
+    def __str__(self) -> str:
+        channels = list(self.chosen.channels)
+        what = f"channel {channels[0]}" if len(channels) == 1 else f"channels {channels}"
+        first, second = self.p_target_by_direction
+        lines = [
+            f"{self.task}: P(target), strength {self.strengths[0]:g} to {self.strengths[-1]:g}, {self.prompts} "
+            f"held-out prompts (solved: dense {self.accuracy_dense:.0%}, sparse {self.accuracy_sparse:.0%})",
+            self._line("p_target", f"{what} at {self.chosen.site} ({self.chosen.at})"),
+            *(self._line(name, label) for name, label in BASELINES.items()),
+            f"  at strength 1, presented either way round: {first:.3f} and {second:.3f}",
+            f"  {self.agreement}",
+        ]
+        return "\n".join(lines if self.effects is None else [*lines, f"  {self.effects}"])
+
+    def _line(self, name: str, label: str) -> str:
+        curve = self.curves[name]
+        band = f"[{curve.low[-1]:.3f}, {curve.high[-1]:.3f}]"
+        return f"  {label:<62} {curve.mean[0]:.3f} -> {curve.mean[-1]:.3f} {band}"
+
+
+BASELINES = {
+    "p_target_random_direction": "random directions of the same norm",
+    "p_target_mean_difference_equal_norm": "the dense model's mean difference there, same norm",
+    "p_target_probe": "a linear probe's direction there, same norm",
+    "p_target_mean_difference": "the dense model's mean difference, at its best site and norm",
+    "p_target_all_channels": "all channels through the bridge",
+    "p_target_sparse_model": "the same edit inside the sparse model",
+}
+
+
+def sweep(
+    dense: nn.Module | ResidualModel,
+    sparse: nn.Module | ResidualModel,
+    bridge_set: BridgeSet,
+    task: str | TaskPairs,
+    channels: Channels | int | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    *,
+    n: int = 200,
+    tokenizer: Any = None,
+    seed: int = 0,
+    text: Int[Tensor, "rows seq"] | None = None,
+    check_models: bool = True,
+) -> Sweep:
+    """Turn channels by their counterfactual edit and measure the dense model's answer, with every baseline beside it.
+
+    `channels`: those to turn, or how many to search for (None: one). They and the dense model's own directions are
+    chosen on 64 pairs of the task, the curves are measured on `n` others. With `text`, token rows that have nothing to
+    do with the task, the side effects on them are measured too. P(target) is the full-vocabulary probability of what
+    answers the counterfactual prompt. ValueError for an unknown task, site or channel.
+    """
+    pairs = pairs_of(task, dense, tokenizer, n + CHOSEN_ON, seed)
+    with model_pair(dense, sparse, bridge_set, check_models) as pair:
+        chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
+        return sweep_prompts(pair, chosen_on, reported, channels, strengths, text)
 
 
 @torch.no_grad()
-def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
-    """Run the sparse model on both sides of the pairs."""
-    traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
-    changes = counterfactual_changes(pair, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    return Prompts(pairs, traces, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
+def sweep_prompts(
+    pair: ModelPair,
+    chosen_on: Prompts,
+    reported: Prompts,
+    channels: Channels | int | None,
+    strengths: Sequence[float],
+    text: Tensor | None = None,
+) -> Sweep:
+    """`sweep` on prompts that were run."""
+    ranking = None
+    if isinstance(channels, Channels):
+        chosen = channels
+        _check(pair, chosen)
+    else:
+        found = find(pair, chosen_on, channels or 1)
+        chosen, ranking = found.best, found.agreement
+    site, values = _mean_difference(pair.dense, chosen_on)
+    curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
+        "p_target_mean_difference": _curve(pair.dense, reported.traces.dense, reported.pairs, site, values, strengths)
+    }
+    at_one = _edit_curve(pair, reported, chosen.site, addend_of(pair, reported, chosen), chosen.at, [1.0])[0]
+    dense_solves, sparse_solves = (
+        solved(trace.logits[:, -1], reported.pairs).float().mean().item()
+        for trace in (reported.traces.dense, reported.traces.sparse)
+    )
+    return Sweep(
+        task=reported.pairs.task,
+        chosen=chosen,
+        strengths=[float(s) for s in strengths],
+        curves={name: _banded(curves[name]) for name in ("p_target", *BASELINES)},
+        p_target_by_direction=[at_one[reported.pairs.direction == side].mean().item() for side in (0, 1)],
+        prompts=len(at_one),
+        accuracy_dense=dense_solves,
+        accuracy_sparse=sparse_solves,
+        mean_difference_site=pair.dense.sites[site],
+        agreement=intervention_agreement(pair, chosen_on, chosen),
+        effects=None if text is None else side_effects(pair, chosen_on, chosen, text),
+        ranking_agreement=ranking,
+    )
 
 
-def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
-    """The full-vocabulary probability of each pair's target after the last token."""
-    return logits[:, -1].float().softmax(-1).gather(1, pairs.targets[:, None]).squeeze(1)
+def _check(pair: ModelPair, chosen: Channels) -> None:
+    if chosen.site not in pair.bridge_set.sites:
+        raise ValueError(f"site={chosen.site!r} has no bridge; there are {', '.join(pair.bridge_set.sites)}")
+    width = pair.sparse.d_model
+    if wrong := [channel for channel in chosen.channels if not 0 <= channel < width]:
+        raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
-def predicted_effects(pair: ModelPair, prompts: Prompts) -> dict[tuple[int, At], Float[Tensor, " d_sparse"]]:
-    """First-order effect of every channel's edit on the mean log P(target), from one backward pass.
-
-    Per channel the sum over tokens of dz, times the decoder's column, times the gradient where the edit enters.
-    """
-    gradients = _gradients(pair.dense, prompts.pairs)
-    effects = {}
-    for i, bridge in enumerate(pair.bridge_set):
-        site = pair.site("dense", i)
-        for at in ENTRIES:
-            back = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradients[at][site], at)
-            effects[i, at] = torch.einsum("bsd,dc,bsc->c", back, bridge.decoder_weight.detach(), prompts.streams[i])
-    return effects
-
-
-def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]:
-    """The gradient of the mean log P(target) at every site's stream and at its read."""
-    nudges: dict[At, list[Tensor]] = {"residual": [], "read": []}
-
-    def nudged(at: At, tensor: Tensor) -> Tensor:
-        nudges[at].append(torch.zeros_like(tensor, requires_grad=True))
-        return tensor + nudges[at][-1]
-
-    with torch.enable_grad(), model.reading({i: lambda read: nudged("read", read) for i in range(len(model.sites))}):
-        context = model.context(pairs.input_ids, pairs.attention_mask)
-        stream = nudged("residual", context.embedding)
-        for index in range(len(model.sites) - 1):
-            stream = nudged("residual", model.sublayer(index, stream, context))
-        log_p = p_target(model.head(stream, context), pairs).log().mean()
-        found = torch.autograd.grad(log_p, [*nudges["residual"], *nudges["read"]])
-    return {"residual": list(found[: len(model.sites)]), "read": list(found[len(model.sites) :])}
+def _curves(
+    pair: ModelPair, chosen_on: Prompts, reported: Prompts, chosen: Channels, strengths: Sequence[float]
+) -> dict[str, Float[Tensor, "strengths prompts"]]:
+    """The edit's curve and those of everything that is added where it is added."""
+    i, at = pair.bridge_set.index(chosen.site), chosen.at
+    addend = addend_of(pair, reported, chosen)
+    everything = dense_addend(pair, i, reported.streams[i], at)
+    directions = dense_directions(pair, chosen_on, chosen)
+    curves = {
+        "p_target": _edit_curve(pair, reported, chosen.site, addend, at, strengths),
+        "p_target_random_direction": _random_curve(pair, reported, chosen, addend, strengths),
+        "p_target_all_channels": _edit_curve(pair, reported, chosen.site, everything, at, strengths),
+    }
+    for name, direction in zip(("mean_difference_equal_norm", "probe"), directions, strict=True):
+        along = direction[reported.pairs.direction][:, None] * addend.norm(dim=-1, keepdim=True)
+        curves[f"p_target_{name}"] = _edit_curve(pair, reported, chosen.site, along, at, strengths)
+    inside = only((reported.streams if at == "residual" else reported.reads)[i], chosen.channels)
+    curves["p_target_sparse_model"] = _curve(
+        pair.sparse, reported.traces.sparse, reported.pairs, pair.site("sparse", i), inside, strengths, at
+    )
+    return curves
 
 
-@torch.no_grad()
-def find_channels(pair: ModelPair, prompts: Prompts, most: int = 1, candidates: int = 16) -> Channels:
-    """The set of at most `most` channels at one site that moves P(target) furthest on these prompts.
-
-    At every site and entry the channels of largest predicted effect are tried; sets grow greedily, one channel at a
-    time. Choose on other prompts than those you report.
-    """
-    effects = predicted_effects(pair, prompts)
-    best = None
-    for (site, at), effect in effects.items():
-        tried = effect.topk(min(candidates, len(effect))).indices.tolist()
-        grown = _grow(pair, prompts, site, at, tried, most)
-        if best is None or grown.p_target > best.p_target:
-            best = grown
-    assert best is not None, "a bridge set has at least one site"
-    return best
-
-
-def _grow(pair: ModelPair, prompts: Prompts, site: int, at: At, tried: Sequence[int], most: int) -> Channels:
-    best = Channels(site, (), at, 0.0)
-    for _ in range(most):
-        sets = [(*best.channels, channel) for channel in tried if channel not in best.channels]
-        scored = [Channels(site, channels, at, _effect(pair, prompts, site, at, channels)) for channels in sets]
-        step = max(scored, key=lambda one: one.p_target, default=best)
-        if step.p_target <= best.p_target:
-            break
-        best = step
-    return best
-
-
-def _effect(pair: ModelPair, prompts: Prompts, site: int, at: At, channels: tuple[int, ...]) -> float:
-    addend = dense_addend(pair, site, only(prompts.streams[site], channels), at)
-    return _curve(pair, prompts, site, addend, at, [1.0])[0]
+def _edit_curve(
+    pair: ModelPair, prompts: Prompts, site: str, addend: Tensor, at: At, strengths: Sequence[float]
+) -> Float[Tensor, "strengths prompts"]:
+    where = pair.site("dense", pair.bridge_set.index(site))
+    return _curve(pair.dense, prompts.traces.dense, prompts.pairs, where, addend, strengths, at)
 
 
 def _curve(
-    pair: ModelPair, prompts: Prompts, site: int, addend: Tensor, at: At, strengths: Sequence[float]
-) -> list[float]:
-    where = pair.site("dense", site)
-    return _mean_curve(pair.dense, prompts.traces.dense, prompts.pairs, where, addend, at, strengths)
-
-
-def _mean_curve(
     model: ResidualModel,
     trace: Trace,
     pairs: TaskPairs,
     site: int,
-    addend: Tensor,
-    at: At,
+    addend: Tensor | Callable[[TaskPairs], Tensor],
     strengths: Sequence[float],
-) -> list[float]:
-    """Mean P(target) at every strength of an addend."""
-    edits = (edited_logits(model, trace, site, strength * addend, at) for strength in strengths)
-    return [p_target(logits, pairs).mean().item() for logits in edits]
-
-
-@torch.no_grad()
-def sweep(
-    pair: ModelPair, chosen_on: Prompts, reported: Prompts, found: Channels, strengths: Sequence[float]
-) -> dict[str, Any]:
-    """P(target) over strengths for a set of channels, with every baseline beside it: the content of `steering.json`.
-
-    `chosen_on`: the prompts that `found` and the mean difference's site were chosen on.
-    """
-    site, at, pairs = found.site, found.at, reported.pairs
-    dz = only(reported.streams[site], found.channels)
-    addend = dense_addend(pair, site, dz, at)
-    inside = dz if at == "residual" else only(reported.reads[site], found.channels)
-    difference_site, difference = _mean_difference(pair.dense, chosen_on)
-    full = p_target(edited_logits(pair.dense, reported.traces.dense, pair.site("dense", site), addend, at), pairs)
-    return {
-        "task": pairs.task,
-        "site": pair.bridge_set.sites[site],
-        "channel": found.channels[0] if len(found.channels) == 1 else list(found.channels),
-        "at": at,
-        "strengths": list(strengths),
-        "p_target": _curve(pair, reported, site, addend, at, strengths),
-        "p_target_random_direction": _random_curve(pair, reported, site, addend, at, strengths),
-        "p_target_mean_difference": _mean_curve(
-            pair.dense, reported.traces.dense, pairs, difference_site, difference(pairs), "residual", strengths
-        ),
-        "p_target_all_channels": _curve(
-            pair, reported, site, dense_addend(pair, site, reported.streams[site], at), at, strengths
-        ),
-        "p_target_sparse_model": _mean_curve(
-            pair.sparse, reported.traces.sparse, pairs, pair.site("sparse", site), inside, at, strengths
-        ),
-        "prompts": len(pairs.input_ids),
-        "mean_difference_site": pair.dense.sites[difference_site],
-        "p_target_by_target_token": {str(t): full[pairs.targets == t].mean().item() for t in _targets(pairs)},
-        "p_target_where_chosen": found.p_target,
-    }
-
-
-def _targets(pairs: TaskPairs) -> list[int]:
-    return sorted(set(pairs.targets.tolist()))
+    at: At = "residual",
+) -> Float[Tensor, "strengths prompts"]:
+    """P(target) of every prompt at every strength of an addend."""
+    values = addend if isinstance(addend, Tensor) else addend(pairs)
+    return torch.stack(
+        [p_target(edited_logits(model, trace, site, strength * values, at), pairs) for strength in strengths]
+    )
 
 
 def _random_curve(
-    pair: ModelPair, prompts: Prompts, site: int, addend: Tensor, at: At, strengths: Sequence[float]
-) -> list[float]:
+    pair: ModelPair, prompts: Prompts, chosen: Channels, addend: Tensor, strengths: Sequence[float]
+) -> Float[Tensor, "strengths prompts"]:
     """Mean over random directions, each with the addend's own norm at every token."""
     generator = torch.Generator().manual_seed(0)
     curves = []
     for _ in range(RANDOM_DIRECTIONS):
         direction = torch.randn(addend.shape[-1], generator=generator).to(addend)
         values = addend.norm(dim=-1, keepdim=True) * direction / direction.norm()
-        curves.append(_curve(pair, prompts, site, values, at, strengths))
-    return [sum(column) / len(column) for column in zip(*curves, strict=True)]
+        curves.append(_edit_curve(pair, prompts, chosen.site, values, chosen.at, strengths))
+    return torch.stack(curves).mean(0)
+
+
+def dense_directions(
+    pair: ModelPair, prompts: Prompts, chosen: Channels
+) -> tuple[Float[Tensor, "2 d_dense"], Float[Tensor, "2 d_dense"]]:
+    """The dense model's own unit directions where the edit enters, one per way round: mean difference, and a probe's.
+
+    Both from the dense stream (or read) of presented and counterfactual prompts at the tokens that the edit touches;
+    the probe is a logistic regression that tells the two apart.
+    """
+    pairs, site = prompts.pairs, pair.site("dense", pair.bridge_set.index(chosen.site))
+    touched = addend_of(pair, prompts, chosen).norm(dim=-1)
+    touched = touched > 1e-3 * touched.max()
+    shown, other = (
+        _entering(pair.dense, ids, pairs, site, chosen.at) for ids in (pairs.input_ids, pairs.counterfactual_ids)
+    )
+    differences, probes = [], []
+    for side in (0, 1):
+        here = touched & (pairs.direction == side)[:, None]
+        before, after = shown[here], other[here]
+        differences.append(_unit((after - before).sum(0)))
+        probes.append(_unit(_probe(before, after)))
+    return torch.stack(differences), torch.stack(probes)
+
+
+def _entering(model: ResidualModel, ids: Tensor, pairs: TaskPairs, site: int, at: At) -> Float[Tensor, "b s d"]:
+    if at == "residual":
+        return model.trace(ids, pairs.attention_mask).residuals[site]
+    return model.reads(ids, pairs.attention_mask)[site]
+
+
+def _probe(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    if not len(before):
+        return before.new_zeros(before.shape[-1])
+    features = torch.cat([before, after]).double().cpu().numpy()
+    labels = np.repeat([0, 1], [len(before), len(after)])
+    scale = features.std(0) + 1e-12
+    probe = LogisticRegression(max_iter=1000).fit(features / scale, labels)
+    return torch.tensor(probe.coef_[0] / scale).to(before)
+
+
+def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def _mean_difference(model: ResidualModel, prompts: Prompts) -> tuple[int, Callable[[TaskPairs], Tensor]]:
     """The dense model's own steering vector: the mean difference at the last token, at the site where it does most.
 
-    One vector per target, since a pair may be presented either way round. Returns the site and what to add to the
-    stream of given pairs.
+    One vector per way round. Returns the site and what to add to the stream of given pairs.
     """
     pairs, trace = prompts.pairs, prompts.traces.dense
     swapped = model.trace(pairs.counterfactual_ids, pairs.attention_mask).residuals
 
     def adder(site: int) -> Callable[[TaskPairs], Tensor]:
         last = (swapped[site] - trace.residuals[site])[:, -1]
-        vectors = {token: last[pairs.targets == token].mean(0) for token in _targets(pairs)}
+        vectors = torch.stack([last[pairs.direction == side].mean(0) for side in (0, 1)])
 
         def add(to: TaskPairs) -> Tensor:
-            values = torch.zeros(*to.input_ids.shape, last.shape[-1], dtype=last.dtype, device=last.device)
-            values[:, -1] = torch.stack([vectors[token] for token in to.targets.tolist()])
+            values = last.new_zeros(*to.input_ids.shape, last.shape[-1])
+            values[:, -1] = vectors[to.direction]
             return values
 
         return add
 
     def effect(site: int) -> float:
-        return _mean_curve(model, trace, pairs, site, adder(site)(pairs), "residual", [1.0])[0]
+        return _curve(model, trace, pairs, site, adder(site), [1.0]).mean().item()
 
     best = max(range(len(model.sites)), key=effect)
     return best, adder(best)
+
+
+def _banded(values: Float[Tensor, "strengths prompts"]) -> Curve:
+    """The mean over prompts, and the middle 95 % of the means over prompts drawn with replacement."""
+    rows = values.double().cpu().numpy()
+    drawn = np.random.default_rng(0).integers(rows.shape[1], size=(RESAMPLES, rows.shape[1]))
+    low, high = np.quantile(rows[:, drawn].mean(-1), (0.025, 0.975), axis=1)
+    return Curve(rows.mean(1).tolist(), low.tolist(), high.tolist())

@@ -1,102 +1,152 @@
-"""Finding channels and their curves, on a tiny random pair in float64."""
+"""Curves and their baselines, on a tiny random pair in float64."""
 
+import json
+import sys
+
+import numpy as np
 import pytest
 import torch
-from pairs import gpt2, join, relative, sparse_model, tokens
+from pairs import gpt2, join, sparse_model, tokens, with_units
+from test_channels import task
 
-from bridges.circuits.tasks import TaskPairs
-from bridges.steer import dense_addend, edited_logits, only
-from bridges.sweep import find_channels, p_target, predicted_effects, prompts_of, sweep
+from bridges.channels import Channels, addend_of, edited, find, p_target, prompts_of
+from bridges.intervention import edited_logits
+from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, _probe, _unit, dense_directions, sweep, sweep_prompts
+
+MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
+CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = join(gpt2(), sparse_model())
-    for bridge in pair.bridge_set:
-        bridge.rms_dense.fill_(1.2)
-        bridge.rms_sparse.fill_(0.8)
-    return pair
-
-
-def task(seed=5):
-    ids = tokens(rows=6, seed=seed)
-    other = ids.clone()
-    other[:, 2] = (other[:, 2] + 3) % 17
-    answers = torch.tensor([3, 4] * 3)
-    return TaskPairs("toy", ids, other, torch.ones_like(ids), answers, 7 - answers)
+    return with_units(join(gpt2(), sparse_model()))
 
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, task())
+    return prompts_of(pair, task(seed=5)), prompts_of(pair, task(seed=6))
+
+
+def test_every_curve_starts_at_the_unedited_model(pair, prompts):
+    result = sweep_prompts(pair, *prompts, CHOSEN, (0.0, 0.5, 1.0))
+    reported = prompts[1]
+    plain = p_target(reported.traces.dense.logits, reported.pairs).mean().item()
+    inside = p_target(reported.traces.sparse.logits, reported.pairs).mean().item()
+    assert result.curves.keys() == {"p_target", *BASELINES}
+    for name, curve in result.curves.items():
+        start = inside if name == "p_target_sparse_model" else plain
+        assert len(curve.mean) == 3 and curve.mean[0] == pytest.approx(start, rel=1e-9), name
+        assert curve.mean[2] != pytest.approx(start, rel=1e-6), name
+        assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.mean, curve.high, strict=True))
+    for strength, mean in zip((0.0, 0.5, 1.0), result.curves["p_target"].mean, strict=True):
+        assert mean == pytest.approx(edited(pair, reported, CHOSEN, strength).mean().item())
+    p = edited(pair, reported, CHOSEN)
+    assert result.p_target_by_direction == pytest.approx([p[0::2].mean().item(), p[1::2].mean().item()])
+    assert result.prompts == 6 and result.ranking_agreement is None
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
-@pytest.mark.parametrize("site", range(5))
-def test_predicted_effects_are_the_derivative_of_log_p(pair, prompts, site, at):
-    """Against central differences, for three channels."""
-    predicted = predicted_effects(pair, prompts)[site, at]
-    where = pair.site("dense", site)
+def test_baselines_have_the_edits_norm_at_every_token(pair, prompts, at, monkeypatch):
+    added = []
 
-    def log_p(channel, strength):
-        addend = strength * dense_addend(pair, site, only(prompts.streams[site], [channel]), at)
-        with torch.no_grad():
-            logits = edited_logits(pair.dense, prompts.traces.dense, where, addend, at)
-        return logits[:, -1].log_softmax(-1).gather(1, prompts.pairs.targets[:, None]).mean()
+    def noted(model, trace, site, addend, at):
+        added.append((model, addend.norm(dim=-1)))
+        return edited_logits(model, trace, site, addend, at)
 
-    for channel in predicted.abs().topk(3).indices.tolist():
-        slope = (log_p(channel, 1e-5) - log_p(channel, -1e-5)) / 2e-5
-        assert abs(predicted[channel] - slope) < 1e-4 * slope.abs() + 1e-6
-
-
-def test_p_target_is_the_last_tokens_softmax(prompts):
-    logits = torch.randn(6, 7, 17, generator=torch.Generator().manual_seed(0))
-    expected = [logits[i, -1].exp()[t] / logits[i, -1].exp().sum() for i, t in enumerate(prompts.pairs.targets)]
-    assert relative(p_target(logits, prompts.pairs), torch.stack(expected)) < 1e-6
-
-
-def test_the_found_channel_is_the_best_of_those_tried(pair, prompts):
-    found = find_channels(pair, prompts, candidates=12)  # every channel of the width 12
-    best = 0.0
-    for site in range(len(pair.bridge_set)):
-        for at in ("read", "residual"):
-            for channel in range(12):
-                addend = dense_addend(pair, site, only(prompts.streams[site], [channel]), at)
-                logits = edited_logits(pair.dense, prompts.traces.dense, pair.site("dense", site), addend, at)
-                best = max(best, p_target(logits, prompts.pairs).mean().item())
-    assert len(found.channels) == 1
-    assert found.p_target == pytest.approx(best, rel=1e-9)
-    grown = find_channels(pair, prompts, most=3, candidates=12)
-    assert 1 <= len(grown.channels) <= 3
-    assert grown.p_target >= found.p_target
-
-
-def test_sweep_writes_every_baseline_and_starts_at_the_unedited_model(pair, prompts):
-    reported = prompts_of(pair, task(seed=6))
-    found = find_channels(pair, prompts)
-    result = sweep(pair, prompts, reported, found, (0.0, 0.5, 1.0))
-    plain = p_target(reported.traces.dense.logits, reported.pairs).mean().item()
-    curves = ["p_target", "p_target_random_direction", "p_target_mean_difference", "p_target_all_channels"]
-    for name in curves:
-        assert len(result[name]) == 3
-        assert result[name][0] == pytest.approx(plain, rel=1e-6)
-        assert result[name][2] != pytest.approx(plain, rel=1e-6)
-    inside = p_target(reported.traces.sparse.logits, reported.pairs).mean().item()
-    assert result["p_target_sparse_model"][0] == pytest.approx(inside, rel=1e-6)
-    assert result["prompts"] == 6
-    by_target = result["p_target_by_target_token"]
-    assert sum(by_target.values()) / 2 == pytest.approx(result["p_target"][2])
-    assert result["site"] == pair.bridge_set.sites[found.site]
+    monkeypatch.setattr(MODULE, "edited_logits", noted)
+    chosen = CHOSEN._replace(at=at)
+    sweep_prompts(pair, *prompts, chosen, (1.0,))
+    norm = addend_of(pair, prompts[1], chosen).norm(dim=-1)
+    equal = [n for model, n in added if model is pair.dense and n.shape == norm.shape and torch.allclose(n, norm)]
+    assert len(equal) >= 1 + RANDOM_DIRECTIONS + 2  # the edit, random directions, mean difference, probe
 
 
 def test_all_channels_at_the_last_site_is_one_affine_push(pair, prompts):
     """At `final` there is nothing after the edit but the head, so the curve can be computed by hand."""
-    reported = prompts_of(pair, task(seed=6))
-    found = find_channels(pair, prompts)._replace(site=4, at="residual")
-    result = sweep(pair, prompts, reported, found, (1.0,))
-    bridge = pair.bridge_set[4]
-    stream = reported.traces.dense.residuals[-1] + reported.streams[4] @ bridge.decoder_weight.T
+    reported = prompts[1]
+    result = sweep_prompts(pair, *prompts, Channels("final", (1,), "residual"), (1.0,))
+    stream = reported.traces.dense.residuals[-1] + reported.streams[4] @ pair.bridge_set[4].decoder_weight.T
     model = pair.dense.model
     with torch.no_grad():
         logits = model.lm_head(model.transformer.ln_f(stream))
-    assert result["p_target_all_channels"][0] == pytest.approx(p_target(logits, reported.pairs).mean().item(), rel=1e-6)
+    expected = p_target(logits, reported.pairs).mean().item()
+    assert result.curves["p_target_all_channels"].mean[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_the_dense_models_own_directions(pair, prompts, at):
+    """Written out: the mean difference over the tokens touched; a probe that tells the two sides apart."""
+    chosen, pairs = CHOSEN._replace(at=at), prompts[0].pairs
+    with torch.no_grad():
+        difference, probe = dense_directions(pair, prompts[0], chosen)
+        if at == "residual":
+            shown, other = (pair.dense.trace(x).residuals[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
+        else:
+            shown, other = (pair.dense.reads(x)[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
+    norm = addend_of(pair, prompts[0], chosen).norm(dim=-1)
+    touched = norm > 1e-3 * norm.max()
+    assert not touched[:, :2].any() and touched[:, 2:].any()
+    for side in (0, 1):
+        rows = [(shown[i, t], other[i, t]) for i in range(6) for t in range(7) if touched[i, t] and i % 2 == side]
+        mean = sum(b - a for a, b in rows)
+        assert torch.allclose(difference[side], mean / mean.norm())
+        assert probe[side].norm() == pytest.approx(1)
+        gaps = torch.stack([(b - a) @ probe[side] for a, b in rows])
+        assert gaps.mean() > 0
+
+
+def test_the_probe_tells_two_clouds_apart():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    after = torch.randn(200, 5, generator=generator, dtype=torch.float64) + torch.tensor([0, 0, 3.0, 0, 0])
+    direction = _unit(_probe(before, after))
+    assert direction[2] > 0.9 and direction.norm() == pytest.approx(1)
+    assert not _probe(before[:0], after[:0]).any()
+
+
+def test_bands_cover_the_middle_of_resampled_means():
+    values = torch.randn(2, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    curve = _banded(values)
+    for mean, low, high, row in zip(*curve, values, strict=True):
+        assert mean == pytest.approx(row.mean().item())
+        half = 1.96 * row.std().item() / np.sqrt(400)  # what the central limit theorem says
+        assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
+
+
+def test_channels_are_searched_for_on_the_first_prompts_alone(pair, prompts):
+    result = sweep_prompts(pair, *prompts, 2, (1.0,))
+    found = find(pair, prompts[0], 2)
+    assert result.chosen == found.best and result.ranking_agreement == found.agreement
+
+
+def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "CHOSEN_ON", 4)
+    models = pair.dense.model, pair.sparse.model, pair.bridge_set
+    result = sweep(*models, task(rows=12), CHOSEN, (0.0, 1.0), text=tokens(3, 9))
+    assert result.prompts == 8 and result.effects.tokens == 27
+    result.save(tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert content == result.to_dict()
+    assert content["channel"] == [0, 3] and content["site"] == "1.attn" and content["strengths"] == [0.0, 1.0]
+    for name in ("p_target", *BASELINES):
+        assert content[name] == result.curves[name].mean
+        assert content["bands"][name] == {"low": result.curves[name].low, "high": result.curves[name].high}
+    result.plot(tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    text = str(result)
+    assert "channels [0, 3] at 1.attn (residual)" in text and all(label in text for label in BASELINES.values())
+    assert f"KL {result.effects.kl:.3f} nats" in text
+    one = sweep(*models, task(rows=12), Channels("1.attn", (3,), "read"), (1.0,))
+    assert one.to_dict()["channel"] == 3 and one.effects is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (CHOSEN._replace(site="9.attn"), r"site='9\.attn' has no bridge; there are 0\.attn"),
+        (CHOSEN._replace(channels=(2, 12)), "channel=12 must lie between 0 and 11"),
+    ],
+)
+def test_what_cannot_be_is_refused(pair, prompts, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_prompts(pair, *prompts, chosen, (1.0,))

@@ -115,9 +115,9 @@ def else_elif(rng: random.Random) -> Example:
 
 def fstring_brace(rng: random.Random) -> Example:
     """An f-string comes to a field in braces, a plain string goes on in words."""
-    quote, words = rng.choice("'\""), " ".join(rng.choices(WORDS, k=3))
-    one, other = rng.choices(NAMES, k=2)
-    return Example(f"{one} = f{quote}{words}", " {", f"{other} = {quote}{words}", WORD)
+    quote, name = rng.choice("'\""), rng.choice(NAMES)
+    one, other = (" ".join(rng.choices(WORDS, k=3)) for _ in range(2))
+    return Example(f"{name} = f{quote}{one}", " {", f"{name} = {quote}{other}", WORD)
 
 
 def if_ternary(rng: random.Random) -> Example:
@@ -140,7 +140,8 @@ def indent_for(rng: random.Random) -> Example:
     head = f"def {rng.choice(VERBS)}({rng.choice(COLLECTIONS)}):\n    "
     loop = f"for {item} in {rng.choice(COLLECTIONS)}:"
     plain = f"{other} = {rng.choice(VERBS)}({argument})"
-    return Example(head + loop, "\n        ", head + plain, "\n    ")
+    after = rng.choice(VERBS)  # a word, since some tokenizers cut the last space of an indentation off for it
+    return Example(head + loop, f"\n        {after}", head + plain, f"\n    {after}")
 
 
 def lambda_func(rng: random.Random) -> Example:
@@ -184,6 +185,11 @@ def _filler(rng: random.Random) -> str:
     """A line that has nothing to do with the cue, of any length."""
     call = f"{rng.choice(NAMES)} = {rng.choice(VERBS)}({rng.choice(NAMES)})\n"
     return rng.choice((_number_line(rng), call))
+
+
+def with_fillers(example: Example, rng: random.Random) -> Example:
+    """The pair with a line in front of each prompt, of lengths of their own."""
+    return example._replace(first=_filler(rng) + example.first, second=_filler(rng) + example.second)
 
 
 def _file(rng: random.Random, names: Sequence[str]) -> str:

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridges.circuits.examples import EXAMPLES, Answer, Example
+from bridges.circuits.examples import EXAMPLES, Answer, Example, with_fillers
 
 TASKS = tuple(EXAMPLES)
 """The names of the twenty tasks."""
-TRIES_PER_EXAMPLE = 100
+TRIES_PER_EXAMPLE = 200
+PLAIN_TRIES_PER_EXAMPLE = 50
+"""After so many, prompts get lines in front that carry no cue: some tokenizers give a pair no equal length without."""
 
 
 class TaskPairs(NamedTuple):
@@ -56,8 +58,11 @@ def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int
         raise ValueError(f"task={task!r} is unknown; tasks are {', '.join(TASKS)}")
     rng, broken = random.Random(f"{task} {seed}"), Counter[str]()
     pairs: dict[tuple[int, ...], _Encoded] = {}
-    for _ in range(TRIES_PER_EXAMPLE * n):
-        encoded = _encode(tokenizer, EXAMPLES[task](rng), max_tokens)
+    for draw in range(TRIES_PER_EXAMPLE * n):
+        example = EXAMPLES[task](rng)
+        if draw >= PLAIN_TRIES_PER_EXAMPLE * n:
+            example = with_fillers(example, rng)
+        encoded = _encode(tokenizer, example, max_tokens)
         if isinstance(encoded, str):
             broken[encoded] += 1
         elif (key := tuple(encoded.first + encoded.second)) in pairs:

@@ -43,26 +43,34 @@ def _pairs(axes: Axes, report: BridgeReport, names: tuple[str, str], controls: t
     axes.spines[["top", "right"]].set_visible(False)
 
 
+_CURVES = {
+    "p_target": ("through the bridge", "-", 2.5, "#d1603d"),
+    "p_target_sparse_model": ("the same edit, inside the sparse model", ":", 1.8, "#1f6f8b"),
+    "p_target_all_channels": ("all channels, through the bridge", "--", 1.5, "#7a5195"),
+    "p_target_mean_difference": ("dense mean difference, best site and norm", "-.", 1.5, "#2f4b7c"),
+    "p_target_mean_difference_equal_norm": ("dense mean difference there, same norm", "-.", 1.0, "#888888"),
+    "p_target_probe": ("linear probe there, same norm", "--", 1.0, "#b0a060"),
+    "p_target_random_direction": ("random directions, same norm", "-", 1.2, "#555555"),
+}
+
+
 def steering_plot(steering: dict[str, Any], path: str | Path) -> Path:
     """P(target) over strengths with every baseline, log scale (paper, figure 9); a PNG at `path`."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = figure.subplots()
-    curves = {
-        "p_target": ("one channel, through the bridge", "-", 2.5),
-        "p_target_all_channels": ("all channels, through the bridge", "--", 1.5),
-        "p_target_mean_difference": ("the dense model's mean difference", "-.", 1.5),
-        "p_target_sparse_model": ("the same edit, inside the sparse model", ":", 1.8),
-        "p_target_random_direction": ("random directions of the same norm", "-", 1.2),
-    }
-    for name, (label, style, width) in curves.items():
-        axes.plot(steering["strengths"], steering[name], style, linewidth=width, marker="o", markersize=3, label=label)
+    for name, (label, style, width, color) in _CURVES.items():
+        axes.plot(steering["strengths"], steering[name], style, color=color, linewidth=width, label=label)
+        band = steering["bands"][name]
+        axes.fill_between(steering["strengths"], band["low"], band["high"], color=color, alpha=0.12, linewidth=0)
+    channels = steering["channel"]
+    what = f"channel {channels}" if isinstance(channels, int) else f"channels {', '.join(map(str, channels))}"
     axes.set(
-        title=f"{steering['task']}: channel {steering['channel']} at {steering['site']}",
+        title=f"{steering['task']}: {what} at {steering['site']}",
         xlabel="strength",
-        ylabel=f"P(target), mean over {steering['prompts']} prompts",
+        ylabel=f"P(target), mean over {steering['prompts']} prompts, 95 % band",
         yscale="log",
     )
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, Path(path))
 

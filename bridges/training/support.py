@@ -84,17 +84,27 @@ class Support:
             one.scatter()
 
 
+def multiplying_nonzeros(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a frozen model's forward passes multiply by the nonzeros of its thin matrices alone."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_thin(m.weight, m.weight != 0)]
+    return forwards({m: _call(m.weight.detach()[m.weight != 0], Places.of(m.weight != 0), m.bias) for m in linear})
+
+
 def _fast_calls(
     model: nn.Module, values: Mapping[Tensor, tuple[nn.Parameter, Tensor]]
 ) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     calls = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight in values and has_kernel(module.weight):
+        if isinstance(module, nn.Linear) and module.weight in values:
             own, mask = values[module.weight]
-            if mask.sum() <= MOST_DENSE * mask.numel():
+            if _is_thin(module.weight, mask):
                 calls[module] = _call(own, Places.of(mask), module.bias)
     return calls
 
 
-def _call(values: nn.Parameter, places: Places, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _is_thin(weight: Tensor, mask: Tensor) -> bool:
+    return has_kernel(weight) and bool(mask.sum() <= MOST_DENSE * mask.numel())
+
+
+def _call(values: Tensor, places: Places, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return lambda x: sparse_linear(x, values, places, bias)

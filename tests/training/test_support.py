@@ -7,7 +7,7 @@ from pairs import MASK, gpt2, join, sparse_model, tokens
 from bridges.config import FitConfig
 from bridges.training import sparsity
 from bridges.training.step import Objective, Weights, step_gradients
-from bridges.training.support import Support
+from bridges.training.support import Support, multiplying_nonzeros
 from bridges.training.trainer import Processes, Trainer
 
 SETTINGS = {"steps": 5, "train_sparse": True, "sites_per_step": "all", "sparse_lr": 0.02, "sparse_weight_decay": 0.3}
@@ -89,6 +89,20 @@ def test_the_calls_that_are_replaced_are_those_of_thin_matrices_alone():
     thin = {name for name, m in model.named_modules() if m in support._calls}
     assert "lm_head" in thin and "transformer.h.1.mlp.c_fc" in thin and "transformer.h.0.mlp.c_fc" not in thin
     assert not Support(model, sparsity.supports(model), fast=False)._calls
+
+
+def test_a_frozen_model_multiplies_its_nonzeros_alone():
+    model, ids = thinned(), tokens()
+    plain = model(ids).logits.detach()
+    with multiplying_nonzeros(model):
+        assert {"lm_head", "transformer.h.0.attn.c_attn"} <= {
+            n for n, m in model.named_modules() if "_call_impl" in vars(m)
+        }
+        logits = model(ids).logits
+        embedded = torch.autograd.grad(logits.square().sum(), model.transformer.wte.weight)[0]
+    assert torch.allclose(logits, plain, atol=1e-12)
+    expected = torch.autograd.grad(model(ids).logits.square().sum(), model.transformer.wte.weight)[0]
+    assert torch.allclose(embedded, expected, atol=1e-10)
 
 
 def test_what_is_not_trained_stays():
