@@ -5,6 +5,7 @@ from bridges.channels import Channels, find_channels
 from bridges.circuits.tasks import TASKS, task_pairs
 from bridges.config import FitConfig
 from bridges.edits import Edit, counterfactual, load_edits, save_edits
+from bridges.effects import constant_edits
 from bridges.evaluate import evaluate
 from bridges.export import directions, export_direction
 from bridges.fit import fit
@@ -33,6 +34,7 @@ __all__ = [
     "SparseTransformer",
     "abs_topk",
     "as_residual",
+    "constant_edits",
     "counterfactual",
     "directions",
     "evaluate",

@@ -130,10 +130,15 @@ def find_channels(
     decoder's column times the gradient where the edit enters. The `candidates` of largest prediction are then edited.
     Sets grow greedily, to at most `most` channels at one site. Report on other prompts than these.
     """
-    if not 1 <= most <= MOST:
-        raise ValueError(f"most={most} must lie between 1 and {MOST}")
+    check_most(most)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         return find(pair, prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed)), most, candidates)
+
+
+def check_most(most: int) -> None:
+    """ValueError unless a set may grow so large."""
+    if not 1 <= most <= MOST:
+        raise ValueError(f"most={most} must lie between 1 and {MOST}")
 
 
 @torch.no_grad()

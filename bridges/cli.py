@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -140,10 +139,9 @@ def steer_command(
         tables["data"] = tables.get("data", {}) | {"tokenizer": tokenizer}
     known = _data(tables.get("data", {})).get("tokenizer") or find_tokenizer(sources["dense"])
     chosen = Channels(site, _channels(channel), _entry(at)) if site or channel else most
-    levels = [_number("strengths", part) for part in strengths.split(",")] if strengths else STRENGTHS
     text = _heldout(tables, sources).input_ids if "fit" in tables else None
     models = load_model(sources["dense"]), load_model(sources["sparse"])
-    found = sweep(*models, bridge_set, task, chosen, levels, n=n, tokenizer=known, text=text)
+    found = sweep(*models, bridge_set, task, chosen, _strengths(strengths), n=n, tokenizer=known, text=text)
     folder = run_dir / "steering" if out is None else out
     found.save(folder / f"{task}.json")
     found.plot(folder / f"{task}.png")
@@ -165,14 +163,16 @@ def _sources(run_dir: Path, tables: dict[str, Any], dense: str, sparse: str) -> 
 def _channels(text: str) -> tuple[int, ...]:
     if not text:
         raise ValueError("--site goes with --channel; without both, channels are searched for")
-    return tuple(int(_number("channel", part, int)) for part in text.split(","))
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise ValueError(f"--channel {text!r} is no number; give channels with commas between")
+    return tuple(int(part) for part in text.split(","))
 
 
-def _number(name: str, text: str, kind: Callable[[str], float] = float) -> float:
+def _strengths(text: str) -> tuple[float, ...]:
     try:
-        return kind(text)
+        return tuple(float(part) for part in text.split(",")) if text else STRENGTHS
     except ValueError:
-        raise ValueError(f"--{name} {text!r} is no number; give numbers with commas between") from None
+        raise ValueError(f"--strengths {text!r} are no numbers; give them with commas between") from None
 
 
 def _entry(at: str) -> At:

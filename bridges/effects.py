@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridges.channels import Channels, Prompts, predicted_effects
+from bridges.bridge import BridgeSet
+from bridges.channels import CHOSEN_ON, Channels, Prompts, model_pair, pairs_of, predicted_effects, prompts_of
 from bridges.circuits.tasks import TaskPairs, probability
+from bridges.edits import Edit
 from bridges.intervention import At, as_read, dense_addend, edited_logits, only
+from bridges.models.residual import ResidualModel
 from bridges.ops.kl import kl_divergence
 from bridges.training.hybrid import ModelPair, Side
 
@@ -139,6 +142,32 @@ def constant_changes(prompts: Prompts, i: int, channels: Sequence[int]) -> Float
     dz = only(prompts.streams[i], channels)
     largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
     return torch.stack([largest[prompts.pairs.direction == side].mean(0) for side in (0, 1)])
+
+
+def constant_edits(
+    dense: nn.Module | ResidualModel,
+    sparse: nn.Module | ResidualModel,
+    bridge_set: BridgeSet,
+    chosen: Channels,
+    task: str | TaskPairs,
+    direction: Literal[0, 1] = 0,
+    n: int = CHOSEN_ON,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    check_models: bool = True,
+) -> list[Edit]:
+    """The counterfactual edit of some channels as one number each, for saving and exporting.
+
+    Each channel's mean change, over `n` pairs of the task, at the token it changes most; `direction` 0 takes the task's
+    first prompt to its second.
+    """
+    with model_pair(dense, sparse, bridge_set, check_models) as pair:
+        prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
+        i = bridge_set.index(chosen.site)
+        bridge = bridge_set[i]
+        values = constant_changes(prompts, i, chosen.channels)[direction] * bridge.gain_sparse / bridge.rms_sparse
+    return [Edit(chosen.site, channel, values[channel].item(), "add") for channel in chosen.channels]
 
 
 def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:

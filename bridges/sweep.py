@@ -19,6 +19,7 @@ from bridges.channels import (
     Channels,
     Prompts,
     addend_of,
+    check_most,
     find,
     model_pair,
     p_target,
@@ -172,6 +173,7 @@ def sweep_prompts(
         chosen = channels
         _check(pair, chosen)
     else:
+        check_most(channels or 1)
         found = find(pair, chosen_on, channels or 1)
         chosen, ranking = found.best, found.agreement
     site, values = _mean_difference(pair.dense, chosen_on)

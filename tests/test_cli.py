@@ -4,10 +4,13 @@ import json
 import sys
 
 import pytest
+import tomli_w
 import torch
 from pairs import gpt2, sparse_model
 
+import bridges
 from bridges import cli
+from bridges.demo import sources
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -37,7 +40,7 @@ def config(tmp_path):
 
 
 def test_help_everywhere(monkeypatch, capsys):
-    for arguments in ((), ("fit",), ("evaluate",), ("demo",)):
+    for arguments in ((), ("fit",), ("evaluate",), ("demo",), ("steer",)):
         status, out, _ = run(monkeypatch, capsys, *arguments, "--help")
         assert status == 0
         assert "Usage" in out
@@ -109,3 +112,43 @@ def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     assert (status, "pass --data" in err) == (2, True)
     status, _, err = run(monkeypatch, capsys, "evaluate", out, "--dense", tmp_path / "sparse", *models[2:])
     assert status == 2
+
+
+@pytest.fixture(scope="module")
+def bundled_run(tmp_path_factory):
+    """A run folder of the bundled pair, as the demo leaves one."""
+    pair = bridges.load_pair()
+    folder = tmp_path_factory.mktemp("run")
+    rows = torch.randint(1024, (40, 32), generator=torch.Generator().manual_seed(0))
+    found = bridges.fit(pair.dense, pair.sparse, rows, steps=0, eval_tokens=64, progress=False)
+    found.save_pretrained(folder)
+    (folder / "run.toml").write_text(tomli_w.dumps(sources(pair)))
+    return folder
+
+
+def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path):
+    arguments = ("--task", "for_while", "--site", "0.mlp", "--channel", "3,4", "--strengths", "0,2", "--n", 6)
+    status, out, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments, "--at", "read", "--out", tmp_path)
+    assert status == 0, err
+    assert "channels [3, 4] at 0.mlp (read)" in out and "random directions" in out
+    content = json.loads((tmp_path / "for_while.json").read_text())
+    assert content["strengths"] == [0.0, 2.0] and content["prompts"] == 6 and content["channel"] == [3, 4]
+    assert (tmp_path / "for_while.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "swap"), "task='swap' is unknown"),
+        (("--site", "0.mlp"), "--site goes with --channel"),
+        (("--site", "9.mlp", "--channel", "1", "--n", "2"), "site='9.mlp' has no bridge"),
+        (("--site", "0.mlp", "--channel", "x"), "--channel 'x' is no number"),
+        (("--strengths", "0,a"), "--strengths '0,a' are no numbers"),
+        (("--at", "here", "--channel", "1"), "--at 'here' must be one of read, residual"),
+        (("--most", "9"), "most=9 must lie between 1 and 8"),
+    ],
+)
+def test_steer_refuses_in_one_line(monkeypatch, capsys, bundled_run, arguments, message):
+    status, _, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments)
+    assert status == 2
+    assert message in err and len(err.strip().splitlines()) == 1

@@ -9,7 +9,14 @@ from test_channels import task
 from bridges.channels import Channels, prompts_of
 from bridges.circuits.tasks import probability
 from bridges.edits import Edit
-from bridges.effects import AGREEMENT_STRENGTHS, _fit, constant_changes, intervention_agreement, side_effects
+from bridges.effects import (
+    AGREEMENT_STRENGTHS,
+    _fit,
+    constant_changes,
+    constant_edits,
+    intervention_agreement,
+    side_effects,
+)
 from bridges.steer import steer
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
@@ -53,6 +60,15 @@ def test_the_constant_is_the_mean_of_the_largest_change(prompts):
             largest = [row[row.abs().argmax()].item() for row in rows]
             expected = np.mean(largest) if channel in (0, 3) else 0.0
             assert found[side, channel].item() == pytest.approx(expected)
+
+
+def test_constant_edits_are_those_changes_in_read_units(pair, prompts):
+    found = constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, CHOSEN, task(), direction=1)
+    bridge = pair.bridge_set[2]
+    for edit, channel in zip(found, (0, 3), strict=True):
+        expected = constant_changes(prompts, 2, (0, 3))[1, channel] * bridge.gain_sparse[channel] / bridge.rms_sparse
+        assert (edit.site, edit.channel, edit.constant) == ("1.attn", channel, True)
+        assert edit.value == pytest.approx(expected.item())
 
 
 def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts):

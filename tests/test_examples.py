@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import bridges
+from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
+
 ROOT = Path(__file__).parents[1]
 TINY_DENSE = "--split heldout --batch-size 4 --seq-len 16 --width 8 --heads 2 --warmup 2 --steps 6"
 TINY_FIT = "--split heldout --rows 64 --steps 3 --batch_size 2 --eval_tokens 256 --progress false"
@@ -46,3 +49,26 @@ def test_train_tokenizer_and_sparse(tmp_path):
     out = run("train_sparse.py", "--run", tmp_path / "pair", *TINY_FIT.split())
     assert "nmse_decode" in out
     assert (tmp_path / "pair" / "sparse" / "sparse_model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def bundled_bridges(tmp_path_factory):
+    """Bridges of the bundled pair, from the closed form on few tokens."""
+    dense, sparse, tokenizer = bridges.load_pair()
+    rows = pack_rows(encode_documents(tokenizer, bundled_documents("heldout")[:60]), 64, tokenizer.bos_token_id)
+    folder = tmp_path_factory.mktemp("bundled")
+    bridges.fit(dense, sparse, rows, steps=0, eval_tokens=256, progress=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_steering_examples(bundled_bridges, tmp_path):
+    out = run("steer_by_counterfactual.py", bundled_bridges)
+    p = [float(line.rsplit("= ", 1)[1]) for line in out.splitlines() if line.startswith("strength")]
+    assert len(p) == 5 and p[-1] > 0.2 > p[0]
+    lines = run("steer_in_generation.py", bundled_bridges, "--tokens", 6).splitlines()
+    assert len(lines) == 3 and lines[0].startswith("unedited:")
+    arguments = ("--task", "for_while", "--most", 2, "--prompts", 10, "--save", tmp_path / "edit")
+    out = run("find_the_channel.py", bundled_bridges, *arguments)
+    assert "rank correlation" in out and "random directions of the same norm" in out
+    assert (tmp_path / "edit.safetensors").is_file() and len(bridges.load_edits(tmp_path / "edit.json")) <= 2

@@ -188,8 +188,13 @@ def _filler(rng: random.Random) -> str:
 
 
 def with_fillers(example: Example, rng: random.Random) -> Example:
-    """The pair with a line in front of each prompt, of lengths of their own."""
-    return example._replace(first=_filler(rng) + example.first, second=_filler(rng) + example.second)
+    """The pair with a line in front of each prompt, the two of lengths of their own."""
+
+    def line() -> str:
+        name, other = rng.sample(NAMES, 2)
+        return rng.choice((_filler(rng), f"{name} = {other}\n", f"{name} = not {other}\n"))
+
+    return example._replace(first=line() + example.first, second=line() + example.second)
 
 
 def _file(rng: random.Random, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bridges.circuits import tasks
 from bridges.circuits.examples import EXAMPLES, Example
 from bridges.circuits.tasks import TASKS, probability, solved, task_pairs
 from bridges.data.idioms import idioms
@@ -205,5 +206,6 @@ def test_what_cannot_be_made_is_refused_with_the_rule(arguments, message):
 
 def test_more_pairs_than_there_are_is_refused(tokenizer, monkeypatch):
     monkeypatch.setitem(EXAMPLES, "for_while", lambda rng: Example("for a", " in", "while a", ":"))
+    monkeypatch.setattr(tasks, "with_fillers", lambda example, rng: example)
     with pytest.raises(ValueError, match=r"only 1 of n=3 pairs .* because the pair was drawn before"):
         task_pairs("for_while", tokenizer, 3)
