@@ -17,7 +17,7 @@ from bridges.models.sparse_config import SparseConfig
 from bridges.ops.abs_topk import abs_topk
 from bridges.quality import BridgeReport
 from bridges.steer import steer
-from bridges.sweep import sweep
+from bridges.sweep import Sweep, sweep
 from bridges.training.hybrid import HybridLosses, hybrid_losses
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ResidualModel",
     "SparseConfig",
     "SparseTransformer",
+    "Sweep",
     "abs_topk",
     "as_residual",
     "constant_edits",

@@ -1,0 +1,85 @@
+"""What an edit costs: forward and generate with and without it, side by side: python benchmarks/bench_steer.py
+
+A GPT-2 shape of 4 layers and width 256, a sparse model of width 2048, both random: what is computed is what counts.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from timing import header, medians, row
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bridges
+
+VOCAB, NEW_TOKENS = 1024, 32
+
+
+def models():
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": None}
+    dense = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=256, n_layer=4, n_head=8, n_positions=256, **ends)
+    ).eval()
+    sparse = bridges.SparseTransformer(
+        bridges.SparseConfig(vocab_size=VOCAB, d_model=2048, d_mlp=2048, n_layer=4, n_head=16, block_size=256, **ends)
+    ).eval()
+    rows = torch.randint(VOCAB, (12, 64))
+    return dense, sparse, bridges.fit(dense, sparse, rows, steps=0, closed_form_tokens=500, progress=False)
+
+
+def main() -> None:
+    dense, sparse, bridge_set = models()
+    chain = bridges.as_residual(dense)
+    add, scale = bridges.Edit("2.attn", 7, 0.5, "add"), bridges.Edit("2.attn", 7, 2.0, "scale")
+
+    def steered(edit, **options):
+        return lambda: bridges.steer(chain, bridge_set, edit, check_models=False, **options)
+
+    how = {
+        "without": nullcontext,
+        "fixed edit": steered(add),
+        "from the encoder": steered(scale, source="encoder"),
+        "from the sparse model": steered(scale, sparse=sparse),
+    }
+    print(f"{torch.get_num_threads()} threads, float32")
+    print(header("ms (speed relative to without)", list(how)))
+    for batch in (1, 8):
+        ids = torch.randint(VOCAB, (batch, 128))
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "attention_mask": torch.ones_like(ids),
+        }
+        works = {
+            f"forward, batch {batch} x 128": lambda ids=ids: dense(ids, use_cache=False),
+            f"generate {NEW_TOKENS} tokens, batch {batch}": lambda ids=ids, o=options: dense.generate(ids, **o),
+        }
+        for label, work in works.items():
+
+            def timed(context, work=work):
+                def run():
+                    with torch.no_grad():
+                        work()
+
+                return context, run
+
+            print(row(label, medians_inside({name: timed(context) for name, context in how.items()})))
+
+
+def medians_inside(candidates):
+    """Medians of the work alone: entering a context takes the model apart, once however long it stays."""
+    entered = {}
+    for name, (context, run) in candidates.items():
+
+        def several(context=context, run=run):
+            with context():
+                return medians({"run": run}, rounds=5)["run"]
+
+        entered[name] = several
+    rounds = [{name: several() for name, several in entered.items()} for _ in range(5)]
+    return {name: sorted(one[name] for one in rounds)[2] for name in candidates}
+
+
+if __name__ == "__main__":
+    main()
