@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
@@ -19,6 +18,7 @@ from bridges.models.huggingface import as_residual
 from bridges.models.probing import evaluation
 from bridges.models.residual import ResidualModel, Visitor, position_ids
 from bridges.models.shadow import Pass, Shadow, leading_pass
+from bridges.placing import Place, Window, place_of
 
 Source = Literal["sparse", "encoder"]
 
@@ -84,86 +84,6 @@ def _check(bridge_set: BridgeSet, edits: list[Edit], strength: float, at: str, s
             )
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Where a call's new tokens stand in their rows."""
-
-    place: Int[Tensor, "b s"]
-    """Index among the row's real tokens."""
-    real: Bool[Tensor, "b s"]
-    prompt: Int[Tensor, "b 1"] | None
-    """Real tokens of the row's prompt, None where the prompt is over."""
-    start: int
-    """Column of the first new token, padding included."""
-
-    def at(self, positions: tuple[int, ...]) -> Bool[Tensor, "b s"]:
-        """True at the tokens that an edit's positions name."""
-        here = torch.zeros_like(self.real)
-        for position in positions:
-            if position >= 0:
-                here |= self.place == position
-            elif self.prompt is not None:
-                here |= self.place == self.prompt + position
-        return here & self.real
-
-    def columns(self, value: Float[Tensor, "rows prompt"]) -> Float[Tensor, "b s"]:
-        """A value per token of the prompt: the part that falls here, zero after the prompt."""
-        rows, width = self.real.shape
-        if rows % len(value):
-            raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
-        if self.start == 0 and width < value.shape[1]:
-            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {(rows, width)}")
-        here = value[:, self.start : self.start + width].to(self.real.device)
-        here = torch.nn.functional.pad(here, (0, width - here.shape[1]))
-        return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
-
-
-@dataclass
-class _Place:
-    """The edits at one bridged site and what they need there."""
-
-    bridge: int
-    dense_site: int
-    sparse_site: int | None
-    channels: list[int]
-    edits: list[Edit]
-    to_stream: Float[Tensor, "channels d_dense"]
-    """What one read unit of each channel adds to the dense stream, strength included."""
-    reading: Float[Tensor, "b s channels"] | None = None
-
-    @property
-    def constant(self) -> bool:
-        return all(edit.constant for edit in self.edits)
-
-    @property
-    def mode(self) -> str | None:
-        """That of the first edit that needs the channel's reading, None where none does."""
-        return next((edit.mode for edit in self.edits if edit.mode != "add"), None)
-
-    def changes(self, window: _Window) -> Float[Tensor, "b s channels"]:
-        """dn of every channel: what the edits, one after another, make of its reading, less the reading."""
-        shape = (*window.real.shape, len(self.channels))
-        before = self.to_stream.new_zeros(shape) if self.reading is None else self.reading.to(self.to_stream)
-        after = list(before.unbind(-1))
-        for edit in self.edits:
-            i = self.channels.index(edit.channel)
-            after[i] = _applied(edit, after[i], window)
-        return torch.stack(after, -1) - before
-
-    def total(self) -> Float[Tensor, " channels"]:
-        """dn of every channel where all edits are constant."""
-        sums = [sum(float(e.value) for e in self.edits if e.channel == channel) for channel in self.channels]
-        return self.to_stream.new_tensor(sums)
-
-
-def _applied(edit: Edit, v: Tensor, window: _Window) -> Tensor:
-    if isinstance(edit.value, Tensor):
-        return v + window.columns(edit.value).to(v)
-    changed = {"set": torch.full_like(v, edit.value), "add": v + edit.value, "scale": v * edit.value}[edit.mode]
-    here = window.real if edit.positions is None else window.at(edit.positions)  # pyright: ignore[reportArgumentType]
-    return torch.where(here.to(v.device), changed, v)
-
-
 class _Steering:
     """One `steer()`: what it hooks into the model, and what it knows of the call at hand."""
 
@@ -179,13 +99,13 @@ class _Steering:
     ):
         self.dense, self.sparse, self.bridge_set, self.at = dense, sparse, bridge_set, at
         self.places = [
-            _place(dense, sparse, bridge_set, site, [e for e in edits if e.site == site], strength)
+            place_of(dense, sparse, bridge_set, site, [e for e in edits if e.site == site], strength)
             for site in dict.fromkeys(edit.site for edit in edits)
         ]
         self.places.sort(key=lambda place: place.dense_site)
         self.readers = {p.bridge: _readers(dense, bridge_set, p) for p in self.places} if at == "read" else {}
         self.idle = False
-        self.window: _Window | None = None
+        self.window: Window | None = None
         self._prompt: Tensor | None = None
         reading = [place for place in self.places if place.mode]
         if reading and source == "sparse" and sparse is None:
@@ -218,7 +138,7 @@ class _Steering:
                     stack.enter_context(context)
             yield
 
-    def _hooks(self, place: _Place) -> Iterator[Any]:
+    def _hooks(self, place: Place) -> Iterator[Any]:
         add = _Adding(self, place, place.to_stream) if self.at == "residual" else None
 
         def on_stream(h: Tensor) -> Tensor | None:
@@ -250,7 +170,7 @@ class _Steering:
         if self.shadow is not None and not self.idle and cache is not None:
             self.shadow.join(cache)  # a cache that the model made for itself
 
-    def _locate(self, call: Pass) -> _Window:
+    def _locate(self, call: Pass) -> Window:
         ids, mask = call.input_ids, call.attention_mask
         mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
         prompt = None
@@ -258,7 +178,7 @@ class _Steering:
             width = self._prompt_width(call)
             prompt = mask[:, :width].sum(1, keepdim=True)
         new = slice(call.past, None)
-        return _Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
+        return Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
 
     def _prompt_width(self, call: Pass) -> int:
         """How many columns are the prompt: without a cache, a call that begins with the last one carries on from it."""
@@ -279,14 +199,14 @@ class _Steering:
             with evaluation(self.shadow.model), self.beside.streaming(visitors):
                 self.shadow.run(call)
 
-    def _keep(self, place: _Place) -> Visitor:
+    def _keep(self, place: Place) -> Visitor:
         def keep(read: Tensor) -> None:
             place.reading = read[..., place.channels].detach()
 
         return keep
 
     @torch.no_grad()
-    def _encode(self, place: _Place, h: Tensor) -> None:
+    def _encode(self, place: Place, h: Tensor) -> None:
         """v = gain_s z / R_s with z = f(h): the encoder's reading of the unedited stream."""
         bridge = self.bridge_set[place.bridge]
         z = bridge.encode(h.detach().to(bridge.encoder_weight.device))[..., place.channels]
@@ -296,7 +216,7 @@ class _Steering:
 class _Adding:
     """A visitor that adds a site's edits to a stream or to a read."""
 
-    def __init__(self, steering: _Steering, place: _Place, unit: Float[Tensor, "channels d"]):
+    def __init__(self, steering: _Steering, place: Place, unit: Float[Tensor, "channels d"]):
         self.steering, self.place, self.unit = steering, place, unit
         self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -312,31 +232,7 @@ class _Adding:
         return h + (changes @ self.unit.to(changes)).to(h)
 
 
-def _place(
-    dense: ResidualModel,
-    sparse: ResidualModel | None,
-    bridge_set: BridgeSet,
-    site: str,
-    edits: list[Edit],
-    strength: float,
-) -> _Place:
-    i = bridge_set.index(site)
-    channels = list(dict.fromkeys(edit.channel for edit in edits))
-    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
-    with torch.no_grad():
-        dz = strength * bridge.rms_sparse.to(bridge.gain_sparse) / bridge.gain_sparse[channels]
-        unit = bridge.decoder_weight[:, channels].T * dz[:, None]
-    return _Place(
-        i,
-        dense.index(dense_site),
-        None if sparse is None else sparse.index(sparse_site),
-        channels,
-        edits,
-        unit.detach(),
-    )
-
-
-def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: _Place) -> list[tuple[nn.Module, Tensor]]:
+def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[tuple[nn.Module, Tensor]]:
     """Every module that reads the site's stream, with what a read unit of each channel adds to its input."""
     modules, rms = dense.read_modules(place.dense_site), bridge_set[place.bridge].rms_dense
     norms = [dense.norm(place.dense_site, reader) for reader in range(len(modules))]

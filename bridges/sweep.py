@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from bridges.baselines import dense_directions, mean_difference
 from bridges.bridge import BridgeSet
 from bridges.channels import (
     CHOSEN_ON,
@@ -176,7 +176,7 @@ def sweep_prompts(
         check_most(channels or 1)
         found = find(pair, chosen_on, channels or 1)
         chosen, ranking = found.best, found.agreement
-    site, values = _mean_difference(pair.dense, chosen_on)
+    site, values = mean_difference(pair.dense, chosen_on)
     curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
         "p_target_mean_difference": _curve(pair.dense, reported.traces.dense, reported.pairs, site, values, strengths)
     }
@@ -266,75 +266,6 @@ def _random_curve(
         values = addend.norm(dim=-1, keepdim=True) * direction / direction.norm()
         curves.append(_edit_curve(pair, prompts, chosen.site, values, chosen.at, strengths))
     return torch.stack(curves).mean(0)
-
-
-def dense_directions(
-    pair: ModelPair, prompts: Prompts, chosen: Channels
-) -> tuple[Float[Tensor, "2 d_dense"], Float[Tensor, "2 d_dense"]]:
-    """The dense model's own unit directions where the edit enters, one per way round: mean difference, and a probe's.
-
-    Both from the dense stream (or read) of presented and counterfactual prompts at the tokens that the edit touches;
-    the probe is a logistic regression that tells the two apart.
-    """
-    pairs, site = prompts.pairs, pair.site("dense", pair.bridge_set.index(chosen.site))
-    touched = addend_of(pair, prompts, chosen).norm(dim=-1)
-    touched = touched > 1e-3 * touched.max()
-    shown, other = (
-        _entering(pair.dense, ids, pairs, site, chosen.at) for ids in (pairs.input_ids, pairs.counterfactual_ids)
-    )
-    differences, probes = [], []
-    for side in (0, 1):
-        here = touched & (pairs.direction == side)[:, None]
-        before, after = shown[here], other[here]
-        differences.append(_unit((after - before).sum(0)))
-        probes.append(_unit(_probe(before, after)))
-    return torch.stack(differences), torch.stack(probes)
-
-
-def _entering(model: ResidualModel, ids: Tensor, pairs: TaskPairs, site: int, at: At) -> Float[Tensor, "b s d"]:
-    if at == "residual":
-        return model.trace(ids, pairs.attention_mask).residuals[site]
-    return model.reads(ids, pairs.attention_mask)[site]
-
-
-def _probe(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    if not len(before):
-        return before.new_zeros(before.shape[-1])
-    features = torch.cat([before, after]).double().cpu().numpy()
-    labels = np.repeat([0, 1], [len(before), len(after)])
-    scale = features.std(0) + 1e-12
-    probe = LogisticRegression(max_iter=1000).fit(features / scale, labels)
-    return torch.tensor(probe.coef_[0] / scale).to(before)
-
-
-def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
-
-
-def _mean_difference(model: ResidualModel, prompts: Prompts) -> tuple[int, Callable[[TaskPairs], Tensor]]:
-    """The dense model's own steering vector: the mean difference at the last token, at the site where it does most.
-
-    One vector per way round. Returns the site and what to add to the stream of given pairs.
-    """
-    pairs, trace = prompts.pairs, prompts.traces.dense
-    swapped = model.trace(pairs.counterfactual_ids, pairs.attention_mask).residuals
-
-    def adder(site: int) -> Callable[[TaskPairs], Tensor]:
-        last = (swapped[site] - trace.residuals[site])[:, -1]
-        vectors = torch.stack([last[pairs.direction == side].mean(0) for side in (0, 1)])
-
-        def add(to: TaskPairs) -> Tensor:
-            values = last.new_zeros(*to.input_ids.shape, last.shape[-1])
-            values[:, -1] = vectors[to.direction]
-            return values
-
-        return add
-
-    def effect(site: int) -> float:
-        return _curve(model, trace, pairs, site, adder(site), [1.0]).mean().item()
-
-    best = max(range(len(model.sites)), key=effect)
-    return best, adder(best)
 
 
 def _banded(values: Float[Tensor, "strengths prompts"]) -> Curve:

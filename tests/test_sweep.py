@@ -11,7 +11,7 @@ from test_channels import task
 
 from bridges.channels import Channels, addend_of, edited, find, p_target, prompts_of
 from bridges.intervention import edited_logits
-from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, _probe, _unit, dense_directions, sweep, sweep_prompts
+from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, sweep, sweep_prompts
 
 MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
 CHOSEN = Channels("1.attn", (0, 3), "residual")
@@ -71,37 +71,6 @@ def test_all_channels_at_the_last_site_is_one_affine_push(pair, prompts):
         logits = model.lm_head(model.transformer.ln_f(stream))
     expected = p_target(logits, reported.pairs).mean().item()
     assert result.curves["p_target_all_channels"].mean[0] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("at", ["read", "residual"])
-def test_the_dense_models_own_directions(pair, prompts, at):
-    """Written out: the mean difference over the tokens touched; a probe that tells the two sides apart."""
-    chosen, pairs = CHOSEN._replace(at=at), prompts[0].pairs
-    with torch.no_grad():
-        difference, probe = dense_directions(pair, prompts[0], chosen)
-        if at == "residual":
-            shown, other = (pair.dense.trace(x).residuals[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
-        else:
-            shown, other = (pair.dense.reads(x)[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
-    norm = addend_of(pair, prompts[0], chosen).norm(dim=-1)
-    touched = norm > 1e-3 * norm.max()
-    assert not touched[:, :2].any() and touched[:, 2:].any()
-    for side in (0, 1):
-        rows = [(shown[i, t], other[i, t]) for i in range(6) for t in range(7) if touched[i, t] and i % 2 == side]
-        mean = sum(b - a for a, b in rows)
-        assert torch.allclose(difference[side], mean / mean.norm())
-        assert probe[side].norm() == pytest.approx(1)
-        gaps = torch.stack([(b - a) @ probe[side] for a, b in rows])
-        assert gaps.mean() > 0
-
-
-def test_the_probe_tells_two_clouds_apart():
-    generator = torch.Generator().manual_seed(0)
-    before = torch.randn(200, 5, generator=generator, dtype=torch.float64)
-    after = torch.randn(200, 5, generator=generator, dtype=torch.float64) + torch.tensor([0, 0, 3.0, 0, 0])
-    direction = _unit(_probe(before, after))
-    assert direction[2] > 0.9 and direction.norm() == pytest.approx(1)
-    assert not _probe(before[:0], after[:0]).any()
 
 
 def test_bands_cover_the_middle_of_resampled_means():

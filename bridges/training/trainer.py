@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from bridges.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from bridges.training.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.training.hybrid import ModelPair
 from bridges.training.step import Batch, Objective, StepLosses, Weights, step_gradients
 from bridges.training.support import Support
@@ -151,11 +149,11 @@ class Trainer:
         self._zero_grad()
         with nullcontext() if self.support is None else self.support.multiplying():
             losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
-        _refuse_not_finite(losses, step)
+        refuse_not_finite(losses, step)
         if self.support is not None:
             self.support.gather_gradients()
         self._sum_gradients()
-        _refuse_not_finite_gradients(self._parameters(), step)
+        refuse_not_finite_gradients(self._parameters(), step)
         self.bridge_optimizer.param_groups[0]["lr"] = self.config.lr * (1 - self.step / self.config.steps)
         self.bridge_optimizer.step()
         if self.sparse_optimizer is not None:
@@ -247,7 +245,7 @@ def train(
     config, processes = trainer.config, trainer.processes
     device = trainer.pair.sparse.device
     cuda = [device] if device.type == "cuda" else []
-    with _interruptible() as interrupted, torch.random.fork_rng(devices=cuda):
+    with interruptible() as interrupted, torch.random.fork_rng(devices=cuda):
         while trainer.step < config.steps:
             started = time.perf_counter()
             losses = trainer.train_step(batches(trainer.step + 1))
@@ -266,53 +264,6 @@ def train(
                 save()
             if stop:
                 raise KeyboardInterrupt
-
-
-def _refuse_not_finite(losses: StepLosses, step: int) -> None:
-    for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
-        for site, value in getattr(losses, name).items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"step {step}: {name} at site {site} is {value}; the last good checkpoint stays. "
-                    "Lower lr (or sparse_lr), or look for tokens that make a model overflow"
-                )
-    if losses.ce is not None and not math.isfinite(losses.ce):
-        raise FloatingPointError(f"step {step}: the sparse model's cross-entropy is {losses.ce}; lower sparse_lr")
-
-
-def _refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:
-    """A loss may be finite where its gradient overflows, in float16 above all; a checkpoint must not keep that."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and not torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
-        raise FloatingPointError(
-            f"step {step}: a gradient is not finite though the losses are; the last good checkpoint stays. "
-            "Lower lr (or sparse_lr), or use mixed_precision='bf16' in place of 'fp16'"
-        )
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the handlers before come back after it, and at the end."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(*_: Any) -> None:
-        event.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        restore()
 
 
 def checkpoint_saver(trainer: Trainer, folder: Path | None, state: dict[str, Any]) -> Callable[[], None]:

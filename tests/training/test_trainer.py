@@ -9,9 +9,10 @@ from pairs import MASK, gpt2, gradients, join, naive_objective, sparse_model, to
 from bridges.config import FitConfig
 from bridges.training import sparsity
 from bridges.training.checkpoint import last_checkpoint
+from bridges.training.guards import refuse_not_finite
 from bridges.training.step import StepLosses, Weights, trained_parameters
 from bridges.training.tracking import Tracker
-from bridges.training.trainer import Processes, Trainer, _refuse_not_finite, checkpoint_saver, train
+from bridges.training.trainer import Processes, Trainer, checkpoint_saver, train
 
 BATCH = (tokens(), MASK)
 JOINT = {"train_sparse": True, "target_density": 0.5}
@@ -131,12 +132,12 @@ def test_a_saver_without_a_folder_saves_nothing(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_is_named_with_its_step_and_site(name):
     losses = StepLosses(**{name: {"0.attn": 1.0, "1.mlp": float("inf")}})
     with pytest.raises(FloatingPointError, match=rf"step 9: {name} at site 1\.mlp is inf"):
-        _refuse_not_finite(losses, 9)
+        refuse_not_finite(losses, 9)
 
 
 def test_a_cross_entropy_that_is_not_finite_is_named():
     with pytest.raises(FloatingPointError, match=r"step 9: the sparse model's cross-entropy is nan"):
-        _refuse_not_finite(StepLosses(ce=float("nan")), 9)
+        refuse_not_finite(StepLosses(ce=float("nan")), 9)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -1,0 +1,120 @@
+"""Where edits fall and how much they change there: positions, readings, the order of several edits of one channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from bridges.bridge import BridgeSet
+from bridges.edits import Edit
+from bridges.models.residual import ResidualModel
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a call's new tokens stand in their rows."""
+
+    place: Int[Tensor, "b s"]
+    """Index among the row's real tokens."""
+    real: Bool[Tensor, "b s"]
+    prompt: Int[Tensor, "b 1"] | None
+    """Real tokens of the row's prompt, None where the prompt is over."""
+    start: int
+    """Column of the first new token, padding included."""
+
+    def at(self, positions: tuple[int, ...]) -> Bool[Tensor, "b s"]:
+        """True at the tokens that an edit's positions name."""
+        here = torch.zeros_like(self.real)
+        for position in positions:
+            if position >= 0:
+                here |= self.place == position
+            elif self.prompt is not None:
+                here |= self.place == self.prompt + position
+        return here & self.real
+
+    def columns(self, value: Float[Tensor, "rows prompt"]) -> Float[Tensor, "b s"]:
+        """A value per token of the prompt: the part that falls here, zero after the prompt."""
+        rows, width = self.real.shape
+        if rows % len(value):
+            raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
+        if self.start == 0 and width < value.shape[1]:
+            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {(rows, width)}")
+        here = value[:, self.start : self.start + width].to(self.real.device)
+        here = F.pad(here, (0, width - here.shape[1]))
+        return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
+
+
+@dataclass
+class Place:
+    """The edits at one bridged site and what they need there."""
+
+    bridge: int
+    dense_site: int
+    sparse_site: int | None
+    channels: list[int]
+    edits: list[Edit]
+    to_stream: Float[Tensor, "channels d_dense"]
+    """What one read unit of each channel adds to the dense stream, strength included."""
+    reading: Float[Tensor, "b s channels"] | None = None
+
+    @property
+    def constant(self) -> bool:
+        """Whether all edits add one number everywhere, so that the sum is one vector."""
+        return all(edit.constant for edit in self.edits)
+
+    @property
+    def mode(self) -> str | None:
+        """That of the first edit that needs the channel's reading, None where none does."""
+        return next((edit.mode for edit in self.edits if edit.mode != "add"), None)
+
+    def changes(self, window: Window) -> Float[Tensor, "b s channels"]:
+        """dn of every channel: what the edits, one after another, make of its reading, less the reading."""
+        shape = (*window.real.shape, len(self.channels))
+        before = self.to_stream.new_zeros(shape) if self.reading is None else self.reading.to(self.to_stream)
+        after = list(before.unbind(-1))
+        for edit in self.edits:
+            i = self.channels.index(edit.channel)
+            after[i] = _applied(edit, after[i], window)
+        return torch.stack(after, -1) - before
+
+    def total(self) -> Float[Tensor, " channels"]:
+        """dn of every channel where all edits are constant."""
+        sums = [sum(float(e.value) for e in self.edits if e.channel == channel) for channel in self.channels]
+        return self.to_stream.new_tensor(sums)
+
+
+def _applied(edit: Edit, v: Tensor, window: Window) -> Tensor:
+    if isinstance(edit.value, Tensor):
+        return v + window.columns(edit.value).to(v)
+    changed = {"set": torch.full_like(v, edit.value), "add": v + edit.value, "scale": v * edit.value}[edit.mode]
+    here = window.real if edit.positions is None else window.at(edit.positions)  # pyright: ignore[reportArgumentType]
+    return torch.where(here.to(v.device), changed, v)
+
+
+def place_of(
+    dense: ResidualModel,
+    sparse: ResidualModel | None,
+    bridge_set: BridgeSet,
+    site: str,
+    edits: list[Edit],
+    strength: float,
+) -> Place:
+    """The edits of one sparse site, with what a read unit of each channel means to the dense stream."""
+    i = bridge_set.index(site)
+    channels = list(dict.fromkeys(edit.channel for edit in edits))
+    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
+    with torch.no_grad():
+        dz = strength * bridge.rms_sparse.to(bridge.gain_sparse) / bridge.gain_sparse[channels]
+        unit = bridge.decoder_weight[:, channels].T * dz[:, None]
+    return Place(
+        i,
+        dense.index(dense_site),
+        None if sparse is None else sparse.index(sparse_site),
+        channels,
+        edits,
+        unit.detach(),
+    )
