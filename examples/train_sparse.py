@@ -15,7 +15,7 @@ import bridges
 from bridges.data.corpus import bundled_corpus
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--config", default="configs/bundled_pair.toml", help="the tables [sparse] and [fit]")
+parser.add_argument("--config", default="configs/bundled_pair_1_dense.toml", help="the tables [sparse] and [fit]")
 parser.add_argument("--run", default="runs/pair", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the dense model's folder")
 parser.add_argument("--tokenizer", default="bridges/assets/tokenizer", help="its tokenizer's folder")
