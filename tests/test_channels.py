@@ -93,6 +93,7 @@ def test_the_ranking_tells_prediction_and_effect_and_how_they_agree(pair, prompt
     assert found.agreement == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_sets_grow_by_one_channel_and_by_what_it_adds(pair, prompts):
     found = find(pair, prompts, most=4, candidates=12)
     assert 1 < len(found.sets) <= 4 and found.p_target == sorted(found.p_target)

@@ -126,6 +126,7 @@ def bundled_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path):
     arguments = ("--task", "for_while", "--site", "0.mlp", "--channel", "3,4", "--strengths", "0,2", "--n", 6)
     status, out, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments, "--at", "read", "--out", tmp_path)
@@ -145,7 +146,7 @@ def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys
         (("--site", "0.mlp", "--channel", "x"), "--channel 'x' is no number"),
         (("--strengths", "0,a"), "--strengths '0,a' are no numbers"),
         (("--at", "here", "--channel", "1"), "--at 'here' must be one of read, residual"),
-        (("--most", "9"), "most=9 must lie between 1 and 8"),
+        (("--most", "9", "--n", "2"), "most=9 must lie between 1 and 8"),
     ],
 )
 def test_steer_refuses_in_one_line(monkeypatch, capsys, bundled_run, arguments, message):

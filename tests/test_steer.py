@@ -33,6 +33,12 @@ DENSE = {"gpt2": plain_gpt2, "llama": llama}
 SPARSE = {"rms": lambda: sparse_model(), "layernorm": lambda: sparse_model(rms_norm=False)}
 
 
+def slow_but(cases, *fast):
+    """The cases as parameters, those that are not named marked slow: the grids below are wide."""
+    marks = {name: () if name in fast else (pytest.mark.slow,) for name in cases}
+    return [pytest.param(case, id=name, marks=marks[name]) for name, case in cases.items()]
+
+
 @pytest.fixture
 def pair():
     return with_units(join(plain_gpt2(), sparse_model()))
@@ -101,7 +107,7 @@ EDITS = {
 
 @pytest.mark.parametrize("source", ["sparse", "encoder"])
 @pytest.mark.parametrize("at", ["read", "residual"])
-@pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("edits", slow_but(EDITS, "in order", "several"))
 @pytest.mark.parametrize("dense", DENSE)
 @pytest.mark.parametrize("sparse", SPARSE)
 def test_a_forward_pass_is_the_written_out_formula(dense, sparse, edits, at, source):
@@ -281,10 +287,11 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("dense", DENSE)
-@pytest.mark.parametrize("how", GENERATIONS.values(), ids=GENERATIONS)
-@pytest.mark.parametrize(("edits", "options"), READING.values(), ids=READING)
-def test_generation_with_and_without_a_cache_is_one(dense, how, edits, options):
+@pytest.mark.parametrize("dense", slow_but(dict(zip(DENSE, DENSE, strict=True)), "gpt2"))
+@pytest.mark.parametrize("how", slow_but(GENERATIONS, "greedy", "beams"))
+@pytest.mark.parametrize("reading", slow_but(READING, "set, sparse", "several, encoder", "positions"))
+def test_generation_with_and_without_a_cache_is_one(dense, how, reading):
+    edits, options = reading
     pair, ids = with_units(join(DENSE[dense](), sparse_model())), tokens()
     found = []
     for use_cache in (True, False):

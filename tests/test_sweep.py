@@ -82,6 +82,7 @@ def test_bands_cover_the_middle_of_resampled_means():
         assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
 
 
+@pytest.mark.slow
 def test_channels_are_searched_for_on_the_first_prompts_alone(pair, prompts):
     result = sweep_prompts(pair, *prompts, 2, (1.0,))
     found = find(pair, prompts[0], 2)

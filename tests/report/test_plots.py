@@ -17,7 +17,14 @@ STEERING = {
     "p_target_mean_difference": [0.01, 0.5, 0.8],
     "p_target_all_channels": [0.01, 0.9, 0.99],
     "p_target_sparse_model": [0.02, 0.8, 0.95],
+    "p_target_mean_difference_equal_norm": [0.01, 0.2, 0.3],
+    "p_target_probe": [0.01, 0.15, 0.25],
     "prompts": 64,
+}
+STEERING["bands"] = {
+    name: {"low": [p / 1.5 for p in curve], "high": [p * 1.2 for p in curve]}
+    for name, curve in STEERING.items()
+    if name.startswith("p_target")
 }
 
 
@@ -50,7 +57,7 @@ def test_every_curve_is_drawn(tmp_path):
     curves = [key for key in STEERING if key.startswith("p_target")]
     moved = [STEERING] + [STEERING | {curve: [0.05, 0.1, 0.2]} for curve in curves]
     paths = [steering_plot(figures, tmp_path / f"{i}.png") for i, figures in enumerate(moved)]
-    assert len({path.read_bytes() for path in paths}) == len(curves) + 1 == 6
+    assert len({path.read_bytes() for path in paths}) == len(curves) + 1 == 8
 
 
 def test_a_picture_replaces_the_old_one(tmp_path):

@@ -67,7 +67,7 @@ def test_groups_by_memory_give_what_one_group_gives(pair):
     solve_bridges(pair, counted_passes, ridge=1e-4, memory_bytes=2.5 * 8 * (8**2 + 12**2 + 8 * 12))
     assert (at_once, len(passes) - at_once) == (1, 3)
     for name, tensor in pair.bridge_set.tensors().items():
-        if "rms" not in name:
+        if "rms" not in name and "gain" not in name:  # units are measured apart
             assert torch.equal(tensor, whole[name])
 
 
