@@ -197,11 +197,13 @@ def find(pair: ModelPair, prompts: Prompts, most: int = 1, candidates: int = CAN
     for (i, at), effects in predicted_effects(pair, prompts).items():
         site = pair.bridge_set.sites[i]
         tried = effects.topk(min(candidates, len(effects))).indices.tolist()
+        singles: dict[tuple[int, ...], float] = {}
         for channel in tried:
             p = edited(pair, prompts, Channels(site, (channel,), at))
             effect = (p.log().mean() - before).item()
             ranking.append(RankedChannel(site, channel, at, effects[channel].item(), effect, p.mean().item()))
-        grown = list(_grow(pair, prompts, site, at, tried, most))
+            singles[channel,] = p.mean().item()
+        grown = list(_grow(pair, prompts, site, at, tried, most, singles))
         best = max(best, grown, key=lambda sets: sets[-1][1] if sets else -1.0)
     ranking.sort(key=lambda one: one.p_target, reverse=True)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
@@ -210,16 +212,19 @@ def find(pair: ModelPair, prompts: Prompts, most: int = 1, candidates: int = CAN
 
 
 def _grow(
-    pair: ModelPair, prompts: Prompts, site: str, at: At, tried: Sequence[int], most: int
+    pair: ModelPair, prompts: Prompts, site: str, at: At, tried: Sequence[int], most: int, singles: dict
 ) -> Iterator[tuple[Channels, float]]:
-    """Sets of one channel, two, ..., each the best that one more channel makes, while it makes P(target) larger."""
+    """Sets of one channel, two, ..., each the best that one more channel makes, while it makes P(target) larger.
+
+    `singles`: P(target) of the sets of one, known from the ranking.
+    """
     channels: tuple[int, ...] = ()
     p = -1.0
     while len(channels) < most:
         sets: list[tuple[int, ...]] = [(*channels, channel) for channel in tried if channel not in channels]
-        scored: dict[tuple[int, ...], float] = {
-            one: edited(pair, prompts, Channels(site, one, at)).mean().item() for one in sets
-        }
+        scored: dict[tuple[int, ...], float] = (
+            {one: edited(pair, prompts, Channels(site, one, at)).mean().item() for one in sets} if channels else singles
+        )
         channels = max(scored, key=scored.__getitem__, default=channels)
         if scored.get(channels, p) <= p:
             return

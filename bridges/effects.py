@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridges.bridge import BridgeSet
-from bridges.channels import CHOSEN_ON, Channels, Prompts, model_pair, pairs_of, predicted_effects, prompts_of
+from bridges.channels import (
+    CHOSEN_ON,
+    Channels,
+    Prompts,
+    addend_of,
+    model_pair,
+    pairs_of,
+    predicted_effects,
+    prompts_of,
+)
 from bridges.circuits.tasks import TaskPairs, probability
 from bridges.edits import Edit
 from bridges.intervention import At, as_read, dense_addend, edited_logits, only
@@ -173,7 +182,7 @@ def constant_edits(
 def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
     """KL that the counterfactual edit makes at the prompts' other tokens, whose answers it is not meant to change."""
     i = pair.bridge_set.index(chosen.site)
-    addend = dense_addend(pair, i, only(prompts.streams[i], chosen.channels), chosen.at)
+    addend = addend_of(pair, prompts, chosen)
     logits = edited_logits(pair.dense, prompts.traces.dense, pair.site("dense", i), addend, chosen.at)
     other = prompts.pairs.attention_mask.bool()
     other[:, -1] = False
