@@ -1,19 +1,24 @@
 """The table over the twenty tasks on the bundled pair: python benchmarks/bench_sweep.py [runs/demo/bridges]
 
-Per task: which part the dense and the sparse model solve, then for the best channel and for the best set of at most
-eight P(target) at strength 0 and 1 beside every baseline. The folder of bridges is one that `bridges demo` wrote.
+Per task: which part the dense and the sparse model solve, then P(target) beside every baseline for the channel that
+does most to the dense model's answer, and for the at most eight that turn both models. The folder of bridges is one
+that `bridges demo` wrote.
 """
 
 import argparse
+from collections.abc import Callable
 
 import bridges
 from bridges.circuits.tasks import TASKS
 from bridges.demo import HELDOUT_DOCUMENTS, demo_rows
 from bridges.files import write_json
 
+SEARCHES = {"one channel": (1, "dense"), "at most eight channels, by both models": (8, "both")}
+SOLVED, TURNED = 0.9, 0.5
 COLUMNS = (
     "task | solved: dense, sparse | edit | P(target) at 0 | at 1 [95 %] | random | mean diff., same norm | probe "
-    "| all channels | in the sparse model | side effect, KL | KL before the answer | agreement R2 (shuffled)"
+    "| all channels | in the sparse model | agreement R2 (shuffled) | off: KL on text, on other tasks, P(target) "
+    "| added everywhere: KL"
 )
 
 
@@ -28,11 +33,30 @@ def line(found: bridges.Sweep) -> str:
         f"{curve.mean[-1]:.3f} [{curve.low[-1]:.2f}, {curve.high[-1]:.2f}]",
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("random_direction", "mean_difference_equal_norm", "probe")),
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("all_channels", "sparse_model")),
-        f"{found.effects.kl:.3f}",
-        f"{found.effects.kl_at_cue:.3f}",
         f"{found.agreement.r_squared:.2f} ({found.agreement.r_squared_shuffled:.2f})",
+        f"{found.effects.kl:.3f}, {found.effects.kl_other_tasks:.3f}, {found.effects.p_target_off:.2f}",
+        f"{found.effects.kl_added:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def summary(name: str, found: list[bridges.Sweep]) -> str:
+    """How many of the tasks that the dense model solves are turned, and the means of the controls over those."""
+    solved = [one for one in found if one.accuracy_dense >= SOLVED]
+    turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
+    of = turned or solved
+
+    def mean(value: Callable[[bridges.Sweep], float]) -> float:
+        return sum(value(one) for one in of) / len(of)
+
+    return (
+        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks; over those, random "
+        f"directions {mean(lambda one: one.curves['p_target_random_direction'].mean[-1]):.3f} (under 0.1 on "
+        f"{sum(one.curves['p_target_random_direction'].mean[-1] < 0.1 for one in of)}), the sparse model "
+        f"{mean(lambda one: one.curves['p_target_sparse_model'].mean[-1]):.3f}, agreement R2 "
+        f"{mean(lambda one: one.agreement.r_squared):.2f}, shuffled "
+        f"{mean(lambda one: one.agreement.r_squared_shuffled):.2f}, KL of off {mean(lambda one: one.effects.kl):.3f}"
+    )
 
 
 def main() -> None:
@@ -46,15 +70,17 @@ def main() -> None:
     pair, bridge_set = bridges.load_pair(), bridges.BridgeSet.from_pretrained(args.bridges)
     text = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, 128, 0)[: args.rows]
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
-    everything = []
+    found: dict[str, list[bridges.Sweep]] = {name: [] for name in SEARCHES}
     for task in args.tasks:
-        for most in (1, 8):
-            models = (pair.dense, pair.sparse, bridge_set, task, most)
-            found = bridges.sweep(*models, (0.0, 0.5, 1.0), n=args.prompts, tokenizer=pair.tokenizer, text=text)
-            print(line(found), flush=True)
-            everything.append(found.to_dict())
+        for name, (most, by) in SEARCHES.items():
+            settings = {"by": by, "n": args.prompts, "tokenizer": pair.tokenizer, "text": text}
+            one = bridges.sweep(pair.dense, pair.sparse, bridge_set, task, most, (0.0, 0.5, 1.0), **settings)
+            print(line(one), flush=True)
+            found[name].append(one)
+    for name, sweeps in found.items():
+        print(summary(name, sweeps))
     if args.out:
-        write_json(args.out, everything)
+        write_json(args.out, [one.to_dict() for sweeps in found.values() for one in sweeps])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Linear bridges between a dense language model and a weight-sparse, readable one: fit, measure, steer."""
 
 from bridges.bridge import Bridge, BridgeSet
-from bridges.channels import Channels, find_channels
+from bridges.channels import find_channels
 from bridges.circuits.tasks import TASKS, task_pairs
 from bridges.config import FitConfig
 from bridges.edits import Edit, counterfactual, load_edits, save_edits
@@ -15,6 +15,7 @@ from bridges.models.residual import ResidualModel
 from bridges.models.sparse import SparseTransformer
 from bridges.models.sparse_config import SparseConfig
 from bridges.ops.abs_topk import abs_topk
+from bridges.prompts import Channels
 from bridges.quality import BridgeReport
 from bridges.steer import steer
 from bridges.sweep import Sweep, sweep

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from bridges.channels import Channels, Prompts, addend_of, p_target
 from bridges.circuits.tasks import TaskPairs
 from bridges.intervention import At, edited_logits
 from bridges.models.residual import ResidualModel
+from bridges.prompts import Channels, Prompts, addend_of, p_target
 from bridges.training.hybrid import ModelPair
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,21 +11,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.circuits.tasks import TaskPairs, probability, task_pairs
-from bridges.intervention import (
-    At,
-    as_read_adjoint,
-    counterfactual_changes,
-    dense_addend,
-    edited_logits,
-    only,
-    sparse_delta,
-)
-from bridges.models.huggingface import as_residual
-from bridges.models.loading import find_tokenizer, frozen
+from bridges.circuits.tasks import TaskPairs
+from bridges.intervention import At, as_read_adjoint, edited_logits, random_addends
 from bridges.models.residual import ResidualModel
-from bridges.training.hybrid import ModelPair, Traces, trace_pair
+from bridges.prompts import Channels, Prompts, addend_of, edited, inside, model_pair, p_target, pairs_of, prompts_of
+from bridges.training.hybrid import ModelPair, Side
 
+By = Literal["dense", "both"]
+"""Whose answer channels are chosen by: the dense model's, or both models'."""
+Effects = dict[tuple[int, At], Tensor]
+"""Per bridged site and entry a figure for every sparse channel."""
 ENTRIES: tuple[At, ...] = ("read", "residual")
 CHOSEN_ON = 64
 """Prompts that channels are chosen on, other ones than those reported."""
@@ -34,14 +28,10 @@ CANDIDATES = 16
 """Channels per site and entry whose edit is done after the prediction."""
 MOST = 8
 """Channels that a set may grow to."""
-
-
-class Channels(NamedTuple):
-    """Some channels at one bridged site and where their edit enters the dense model."""
-
-    site: str
-    channels: tuple[int, ...]
-    at: At
+PLACES = 3
+"""Sites and entries at which sets are grown by both models' answers, which is the dear way."""
+CONTROLS = 5
+"""Random directions that a set is held against while it is chosen."""
 
 
 class RankedChannel(NamedTuple):
@@ -51,11 +41,27 @@ class RankedChannel(NamedTuple):
     channel: int
     at: At
     predicted: float
-    """First-order change of the mean log P(target), nats."""
+    """First-order change of the dense model's mean log P(target), nats."""
     effect: float
     """The change that the edit made, nats."""
     p_target: float
-    """Mean P(target) under the edit."""
+    """The dense model's mean P(target) under the edit."""
+
+
+class Grown(NamedTuple):
+    """A set of channels, and the mean P(target) under its counterfactual edit at strength 1."""
+
+    channels: Channels
+    p_target: float
+    p_target_sparse: float
+    """Of the sparse model, edited at the same channels."""
+    p_target_random: float
+    """Of the dense model under random directions of the edit's own norm."""
+
+    def margin(self, by: By) -> float:
+        """What the edit does beyond a random direction; by both: the geometric mean with the sparse model's."""
+        beyond = self.p_target - self.p_target_random
+        return beyond if by == "dense" else (max(beyond, 0.0) * self.p_target_sparse) ** 0.5
 
 
 class FoundChannels(NamedTuple):
@@ -63,52 +69,16 @@ class FoundChannels(NamedTuple):
 
     task: str
     ranking: list[RankedChannel]
-    """Every channel whose edit was done, largest P(target) first."""
+    """Every single channel whose edit was done, largest P(target) first."""
     agreement: float
     """Spearman's rank correlation of prediction and effect over the ranking."""
-    sets: list[Channels]
-    """Sets of 1, 2, ... channels at the site where the last one does most, each grown from the one before."""
-    p_target: list[float]
-    """Mean P(target) under each set's edit."""
+    sets: list[Grown]
+    """Sets of 1, 2, ... channels at one site, each grown from the one before; the last has the largest margin."""
 
     @property
     def best(self) -> Channels:
-        """The largest set."""
-        return self.sets[-1]
-
-
-class Prompts(NamedTuple):
-    """A task's pairs, both models' unedited runs, and what the sparse model changes: computed once for every edit."""
-
-    pairs: TaskPairs
-    traces: Traces
-    reads: list[Float[Tensor, "b s d_sparse"]]
-    """dn per bridged site, in read units."""
-    streams: list[Float[Tensor, "b s d_sparse"]]
-    """dz per bridged site, at strength 1."""
-
-
-@contextmanager
-def model_pair(
-    dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel, bridge_set: BridgeSet, check_models: bool
-) -> Iterator[ModelPair]:
-    """Both models frozen and in evaluation mode inside; ValueError if the bridges are of others."""
-    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
-    if check_models:
-        bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    with frozen(pair.dense.model), frozen(pair.sparse.model), torch.no_grad():
-        yield pair
-
-
-def pairs_of(task: str | TaskPairs, dense: nn.Module | ResidualModel, tokenizer: Any, n: int, seed: int) -> TaskPairs:
-    """The task's pairs where it is a name; ValueError where there is no tokenizer to make them with."""
-    if isinstance(task, TaskPairs):
-        return task
-    model = dense.model if isinstance(dense, ResidualModel) else dense
-    tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
-    if tokenizer is None:
-        raise ValueError(f"task={task!r} needs tokenizer=: none lies with the dense model")
-    return task_pairs(task, tokenizer, n, seed)
+        """The set of largest margin over a random direction of its norm."""
+        return self.sets[-1].channels
 
 
 def find_channels(
@@ -119,6 +89,7 @@ def find_channels(
     n: int = CHOSEN_ON,
     *,
     most: int = 1,
+    by: By = "dense",
     candidates: int = CANDIDATES,
     tokenizer: Any = None,
     seed: int = 0,
@@ -128,45 +99,42 @@ def find_channels(
 
     One backward pass predicts the effect of every channel at every site, at the read and at the residual: dz times the
     decoder's column times the gradient where the edit enters. The `candidates` of largest prediction are then edited.
-    Sets grow greedily, to at most `most` channels at one site. Report on other prompts than these.
+    Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
+    geometric mean of both models', which finds channels that the sparse model itself decides by. The set that is kept
+    does most beyond random directions of its norm. Report on other prompts than these.
     """
-    check_most(most)
+    check_search(most, by)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
-        return find(pair, prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed)), most, candidates)
+        return find(pair, prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed)), most, by, candidates)
 
 
-def check_most(most: int) -> None:
-    """ValueError unless a set may grow so large."""
+def check_search(most: int, by: str) -> None:
+    """ValueError unless a set may grow so large, by what is named."""
     if not 1 <= most <= MOST:
         raise ValueError(f"most={most} must lie between 1 and {MOST}")
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
 
-@torch.no_grad()
-def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
-    """Run both models on the presented prompts, the sparse one on their counterfactuals too."""
-    pairs = pairs.to(pair.dense.device)
-    traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
-    changes = counterfactual_changes(pair, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    return Prompts(pairs, traces, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
+def predicted_effects(
+    pair: ModelPair, prompts: Prompts, side: Side = "dense"
+) -> dict[tuple[int, At], Float[Tensor, " d_sparse"]]:
+    """First-order effect of every channel's edit on one model's mean log P(target), from one backward pass.
 
-
-def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
-    """The full-vocabulary probability of each pair's target after the last token."""
-    return probability(logits[:, -1], pairs.targets)
-
-
-def predicted_effects(pair: ModelPair, prompts: Prompts) -> dict[tuple[int, At], Float[Tensor, " d_sparse"]]:
-    """First-order effect of every channel's edit on the mean log P(target), from one backward pass.
-
-    Per channel the sum over tokens of dz, times the decoder's column, times the gradient where the edit enters.
+    Per channel the sum over tokens of its change where the edit enters, times the gradient there; for the dense model
+    the change is dz times the decoder's column.
     """
-    gradients = _gradients(pair.dense, prompts.pairs)
-    effects = {}
+    gradients = _gradients(pair.model(side), prompts.pairs)
+    effects: dict[tuple[int, At], Tensor] = {}
     for i, bridge in enumerate(pair.bridge_set):
-        site = pair.site("dense", i)
+        site = pair.site(side, i)
         for at in ENTRIES:
-            back = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradients[at][site], at)
-            back, weight = back.to(prompts.streams[i]), bridge.decoder_weight.detach().to(prompts.streams[i])
+            gradient = gradients[at][site]
+            if side == "sparse":
+                effects[i, at] = torch.einsum("bsc,bsc->c", gradient, inside(prompts, i, at).to(gradient))
+                continue
+            back = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradient, at).to(prompts.streams[i])
+            weight = bridge.decoder_weight.detach().to(prompts.streams[i])
             effects[i, at] = torch.einsum("bsd,dc,bsc->c", back, weight, prompts.streams[i])
     return effects
 
@@ -180,7 +148,7 @@ def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]
         return tensor + nudges[at][-1]
 
     with torch.enable_grad(), model.reading({i: lambda read: nudged("read", read) for i in range(len(model.sites))}):
-        context = model.context(pairs.input_ids, pairs.attention_mask)
+        context = model.context(pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device))
         stream = nudged("residual", context.embedding)
         for index in range(len(model.sites) - 1):
             stream = nudged("residual", model.sublayer(index, stream, context))
@@ -190,56 +158,101 @@ def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]
 
 
 @torch.no_grad()
-def find(pair: ModelPair, prompts: Prompts, most: int = 1, candidates: int = CANDIDATES) -> FoundChannels:
+def find(
+    pair: ModelPair, prompts: Prompts, most: int = 1, by: By = "dense", candidates: int = CANDIDATES
+) -> FoundChannels:
     """`find_channels` on prompts that were run."""
     before = p_target(prompts.traces.dense.logits, prompts.pairs).log().mean()
-    ranking, best = [], []
-    for (i, at), effects in predicted_effects(pair, prompts).items():
+    predicted = predicted_effects(pair, prompts)
+    ranking = []
+    for (i, at), effects in predicted.items():
         site = pair.bridge_set.sites[i]
-        tried = effects.topk(min(candidates, len(effects))).indices.tolist()
-        singles: dict[tuple[int, ...], float] = {}
-        for channel in tried:
+        for channel in _largest(effects, candidates):
             p = edited(pair, prompts, Channels(site, (channel,), at))
             effect = (p.log().mean() - before).item()
             ranking.append(RankedChannel(site, channel, at, effects[channel].item(), effect, p.mean().item()))
-            singles[channel,] = p.mean().item()
-        grown = list(_grow(pair, prompts, site, at, tried, most, singles))
-        best = max(best, grown, key=lambda sets: sets[-1][1] if sets else -1.0)
     ranking.sort(key=lambda one: one.p_target, reverse=True)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
-    sets, ps = zip(*best, strict=True)
-    return FoundChannels(prompts.pairs.task, ranking, float(agreement), list(sets), list(ps))
+    grown = _grow_by_dense if by == "dense" else _grow_by_both
+    sets = [sets for sets in grown(pair, prompts, ranking, predicted, most, candidates) if sets]
+    best = max(sets, key=lambda sets: max(one.margin(by) for one in sets))
+    size = max(range(len(best)), key=lambda size: best[size].margin(by)) + 1
+    return FoundChannels(prompts.pairs.task, ranking, float(agreement), best[:size])
+
+
+def _grow_by_dense(
+    pair: ModelPair, prompts: Prompts, ranking: list[RankedChannel], predicted: Effects, most: int, _candidates: int
+) -> Iterator[list[Grown]]:
+    """The sets grown at every place from the channels that were tried there, by the dense model's P(target)."""
+    for i, at in predicted:
+        site = pair.bridge_set.sites[i]
+        singles = {one.channel: one.p_target for one in ranking if (one.site, one.at) == (site, at)}
+
+        def score(channels: tuple[int, ...], at: At = at, site: str = site, singles: dict = singles) -> float:
+            if len(channels) == 1:
+                return singles[channels[0]]
+            return edited(pair, prompts, Channels(site, channels, at)).mean().item()
+
+        yield _grow(pair, prompts, site, at, list(singles), most, score)
+
+
+def _grow_by_both(
+    pair: ModelPair, prompts: Prompts, _ranking: list[RankedChannel], predicted: Effects, most: int, candidates: int
+) -> Iterator[list[Grown]]:
+    """The sets grown at the most promising places by both models' P(target).
+
+    The candidates are those of largest predicted effect on both models, and a few on each of them.
+    """
+    in_sparse = predicted_effects(pair, prompts, "sparse")
+    both = {place: (predicted[place].clamp(min=0) * in_sparse[place].clamp(min=0)).sqrt() for place in predicted}
+
+    def score(i: int, at: At, channels: tuple[int, ...]) -> float:
+        chosen = Channels(pair.bridge_set.sites[i], channels, at)
+        of_dense, of_sparse = (edited(pair, prompts, chosen, side=side).mean().item() for side in ("dense", "sparse"))
+        return (of_dense * of_sparse) ** 0.5
+
+    promise = {place: score(*place, tuple(_largest(both[place], MOST))) for place in both}
+    for i, at in sorted(promise, key=promise.__getitem__, reverse=True)[:PLACES]:
+        many, few = candidates // 2, candidates // 8
+        each = (_largest(both[i, at], many), _largest(predicted[i, at], few), _largest(in_sparse[i, at], few))
+        tried = list(dict.fromkeys(channel for channels in each for channel in channels))
+        site = pair.bridge_set.sites[i]
+        yield _grow(pair, prompts, site, at, tried, most, lambda channels, i=i, at=at: score(i, at, channels))
 
 
 def _grow(
-    pair: ModelPair, prompts: Prompts, site: str, at: At, tried: Sequence[int], most: int, singles: dict
-) -> Iterator[tuple[Channels, float]]:
-    """Sets of one channel, two, ..., each the best that one more channel makes, while it makes P(target) larger.
-
-    `singles`: P(target) of the sets of one, known from the ranking.
-    """
+    pair: ModelPair,
+    prompts: Prompts,
+    site: str,
+    at: At,
+    tried: Sequence[int],
+    most: int,
+    score: Callable[[tuple[int, ...]], float],
+) -> list[Grown]:
+    """Sets of one channel, two, ..., each the best that one more channel makes, while it makes the score larger."""
+    sets: list[Grown] = []
     channels: tuple[int, ...] = ()
-    p = -1.0
+    best = -1.0
     while len(channels) < most:
-        sets: list[tuple[int, ...]] = [(*channels, channel) for channel in tried if channel not in channels]
-        scored: dict[tuple[int, ...], float] = (
-            {one: edited(pair, prompts, Channels(site, one, at)).mean().item() for one in sets} if channels else singles
-        )
+        larger: list[tuple[int, ...]] = [(*channels, c) for c in tried if c not in channels]
+        scored = {one: score(one) for one in larger}
         channels = max(scored, key=scored.__getitem__, default=channels)
-        if scored.get(channels, p) <= p:
-            return
-        p = scored[channels]
-        yield Channels(site, channels, at), p
+        if scored.get(channels, best) <= best:
+            break
+        best = scored[channels]
+        sets.append(_held_against_random(pair, prompts, Channels(site, channels, at)))
+    return sets
 
 
-def addend_of(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Float[Tensor, "b s d_dense"]:
-    """What the counterfactual edit of some channels adds to the dense read or stream, at strength 1."""
-    i = pair.bridge_set.index(chosen.site)
-    return dense_addend(pair, i, only(prompts.streams[i], chosen.channels), chosen.at)
-
-
-def edited(pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0) -> Float[Tensor, " b"]:
-    """P(target) of every prompt under the counterfactual edit of some channels."""
+def _held_against_random(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Grown:
+    of_dense, of_sparse = (edited(pair, prompts, chosen, side=side).mean().item() for side in ("dense", "sparse"))
     site = pair.site("dense", pair.bridge_set.index(chosen.site))
-    addend = strength * addend_of(pair, prompts, chosen)
-    return p_target(edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at), prompts.pairs)
+    controls = [
+        p_target(edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at), prompts.pairs).mean().item()
+        for addend in random_addends(addend_of(pair, prompts, chosen), CONTROLS)
+    ]
+    return Grown(chosen, of_dense, of_sparse, sum(controls) / len(controls))
+
+
+def _largest(effects: Float[Tensor, " d_sparse"], n: int) -> list[int]:
+    return effects.topk(min(n, len(effects))).indices.tolist()

@@ -14,7 +14,6 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
-from bridges.channels import Channels
 from bridges.circuits.tasks import TASKS
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
@@ -27,6 +26,7 @@ from bridges.fit import fit
 from bridges.intervention import At
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, load_model
+from bridges.prompts import Channels
 from bridges.sweep import STRENGTHS, sweep
 from bridges.training.identity import refuse_used_folder
 
@@ -124,6 +124,7 @@ def steer_command(
     channel: Annotated[str, typer.Option(help="Channels to turn together, as 367 or 367,18.")] = "",
     at: Annotated[str, typer.Option(help="Where the edit of --channel enters: read or residual.")] = "residual",
     most: Annotated[int, typer.Option(help="How many channels to search for, 1 to 8.")] = 1,
+    by: Annotated[str, typer.Option(help="Whose answer they are searched by: dense or both.")] = "dense",
     strengths: Annotated[str, typer.Option(help="Strengths of the edit, as 0,0.5,1.")] = "",
     n: Annotated[int, typer.Option(min=2, help="Held-out prompts to measure on.")] = 200,
     dense: Annotated[str, typer.Option(help="The dense model, if not the one of the run.")] = "",
@@ -141,7 +142,8 @@ def steer_command(
     chosen = Channels(site, _channels(channel), _entry(at)) if site or channel else most
     text = _heldout(tables, sources).input_ids if "fit" in tables else None
     models = load_model(sources["dense"]), load_model(sources["sparse"])
-    found = sweep(*models, bridge_set, task, chosen, _strengths(strengths), n=n, tokenizer=known, text=text)
+    settings: dict[str, Any] = {"by": by, "n": n, "tokenizer": known, "text": text}
+    found = sweep(*models, bridge_set, task, chosen, _strengths(strengths), **settings)
     folder = run_dir / "steering" if out is None else out
     found.save(folder / f"{task}.json")
     found.plot(folder / f"{task}.png")

@@ -10,13 +10,15 @@ from rich.console import Console
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.channels import CHOSEN_ON, model_pair, prompts_of
+from bridges.channels import CHOSEN_ON, MOST
 from bridges.circuits.tasks import task_pairs
 from bridges.config import FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
+from bridges.effects import other_tasks
 from bridges.files import write_json, write_text
 from bridges.fit import fit
 from bridges.models.pair import Pair, load_pair
+from bridges.prompts import model_pair, prompts_of
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
 from bridges.sweep import STRENGTHS, Sweep, sweep_prompts
@@ -25,7 +27,7 @@ SETTINGS = FitConfig(
     steps=480, batch_size=8, seq_len=128, lr=2e-3, closed_form_tokens=200_000, sites_per_step=1, eval_tokens=16_384
 )
 TASK = "single_double_quote"
-REPORTED, FEW = 200, 4
+REPORTED = 200
 SIDE_EFFECT_ROWS = 32
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS = 3000, 300
 
@@ -73,9 +75,11 @@ def sources(pair: Pair) -> dict[str, dict[str, str]]:
 
 
 def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int, text: Tensor) -> tuple[Sweep, Sweep]:
-    """The counterfactual edit of the best sparse channel on the quote task, and of the best few at one site."""
+    """The edit of the channel that does most to the dense model's answer, and of the few that turn both models."""
     pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts)
     with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         chosen_on, reported = (prompts_of(models, rows) for rows in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
-        one, few = (sweep_prompts(models, chosen_on, reported, most, STRENGTHS, text) for most in (1, FEW))
+        others = other_tasks(TASK, pair.tokenizer)
+        one = sweep_prompts(models, chosen_on, reported, 1, STRENGTHS, text, others)
+        few = sweep_prompts(models, chosen_on, reported, MOST, STRENGTHS, text, others, by="both")
     return one, few

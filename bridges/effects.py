@@ -11,105 +11,114 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridges.bridge import BridgeSet
-from bridges.channels import (
-    CHOSEN_ON,
+from bridges.channels import CHOSEN_ON
+from bridges.circuits.tasks import TASKS, TaskPairs, probability, solved, task_pairs
+from bridges.edits import Edit
+from bridges.intervention import as_read, dense_addend, edited_logits, only, sparse_delta
+from bridges.models.residual import ResidualModel, Trace
+from bridges.ops.kl import kl_divergence
+from bridges.prompts import (
     Channels,
     Prompts,
-    addend_of,
+    logits_under,
     model_pair,
     pairs_of,
-    predicted_effects,
     prompts_of,
 )
-from bridges.circuits.tasks import TaskPairs, probability
-from bridges.edits import Edit
-from bridges.intervention import At, as_read, dense_addend, edited_logits, only
-from bridges.models.residual import ResidualModel
-from bridges.ops.kl import kl_divergence
 from bridges.training.hybrid import ModelPair, Side
 
-AGREEMENT_CHANNELS = 8
-AGREEMENT_STRENGTHS = (0.25, 0.5, 1.0)
-SHUFFLES = 3
+AGREEMENT_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+SHUFFLES = 8
+OTHER_PROMPTS = 16
+"""Prompts of each other task that side effects are measured on."""
 
 
 class Agreement(NamedTuple):
     """How well the change of the sparse model's answer under an edit predicts the dense model's.
 
-    Over single channels, prompts and strengths; an answer is log P(target) - log P(answer), nats.
+    Over prompts and strengths; an answer is log P(target) - log P(answer), nats.
     """
 
     slope: float
     """Dense change per sparse change, least squares."""
     r_squared: float
     sign: float
-    """Part of the edits that move both answers to one side, of those that move the sparse one at all."""
+    """Part of prompts and strengths at which both answers move to one side, of those where the sparse one moves."""
     r_squared_shuffled: float
-    """The same where the sparse model is edited at other channels of the site, drawn at random: the control."""
-    channels: int
+    """The control: the sparse model is edited at as many other channels, of those that the prompts change there."""
 
     def __str__(self) -> str:
         return (
-            f"intervention agreement over {self.channels} channels: slope {self.slope:.2f}, R squared "
-            f"{self.r_squared:.2f} (shuffled channels {self.r_squared_shuffled:.2f}), same sign {self.sign:.0%}"
+            f"intervention agreement: slope {self.slope:.2f}, R squared {self.r_squared:.2f} "
+            f"(shuffled channels {self.r_squared_shuffled:.2f}), same sign {self.sign:.0%}"
         )
 
 
 class SideEffects(NamedTuple):
-    """What the edit does at every position of text that has nothing to do with the task."""
+    """What the edit does to text that has nothing to do with the task, at every position of it."""
 
     kl: float
-    """KL of the edited from the unedited dense model, nats per token."""
+    """KL of the dense model with the channels turned off from the unedited one, nats per token."""
     ce_change: float
-    """Change of next-token cross-entropy, nats."""
-    tokens: int
+    """The change of next-token cross-entropy with it, nats."""
+    p_target_off: float
+    """P(target) with the channels turned off, on the prompts of the way round that turns the answer more."""
+    kl_added: float
+    """KL with each channel's mean change added everywhere, whether the text calls for it or not."""
     kl_at_cue: float
-    """The same KL on the task's own prompts, over the tokens before the answer's."""
+    """KL of the counterfactual edit on the task's own prompts, over the tokens before the answer's."""
+    tokens: int
+    kl_other_tasks: float | None = None
+    """KL at the answers of other tasks' prompts with the channels off."""
+    solved_other_tasks: tuple[float, float] | None = None
+    """Part of those prompts that the dense model solves, unedited and with the channels off."""
 
     def __str__(self) -> str:
+        others = ""
+        if self.kl_other_tasks is not None and self.solved_other_tasks is not None:
+            before, after = self.solved_other_tasks
+            others = f", at other tasks' answers {self.kl_other_tasks:.3f} (solved {before:.0%} -> {after:.0%})"
         return (
-            f"side effects on {self.tokens} tokens of other text, edited at every one: KL {self.kl:.3f} nats, "
-            f"cross-entropy {self.ce_change:+.3f}; on the prompts before the answer: KL {self.kl_at_cue:.3f}"
+            f"side effects on {self.tokens} tokens of other text: channels off everywhere, KL {self.kl:.3f} nats, "
+            f"cross-entropy {self.ce_change:+.3f}, P(target) {self.p_target_off:.3f}{others}; the change added "
+            f"everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before the answer, "
+            f"KL {self.kl_at_cue:.3f}"
         )
 
 
 @torch.no_grad()
 def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Agreement:
-    """Turn single channels in both models: those chosen, then those of largest predicted effect at the same place."""
-    i, at = pair.bridge_set.index(chosen.site), chosen.at
-    ranked = predicted_effects(pair, prompts)[i, at].abs().argsort(descending=True).tolist()
-    channels = list(dict.fromkeys([*chosen.channels, *ranked]))[: max(AGREEMENT_CHANNELS, len(chosen.channels))]
-    dense = torch.stack([_answer_change(pair, prompts, "dense", i, at, c) for c in channels])
-    sparse = torch.stack([_answer_change(pair, prompts, "sparse", i, at, c) for c in channels])
-    generator = torch.Generator().manual_seed(0)
-    others = []
-    for _ in range(SHUFFLES):
-        drawn = torch.randperm(pair.sparse.d_model, generator=generator)[: len(channels)].tolist()
-        elsewhere = [_answer_change(pair, prompts, "sparse", i, at, c) for c in drawn]
-        others.append(_fit(torch.stack(elsewhere), dense)[1])
+    """Turn the same channels in both models at several strengths; other channels in the sparse one as a control."""
+    dense, sparse = (_answer_changes(pair, prompts, chosen, side) for side in ("dense", "sparse"))
     slope, r_squared = _fit(sparse, dense)
+    generator = torch.Generator().manual_seed(0)
+    changed = prompts.streams[pair.bridge_set.index(chosen.site)].flatten(0, 1).any(0)
+    changed[list(chosen.channels)] = False
+    others = changed.nonzero().squeeze(1).cpu()
+    shuffled = []
+    for _ in range(SHUFFLES):
+        drawn = others[torch.randperm(len(others), generator=generator)[: len(chosen.channels)]].tolist()
+        elsewhere = _answer_changes(pair, prompts, chosen._replace(channels=tuple(drawn)), "sparse")
+        shuffled.append(_fit(elsewhere, dense)[1])
     moved = sparse.abs() > 1e-6
     sign = (sparse[moved].sign() == dense[moved].sign()).double().mean().item() if moved.any() else float("nan")
-    return Agreement(slope, r_squared, sign, sum(others) / len(others), len(channels))
+    return Agreement(slope, r_squared, sign, sum(shuffled) / len(shuffled))
 
 
-def _answer_change(
-    pair: ModelPair, prompts: Prompts, side: Side, i: int, at: At, channel: int
+def _answer_changes(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side
 ) -> Float[Tensor, "strengths prompts"]:
-    """Change of log P(target) - log P(answer) in one model under the counterfactual edit of one channel."""
-    if side == "dense":
-        addend = dense_addend(pair, i, only(prompts.streams[i], [channel]), at)
-    else:
-        addend = only((prompts.streams if at == "residual" else prompts.reads)[i], [channel])
-    model, trace, site = pair.model(side), prompts.traces.side(side), pair.site(side, i)
-    before = _answer(trace.logits, prompts.pairs)
-    edits = (edited_logits(model, trace, site, strength * addend, at) for strength in AGREEMENT_STRENGTHS)
-    return torch.stack([_answer(logits, prompts.pairs) - before for logits in edits])
+    """Change of log P(target) - log P(answer) in one model under the counterfactual edit."""
+    before = _answer(prompts.traces.side(side).logits, prompts.pairs)
+    edits = (logits_under(pair, prompts, chosen, strength, side) for strength in AGREEMENT_STRENGTHS)
+    return torch.stack([_answer(logits, prompts.pairs) - before for logits in edits]).cpu()
 
 
 def _answer(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
     last = logits[:, -1].double()
-    return probability(last, pairs.targets).log() - probability(last, pairs.answers).log()
+    targets, answers = (probability(last, tokens) for tokens in (pairs.targets, pairs.answers))
+    # Some probabilities are 0 to the last bit, in a model that is sure of another token.
+    return targets.clamp(min=1e-30).log() - answers.clamp(min=1e-30).log()
 
 
 def _fit(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -123,27 +132,85 @@ def _fit(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def side_effects(
-    pair: ModelPair, prompts: Prompts, chosen: Channels, text: Int[Tensor, "rows seq"], batch_size: int = 16
+    pair: ModelPair,
+    prompts: Prompts,
+    chosen: Channels,
+    text: Int[Tensor, "rows seq"],
+    others: Sequence[TaskPairs] = (),
+    batch_size: int = 16,
 ) -> SideEffects:
-    """Add the edit at every position of `text`, as a constant: each channel's mean change at the token it changes most.
+    """Measure what an edit of the channels that knows no counterfactual prompt does at every position of `text`.
 
-    The mean over both ways round of the task.
+    Two such edits: the channels off (set to 0), and each channel's mean change at the token it changes most, added; of
+    the latter the mean over both ways round of the task. The first also on the prompts of `others`.
     """
     i = pair.bridge_set.index(chosen.site)
-    site, kl, ce, tokens = pair.site("dense", i), 0.0, 0.0, 0
-    constants = constant_changes(prompts, i, chosen.channels)
+    site, constants = pair.site("dense", i), constant_changes(prompts, i, chosen.channels)
+    kl, kl_added, ce = 0.0, 0.0, 0.0
     for start in range(0, len(text), batch_size):
-        ids = text[start : start + batch_size].to(pair.dense.device)
-        trace = pair.dense.trace(ids)
+        ids = text[start : start + batch_size]
+        trace = pair.dense.trace(ids.to(pair.dense.device))
+        off = edited_logits(pair.dense, trace, site, _turned_off(pair, i, ids, None, chosen), chosen.at)
+        kl += kl_divergence(trace.logits.flatten(0, 1), off.flatten(0, 1)).item()
+        ce += _cross_entropy(off, ids) - _cross_entropy(trace.logits, ids)
         for dz in constants:
             delta = pair.bridge_set[i].decode_delta(dz).expand(*ids.shape, -1)
             addend = as_read(pair.dense.norm(site), pair.bridge_set[i].rms_dense, delta, chosen.at)
             logits = edited_logits(pair.dense, trace, site, addend, chosen.at)
-            kl += kl_divergence(trace.logits.flatten(0, 1), logits.flatten(0, 1)).item() / len(constants)
-            ce += (_cross_entropy(logits, ids) - _cross_entropy(trace.logits, ids)) / len(constants)
-        tokens += ids.numel()
-    predictions = tokens - len(text)
-    return SideEffects(kl / tokens, ce / predictions, tokens, _kl_before_answer(pair, prompts, chosen))
+            kl_added += kl_divergence(trace.logits.flatten(0, 1), logits.flatten(0, 1)).item() / len(constants)
+    tokens = text.numel()
+    at_cue = _kl_before_answer(pair, prompts, chosen)
+    p_off = _p_target_off(pair, prompts, chosen)
+    off_text = SideEffects(kl / tokens, ce / (tokens - len(text)), p_off, kl_added / tokens, at_cue, tokens)
+    return off_text._replace(**_on_other_tasks(pair, chosen, others)) if others else off_text
+
+
+def other_tasks(task: str, tokenizer: Any, n: int = OTHER_PROMPTS, seed: int = 0) -> list[TaskPairs]:
+    """`n` pairs of every task but one, of those that the tokenizer lets be made."""
+    found = []
+    for other in TASKS:
+        if other != task:
+            try:
+                found.append(task_pairs(other, tokenizer, n, seed))
+            except ValueError:
+                continue
+    return found
+
+
+def _on_other_tasks(pair: ModelPair, chosen: Channels, others: Sequence[TaskPairs]) -> dict[str, Any]:
+    kl, before, after, count = 0.0, 0, 0, 0
+    for pairs in (one.to(pair.dense.device) for one in others):
+        plain, off = _with_and_without(pair, chosen, pairs, pair.dense.trace(pairs.input_ids, pairs.attention_mask))
+        kl += kl_divergence(plain, off).item()
+        before += int(solved(plain, pairs).sum())
+        after += int(solved(off, pairs).sum())
+        count += len(plain)
+    return {"kl_other_tasks": kl / count, "solved_other_tasks": (before / count, after / count)}
+
+
+def _with_and_without(
+    pair: ModelPair, chosen: Channels, pairs: TaskPairs, trace: Trace
+) -> tuple[Float[Tensor, "b vocab"], Float[Tensor, "b vocab"]]:
+    """The dense model's logits at the answers of a task, unedited and with the channels off."""
+    i = pair.bridge_set.index(chosen.site)
+    addend = _turned_off(pair, i, pairs.input_ids, pairs.attention_mask, chosen)
+    off = edited_logits(pair.dense, trace, pair.site("dense", i), addend, chosen.at)
+    return trace.logits[:, -1], off[:, -1]
+
+
+def _turned_off(
+    pair: ModelPair, i: int, ids: Tensor, mask: Tensor | None, chosen: Channels
+) -> Float[Tensor, "b s d_dense"]:
+    """What setting the channels to 0 at every position adds to the dense read or stream: dn = 0 - v."""
+    here = [x if x is None else x.to(pair.sparse.device) for x in (ids, mask)]
+    reads = pair.sparse.reads(*here)[pair.site("sparse", i)]  # pyright: ignore[reportArgumentType]
+    return dense_addend(pair, i, only(sparse_delta(pair, i, -reads), chosen.channels), chosen.at)
+
+
+def _p_target_off(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
+    p = probability(_with_and_without(pair, chosen, prompts.pairs, prompts.traces.dense)[1], prompts.pairs.targets)
+    sides = [p[prompts.pairs.direction == side] for side in (0, 1)]
+    return max(one.mean().item() for one in sides if len(one))
 
 
 def constant_changes(prompts: Prompts, i: int, channels: Sequence[int]) -> Float[Tensor, "2 d_sparse"]:
@@ -181,9 +248,7 @@ def constant_edits(
 
 def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
     """KL that the counterfactual edit makes at the prompts' other tokens, whose answers it is not meant to change."""
-    i = pair.bridge_set.index(chosen.site)
-    addend = addend_of(pair, prompts, chosen)
-    logits = edited_logits(pair.dense, prompts.traces.dense, pair.site("dense", i), addend, chosen.at)
+    logits = logits_under(pair, prompts, chosen)
     other = prompts.pairs.attention_mask.bool()
     other[:, -1] = False
     count = int(other.sum())
@@ -191,4 +256,6 @@ def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> fl
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"
+    ).item()

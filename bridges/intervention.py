@@ -1,12 +1,11 @@
 """Push a change of one sparse channel into the dense model's forward pass (paper A.4; method, section 4).
 
-What stands here computes the intervention on a `ResidualModel`; the context manager that makes an ordinary Hugging
-Face model behave so is not built yet.
+What stands here computes the intervention on a `ResidualModel`; `steer` makes an ordinary Hugging Face model behave so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,6 +83,15 @@ def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at
         return gradient
     gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
     return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
+
+
+def random_addends(addend: Float[Tensor, "b s d"], n: int) -> Iterator[Float[Tensor, "b s d"]]:
+    """`n` random directions, always the same ones, each with the addend's own norm at every token: the control."""
+    generator = torch.Generator().manual_seed(0)
+    norm = addend.norm(dim=-1, keepdim=True)
+    for _ in range(n):
+        direction = torch.randn(addend.shape[-1], generator=generator).to(addend)
+        yield norm * direction / direction.norm()
 
 
 def edited_logits(

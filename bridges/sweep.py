@@ -14,23 +14,13 @@ from torch import Tensor, nn
 
 from bridges.baselines import dense_directions, mean_difference
 from bridges.bridge import BridgeSet
-from bridges.channels import (
-    CHOSEN_ON,
-    Channels,
-    Prompts,
-    addend_of,
-    check_most,
-    find,
-    model_pair,
-    p_target,
-    pairs_of,
-    prompts_of,
-)
+from bridges.channels import CHOSEN_ON, By, check_search, find
 from bridges.circuits.tasks import TaskPairs, solved
-from bridges.effects import Agreement, SideEffects, intervention_agreement, side_effects
+from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
 from bridges.files import write_json
-from bridges.intervention import At, dense_addend, edited_logits, only
+from bridges.intervention import At, dense_addend, edited_logits, random_addends
 from bridges.models.residual import ResidualModel, Trace
+from bridges.prompts import Channels, Prompts, addend_of, model_pair, p_target, pairs_of, prompts_of
 from bridges.report.plots import steering_plot
 from bridges.training.hybrid import ModelPair
 
@@ -139,6 +129,7 @@ def sweep(
     channels: Channels | int | None = None,
     strengths: Sequence[float] = STRENGTHS,
     *,
+    by: By = "dense",
     n: int = 200,
     tokenizer: Any = None,
     seed: int = 0,
@@ -147,15 +138,17 @@ def sweep(
 ) -> Sweep:
     """Turn channels by their counterfactual edit and measure the dense model's answer, with every baseline beside it.
 
-    `channels`: those to turn, or how many to search for (None: one). They and the dense model's own directions are
-    chosen on 64 pairs of the task, the curves are measured on `n` others. With `text`, token rows that have nothing to
-    do with the task, the side effects on them are measured too. P(target) is the full-vocabulary probability of what
-    answers the counterfactual prompt. ValueError for an unknown task, site or channel.
+    `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
+    models' (`find_channels`). They and the dense model's own directions are chosen on 64 pairs of the task, the curves
+    are measured on `n` others. With `text`, token rows that have nothing to do with the task, the side effects on them
+    are measured too, and with a tokenizer those on the other tasks. P(target) is the full-vocabulary probability of
+    what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
     """
     pairs = pairs_of(task, dense, tokenizer, n + CHOSEN_ON, seed)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
-        return sweep_prompts(pair, chosen_on, reported, channels, strengths, text)
+        others = other_tasks(pairs.task, tokenizer) if text is not None and tokenizer is not None else []
+        return sweep_prompts(pair, chosen_on, reported, channels, strengths, text, others, by)
 
 
 @torch.no_grad()
@@ -166,6 +159,8 @@ def sweep_prompts(
     channels: Channels | int | None,
     strengths: Sequence[float],
     text: Tensor | None = None,
+    others: Sequence[TaskPairs] = (),
+    by: By = "dense",
 ) -> Sweep:
     """`sweep` on prompts that were run."""
     ranking = None
@@ -173,8 +168,8 @@ def sweep_prompts(
         chosen = channels
         _check(pair, chosen)
     else:
-        check_most(channels or 1)
-        found = find(pair, chosen_on, channels or 1)
+        check_search(channels or 1, by)
+        found = find(pair, chosen_on, channels or 1, by)
         chosen, ranking = found.best, found.agreement
     site, values = mean_difference(pair.dense, chosen_on)
     curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
@@ -195,8 +190,8 @@ def sweep_prompts(
         accuracy_dense=dense_solves,
         accuracy_sparse=sparse_solves,
         mean_difference_site=pair.dense.sites[site],
-        agreement=intervention_agreement(pair, chosen_on, chosen),
-        effects=None if text is None else side_effects(pair, chosen_on, chosen, text),
+        agreement=intervention_agreement(pair, reported, chosen),
+        effects=None if text is None else side_effects(pair, chosen_on, chosen, text, others),
         ranking_agreement=ranking,
     )
 
@@ -225,7 +220,7 @@ def _curves(
     for name, direction in zip(("mean_difference_equal_norm", "probe"), directions, strict=True):
         along = direction[reported.pairs.direction][:, None] * addend.norm(dim=-1, keepdim=True)
         curves[f"p_target_{name}"] = _edit_curve(pair, reported, chosen.site, along, at, strengths)
-    inside = only((reported.streams if at == "residual" else reported.reads)[i], chosen.channels)
+    inside = addend_of(pair, reported, chosen, "sparse")
     curves["p_target_sparse_model"] = _curve(
         pair.sparse, reported.traces.sparse, reported.pairs, pair.site("sparse", i), inside, strengths, at
     )
@@ -259,13 +254,8 @@ def _random_curve(
     pair: ModelPair, prompts: Prompts, chosen: Channels, addend: Tensor, strengths: Sequence[float]
 ) -> Float[Tensor, "strengths prompts"]:
     """Mean over random directions, each with the addend's own norm at every token."""
-    generator = torch.Generator().manual_seed(0)
-    curves = []
-    for _ in range(RANDOM_DIRECTIONS):
-        direction = torch.randn(addend.shape[-1], generator=generator).to(addend)
-        values = addend.norm(dim=-1, keepdim=True) * direction / direction.norm()
-        curves.append(_edit_curve(pair, prompts, chosen.site, values, chosen.at, strengths))
-    return torch.stack(curves).mean(0)
+    values = random_addends(addend, RANDOM_DIRECTIONS)
+    return torch.stack([_edit_curve(pair, prompts, chosen.site, v, chosen.at, strengths) for v in values]).mean(0)
 
 
 def _banded(values: Float[Tensor, "strengths prompts"]) -> Curve:

@@ -12,13 +12,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("bridges", help="a bridge folder for the bundled pair, as `bridges demo` writes it")
 parser.add_argument("--task", default="single_double_quote", choices=bridges.TASKS)
 parser.add_argument("--most", type=int, default=4, help="channels to turn together")
+parser.add_argument("--by", default="dense", help="whose answer they are chosen by: the dense model's, or both")
 parser.add_argument("--prompts", type=int, default=100)
 parser.add_argument("--save", default=None, help="write the edit as PATH.json, and as a direction to PATH.safetensors")
 args = parser.parse_args()
 
 dense, sparse, tokenizer = bridges.load_pair()
 bridge_set = bridges.BridgeSet.from_pretrained(args.bridges)
-found = bridges.find_channels(dense, sparse, bridge_set, args.task, most=args.most, tokenizer=tokenizer)
+found = bridges.find_channels(dense, sparse, bridge_set, args.task, most=args.most, by=args.by, tokenizer=tokenizer)
 print(f"{'site':<8}{'channel':>8}  {'enters at':<10}{'predicted':>10}{'effect':>10}{'P(target)':>11}")
 for one in found.ranking[:10]:
     print(f"{one.site:<8}{one.channel:>8}  {one.at:<10}{one.predicted:>10.2f}{one.effect:>10.2f}{one.p_target:>11.3f}")

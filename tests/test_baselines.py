@@ -6,7 +6,7 @@ from pairs import gpt2, join, sparse_model, with_units
 from test_channels import task
 
 from bridges.baselines import _probe, _unit, dense_directions, mean_difference
-from bridges.channels import Channels, addend_of, p_target, prompts_of
+from bridges.prompts import Channels, addend_of, p_target, prompts_of
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 

@@ -6,17 +6,20 @@ import torch
 from pairs import gpt2, join, sparse_model, tokens, with_units
 from test_channels import task
 
-from bridges.channels import Channels, prompts_of
-from bridges.circuits.tasks import probability
-from bridges.edits import Edit
+from bridges.circuits.tasks import TASKS, probability
+from bridges.edits import Edit, counterfactual
 from bridges.effects import (
     AGREEMENT_STRENGTHS,
+    SHUFFLES,
+    _answer,
     _fit,
     constant_changes,
     constant_edits,
     intervention_agreement,
+    other_tasks,
     side_effects,
 )
+from bridges.prompts import Channels, prompts_of
 from bridges.steer import steer
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
@@ -33,23 +36,56 @@ def prompts(pair):
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
-def test_side_effects_are_those_of_a_constant_edit_in_steer(pair, prompts, at):
-    text, site = tokens(5, 8, seed=9), 2
-    found = side_effects(pair, prompts, CHOSEN._replace(at=at), text, batch_size=2)
-    bridge = pair.bridge_set[site]
-    kl = ce = 0.0
-    with torch.no_grad():
-        plain = pair.dense.model(text).logits.log_softmax(-1)
-        for constants in constant_changes(prompts, site, CHOSEN.channels):
-            values = constants * bridge.gain_sparse / bridge.rms_sparse
-            edits = [Edit("1.attn", c, values[c].item(), "add") for c in CHOSEN.channels]
-            with steer(pair.dense.model, pair.bridge_set, edits, at=at):
-                logits = pair.dense.model(text).logits.log_softmax(-1)
-            kl += (plain.exp() * (plain - logits)).sum(-1).mean().item() / 2
-            gathered = (plain - logits)[:, :-1].gather(2, text[:, 1:, None])
-            ce += gathered.mean().item() / 2
-    assert found.kl == pytest.approx(kl, rel=1e-6) and found.ce_change == pytest.approx(ce, abs=1e-6)
-    assert found.tokens == 40 and found.kl > 1e-6
+def test_side_effects_are_those_of_edits_in_steer(pair, prompts, at):
+    """The channels set to 0, and each one's constant added, by the public context on the whole model."""
+    text, site, chosen = tokens(5, 8, seed=9), 2, CHOSEN._replace(at=at)
+    others = [task(seed=8), task(seed=9, rows=4)]
+    found = side_effects(pair, prompts, chosen, text, others, batch_size=2)
+    bridge, off = pair.bridge_set[site], [Edit("1.attn", c, 0.0, "set") for c in CHOSEN.channels]
+
+    def logits_under(edits, ids):
+        with torch.no_grad(), steer(pair.dense.model, pair.bridge_set, edits, sparse=pair.sparse.model, at=at):
+            return pair.dense.model(ids).logits.log_softmax(-1)
+
+    def kl(plain, logits):
+        return (plain.exp() * (plain - logits)).sum(-1).mean().item()
+
+    plain, edited = logits_under([], text), logits_under(off, text)
+    assert found.kl == pytest.approx(kl(plain, edited), rel=1e-6) and found.kl > 1e-6
+    ce = (plain - edited)[:, :-1].gather(2, text[:, 1:, None]).mean().item()
+    assert found.ce_change == pytest.approx(ce, abs=1e-6) and found.tokens == 40
+    added = 0.0
+    for constants in constant_changes(prompts, site, CHOSEN.channels):
+        values = constants * bridge.gain_sparse / bridge.rms_sparse
+        edits = [Edit("1.attn", c, values[c].item(), "add") for c in CHOSEN.channels]
+        added += kl(plain, logits_under(edits, text)) / 2
+    assert found.kl_added == pytest.approx(added, rel=1e-6)
+    p = probability(logits_under(off, prompts.pairs.input_ids)[:, -1], prompts.pairs.targets)
+    assert found.p_target_off == pytest.approx(max(p[0::2].mean().item(), p[1::2].mean().item()))
+    rows = [(logits_under([], one.input_ids)[:, -1], logits_under(off, one.input_ids)[:, -1]) for one in others]
+    plain, edited = (torch.cat(side) for side in zip(*rows, strict=True))
+    assert found.kl_other_tasks == pytest.approx(kl(plain, edited), rel=1e-6)
+    pairs = [torch.cat([one[i] for one in others]) for i in (5, 4)]  # targets, answers
+    for logits, part in zip((plain, edited), found.solved_other_tasks, strict=True):
+        p_targets, p_answers = (probability(logits, tokens) for tokens in pairs)
+        assert part == pytest.approx((p_answers > p_targets).double().mean().item())
+
+
+def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):
+    found = side_effects(pair, prompts, CHOSEN, tokens(2, 6))
+    assert found.kl_other_tasks is None and found.solved_other_tasks is None and "solved" not in str(found)
+
+
+def test_other_tasks_are_those_that_the_tokenizer_lets_be_made(monkeypatch):
+    def made(name, tokenizer, n, seed):
+        if name == "var_swap":
+            raise ValueError("no room")
+        assert (tokenizer, n, seed) == ("a tokenizer", 3, 4)
+        return task()._replace(task=name)
+
+    monkeypatch.setattr("bridges.effects.task_pairs", made)
+    found = other_tasks("for_while", "a tokenizer", 3, 4)
+    assert [one.task for one in found] == [name for name in TASKS if name not in ("for_while", "var_swap")]
 
 
 def test_the_constant_is_the_mean_of_the_largest_change(prompts):
@@ -71,26 +107,59 @@ def test_constant_edits_are_those_changes_in_read_units(pair, prompts):
         assert edit.value == pytest.approx(expected.item())
 
 
-def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts):
-    found = intervention_agreement(pair, prompts, CHOSEN)
-    assert found.channels == 8
-    from bridges.effects import _answer_change
+def odds(logits, pairs):
+    p, q = (probability(logits[:, -1], tokens) for tokens in (pairs.targets, pairs.answers))
+    return (p / q).log()
 
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts, at):
+    """Against the public context on the dense model, and a run of the sparse model with its channels changed."""
+    found = intervention_agreement(pair, prompts, CHOSEN._replace(at=at))
+    ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
+    edits = [counterfactual(pair.sparse.model, "1.attn", c, ids, other) for c in CHOSEN.channels]
+    change = torch.zeros_like(prompts.streams[2])
+    for c in CHOSEN.channels:
+        change[..., c] = (prompts.streams if at == "residual" else prompts.reads)[2][..., c]
+    dense, sparse = [], []
     with torch.no_grad():
-        for side, chain in (("dense", pair.dense), ("sparse", pair.sparse)):
-            changes = _answer_change(pair, prompts, side, 2, "residual", 3)
-            trace = prompts.traces.side(side)
-            add = torch.zeros_like(prompts.streams[2])
-            add[..., 3] = prompts.streams[2][..., 3]
-            add = pair.bridge_set[2].decode_delta(add) if side == "dense" else add
-            for row, strength in zip(changes, AGREEMENT_STRENGTHS, strict=True):
-                logits = chain.run_from("1.attn", trace.residuals[2] + strength * add, prompts.pairs.input_ids)
-                odds = [
-                    (probability(x[:, -1], prompts.pairs.targets) / probability(x[:, -1], prompts.pairs.answers)).log()
-                    for x in (logits, trace.logits)
-                ]
-                assert torch.allclose(row, odds[0] - odds[1], atol=1e-9)
-    assert 0 <= found.r_squared <= 1 and 0 <= found.sign <= 1 and found.r_squared_shuffled <= 1
+        plain = [odds(model(ids).logits, prompts.pairs) for model in (pair.dense.model, pair.sparse.model)]
+        for strength in AGREEMENT_STRENGTHS:
+            with steer(pair.dense.model, pair.bridge_set, edits, strength=strength, at=at):
+                dense.append(odds(pair.dense.model(ids).logits, prompts.pairs) - plain[0])
+            if at == "residual":
+                hooked = pair.sparse.streaming({2: lambda h, s=strength: h + s * change})
+            else:
+                hooked = pair.sparse.reading({2: lambda h, s=strength: h + s * change})
+            with hooked:
+                sparse.append(odds(pair.sparse.model(ids).logits, prompts.pairs) - plain[1])
+    x, y = torch.stack(sparse).flatten(), torch.stack(dense).flatten()
+    assert found.slope == pytest.approx(np.polyfit(x, y, 1)[0], rel=1e-6)
+    assert found.r_squared == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, rel=1e-6)
+    assert found.sign == pytest.approx((x.sign() == y.sign()).double().mean().item())
+    assert 0 <= found.r_squared_shuffled <= 1
+
+
+def test_the_control_edits_other_channels_that_the_prompts_change(pair, prompts, monkeypatch):
+    drawn = []
+
+    def noted(_pair, prompts, chosen, side):
+        drawn.append((chosen.channels, side))
+        return torch.rand(4, 6)
+
+    monkeypatch.setattr("bridges.effects._answer_changes", noted)
+    intervention_agreement(pair, prompts, CHOSEN)
+    controls = [channels for channels, side in drawn[2:] if side == "sparse"]
+    changed = {c for c in range(12) if prompts.streams[2][..., c].any()} - set(CHOSEN.channels)
+    assert len(controls) == SHUFFLES and all(len(set(one)) == 2 and set(one) <= changed for one in controls)
+    assert len(set(controls)) > 1
+
+
+def test_answers_that_are_impossible_to_the_last_bit_stay_finite():
+    pairs = task(rows=2)
+    logits = torch.full((2, 1, 17), -2000.0, dtype=torch.float64)
+    logits[..., 0] = 0.0
+    assert _answer(logits, pairs).isfinite().all()
 
 
 def test_slope_and_r_squared_are_numpys():

@@ -9,8 +9,9 @@ import torch
 from pairs import gpt2, join, sparse_model, tokens, with_units
 from test_channels import task
 
-from bridges.channels import Channels, addend_of, edited, find, p_target, prompts_of
+from bridges.channels import find
 from bridges.intervention import edited_logits
+from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
 from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, sweep, sweep_prompts
 
 MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
@@ -84,8 +85,8 @@ def test_bands_cover_the_middle_of_resampled_means():
 
 @pytest.mark.slow
 def test_channels_are_searched_for_on_the_first_prompts_alone(pair, prompts):
-    result = sweep_prompts(pair, *prompts, 2, (1.0,))
-    found = find(pair, prompts[0], 2)
+    result = sweep_prompts(pair, *prompts, 2, (1.0,), by="both")
+    found = find(pair, prompts[0], 2, "both")
     assert result.chosen == found.best and result.ranking_agreement == found.agreement
 
 

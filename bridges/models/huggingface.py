@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.models import probing
-from bridges.models.layers import Call, attribute, forwards, hidden_of, like, split_call
+from bridges.models.layers import Call, attribute, hidden_of, like, replaced_calls, split_call
 from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor, on_input
 
 
@@ -100,7 +100,7 @@ class HuggingFaceResidual(ResidualModel):
 
             return forward
 
-        with forwards({layer: skip(i) for i, layer in enumerate(self.layers)}):
+        with replaced_calls({layer: skip(i) for i, layer in enumerate(self.layers)}):
             probing.base_model(self.model)(**inputs)
         shared = _Shared(inputs, [calls[i] for i in range(len(self.layers))])
         return Context(input_ids, attention_mask, embedding[0], shared)
@@ -120,7 +120,7 @@ class HuggingFaceResidual(ResidualModel):
 
             return forward
 
-        with forwards({layer: skip(i) for i, layer in enumerate(self.layers)}):
+        with replaced_calls({layer: skip(i) for i, layer in enumerate(self.layers)}):
             return self.model(**context.extra.inputs).logits
 
     def read_modules(self, index: int) -> list[nn.Module]:
@@ -189,7 +189,7 @@ class HuggingFaceResidual(ResidualModel):
             def zeros(*args: Any, **kwargs: Any) -> Any:
                 return like(returned, torch.zeros_like(split_call(args, kwargs)[0]))
 
-            silence = forwards({part.silenced: zeros})
+            silence = replaced_calls({part.silenced: zeros})
         with silence:
             return hidden_of(layer(*call.args_with(residual), **call.kwargs_with(residual)))
 

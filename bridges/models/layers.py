@@ -45,12 +45,21 @@ def like(returned: int, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_calls(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each module's call is another, hooks included: what is not computed has no read to see or to edit."""
     with ExitStack() as stack:
-        for module, forward in replacements.items():
+        for module, call in replacements.items():
             # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.
-            stack.enter_context(attribute(module, "_call_impl", forward))
+            stack.enter_context(attribute(module, "_call_impl", call))
+        yield
+
+
+@contextmanager
+def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each module computes another way what it computes; its hooks run as ever."""
+    with ExitStack() as stack:
+        for module, forward in replacements.items():
+            stack.enter_context(attribute(module, "forward", forward))
         yield
 
 

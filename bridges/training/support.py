@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bridges.models.layers import forwards
+from bridges.models.layers import replaced_forwards
 from bridges.ops.compiled import has_kernel
 from bridges.ops.sparse_linear import Places, sparse_linear
 from bridges.training.sparsity import sparse_parameters
@@ -71,7 +71,7 @@ class Support:
 
     def multiplying(self) -> AbstractContextManager[None]:
         """Inside, the model's forward passes multiply by values where that is faster."""
-        return forwards(self._calls)
+        return replaced_forwards(self._calls)
 
     def gather_gradients(self) -> None:
         """Bring all gradients to `parameters()`, after a backward pass."""
@@ -87,7 +87,9 @@ class Support:
 def multiplying_nonzeros(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, a frozen model's forward passes multiply by the nonzeros of its thin matrices alone."""
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_thin(m.weight, m.weight != 0)]
-    return forwards({m: _call(m.weight.detach()[m.weight != 0], Places.of(m.weight != 0), m.bias) for m in linear})
+    return replaced_forwards(
+        {m: _call(m.weight.detach()[m.weight != 0], Places.of(m.weight != 0), m.bias) for m in linear}
+    )
 
 
 def _fast_calls(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridges.models.layers import forwards, hidden_of, like, split_call
+from bridges.models.layers import hidden_of, like, replaced_calls, replaced_forwards, split_call
 
 STREAM = torch.ones(1, 2, 3)
 
@@ -23,17 +23,26 @@ def test_the_stream_is_found_in_and_put_into_what_a_layer_returns():
     assert like(3, STREAM) == (STREAM, None, None)
 
 
-def test_forwards_replace_a_call_and_its_hooks_and_come_off_on_every_way_out():
+def test_calls_replace_a_call_and_its_hooks_and_come_off_on_every_way_out():
     module, seen = nn.Linear(3, 3), []
     module.register_forward_hook(lambda *_: seen.append("hook"))
     own = module.forward = lambda x: x + 1  # accelerate leaves such an instance attribute
     before = dict(vars(module))
-    with forwards({module: lambda x: x * 5}):
+    with replaced_calls({module: lambda x: x * 5}):
         assert torch.equal(module(STREAM), STREAM * 5) and seen == []
-        with forwards({module: lambda x: x * 7}):
+        with replaced_calls({module: lambda x: x * 7}):
             assert torch.equal(module(STREAM), STREAM * 7)
         assert torch.equal(module(STREAM), STREAM * 5)
-    with pytest.raises(KeyError), forwards({module: lambda x: x * 5}):
+    with pytest.raises(KeyError), replaced_calls({module: lambda x: x * 5}):
         raise KeyError
     assert vars(module) == before and module.forward is own
     assert torch.equal(module(STREAM), STREAM + 1) and seen == ["hook"]
+
+
+def test_replaced_forwards_leave_the_hooks_in_place():
+    module, seen = nn.Linear(3, 3), []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    before = dict(vars(module))
+    with replaced_forwards({module: lambda x: x * 5}):
+        assert torch.equal(module(STREAM), STREAM * 5) and seen == [STREAM]
+    assert vars(module) == before

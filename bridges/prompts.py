@@ -1,0 +1,109 @@
+"""Counterfactual edits of some channels on a task's prompts, and P(target) under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bridges.bridge import BridgeSet
+from bridges.circuits.tasks import TaskPairs, probability, task_pairs
+from bridges.intervention import At, counterfactual_changes, dense_addend, edited_logits, only, sparse_delta
+from bridges.models.huggingface import as_residual
+from bridges.models.loading import find_tokenizer, frozen
+from bridges.models.residual import ResidualModel
+from bridges.models.sparse import SparseTransformer
+from bridges.training.hybrid import ModelPair, Side, Traces, trace_pair
+from bridges.training.support import multiplying_nonzeros
+
+
+class Channels(NamedTuple):
+    """Some channels at one bridged site and where their edit enters the dense model."""
+
+    site: str
+    channels: tuple[int, ...]
+    at: At
+
+
+class Prompts(NamedTuple):
+    """A task's pairs, both models' unedited runs, and what the sparse model changes: computed once for every edit."""
+
+    pairs: TaskPairs
+    traces: Traces
+    reads: list[Float[Tensor, "b s d_sparse"]]
+    """dn per bridged site, in read units."""
+    streams: list[Float[Tensor, "b s d_sparse"]]
+    """dz per bridged site, at strength 1."""
+
+
+@contextmanager
+def model_pair(
+    dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel, bridge_set: BridgeSet, check_models: bool
+) -> Iterator[ModelPair]:
+    """Both models frozen and in evaluation mode inside; ValueError if the bridges are of others."""
+    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
+    if check_models:
+        bridge_set.check_models(pair.dense.model, pair.sparse.model)
+    fast = [multiplying_nonzeros(one.model) for one in pair[:2] if isinstance(one.model, SparseTransformer)]
+    with ExitStack() as stack:
+        for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, torch.no_grad()):
+            stack.enter_context(context)
+        yield pair
+
+
+def pairs_of(task: str | TaskPairs, dense: nn.Module | ResidualModel, tokenizer: Any, n: int, seed: int) -> TaskPairs:
+    """The task's pairs where it is a name; ValueError where there is no tokenizer to make them with."""
+    if isinstance(task, TaskPairs):
+        return task
+    model = dense.model if isinstance(dense, ResidualModel) else dense
+    tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ValueError(f"task={task!r} needs tokenizer=: none lies with the dense model")
+    return task_pairs(task, tokenizer, n, seed)
+
+
+@torch.no_grad()
+def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
+    """Run both models on the presented prompts, the sparse one on their counterfactuals too."""
+    pairs = pairs.to(pair.dense.device)
+    traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
+    changes = counterfactual_changes(pair, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
+    return Prompts(pairs, traces, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
+
+
+def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
+    """The full-vocabulary probability of each pair's target after the last token."""
+    return probability(logits[:, -1], pairs.targets)
+
+
+def inside(prompts: Prompts, i: int, at: At) -> Float[Tensor, "b s d_sparse"]:
+    """The change of every channel of the sparse model where an edit enters it."""
+    return (prompts.streams if at == "residual" else prompts.reads)[i]
+
+
+def addend_of(pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side = "dense") -> Float[Tensor, "b s d"]:
+    """What the counterfactual edit of some channels adds to one model's read or stream, at strength 1."""
+    i = pair.bridge_set.index(chosen.site)
+    if side == "sparse":
+        return only(inside(prompts, i, chosen.at), chosen.channels)
+    return dense_addend(pair, i, only(prompts.streams[i], chosen.channels), chosen.at)
+
+
+def logits_under(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
+) -> Float[Tensor, "b s vocab"]:
+    """One model's logits under the counterfactual edit of some channels."""
+    site = pair.site(side, pair.bridge_set.index(chosen.site))
+    addend = strength * addend_of(pair, prompts, chosen, side)
+    return edited_logits(pair.model(side), prompts.traces.side(side), site, addend, chosen.at)
+
+
+def edited(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
+) -> Float[Tensor, " b"]:
+    """P(target) of every prompt under that edit."""
+    return p_target(logits_under(pair, prompts, chosen, strength, side), prompts.pairs)
