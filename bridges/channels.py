@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -29,7 +29,7 @@ CANDIDATES = 16
 MOST = 8
 """Channels that a set may grow to."""
 PLACES = 3
-"""Sites and entries at which sets are grown by both models' answers, which is the dear way."""
+"""Sites and entries at which sets are grown, of those that promise most."""
 CONTROLS = 5
 """Random directions that a set is held against while it is chosen."""
 
@@ -173,85 +173,83 @@ def find(
             ranking.append(RankedChannel(site, channel, at, effects[channel].item(), effect, p.mean().item()))
     ranking.sort(key=lambda one: one.p_target, reverse=True)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
-    grown = _grow_by_dense if by == "dense" else _grow_by_both
-    sets = [sets for sets in grown(pair, prompts, ranking, predicted, most, candidates) if sets]
-    best = max(sets, key=lambda sets: max(one.margin(by) for one in sets))
+    search = _Search(pair, prompts, by, candidates, predicted)
+    search.known |= {Channels(one.site, (one.channel,), one.at): one.p_target for one in ranking}
+    grown = [search.grow(place, most) for place in search.places(most)]
+    best = max(grown, key=lambda sets: max(one.margin(by) for one in sets))
     size = max(range(len(best)), key=lambda size: best[size].margin(by)) + 1
     return FoundChannels(prompts.pairs.task, ranking, float(agreement), best[:size])
 
 
-def _grow_by_dense(
-    pair: ModelPair, prompts: Prompts, ranking: list[RankedChannel], predicted: Effects, most: int, _candidates: int
-) -> Iterator[list[Grown]]:
-    """The sets grown at every place from the channels that were tried there, by the dense model's P(target)."""
-    for i, at in predicted:
-        site = pair.bridge_set.sites[i]
-        singles = {one.channel: one.p_target for one in ranking if (one.site, one.at) == (site, at)}
+class _Search:
+    """Grows sets of channels by one model's answer or by both models'."""
 
-        def score(channels: tuple[int, ...], at: At = at, site: str = site, singles: dict = singles) -> float:
-            if len(channels) == 1:
-                return singles[channels[0]]
-            return edited(pair, prompts, Channels(site, channels, at)).mean().item()
+    def __init__(self, pair: ModelPair, prompts: Prompts, by: By, candidates: int, predicted: Effects):
+        self.pair, self.prompts, self.by, self.candidates = pair, prompts, by, candidates
+        self.predicted = self.potential = predicted
+        self.known: dict[Channels, float] = {}  # the dense model's P(target) under edits that were done
+        if by == "both":
+            self.in_sparse = predicted_effects(pair, prompts, "sparse")
+            self.potential = {
+                place: (effects.clamp(min=0) * self.in_sparse[place].clamp(min=0)).sqrt()
+                for place, effects in predicted.items()
+            }
 
-        yield _grow(pair, prompts, site, at, list(singles), most, score)
+    def score(self, chosen: Channels) -> float:
+        """P(target) of the dense model, or the geometric mean with the sparse model's."""
+        p = self.known.get(chosen)
+        p = edited(self.pair, self.prompts, chosen).mean().item() if p is None else p
+        return p if self.by == "dense" else (p * self.p_target_sparse(chosen)) ** 0.5
 
+    def p_target_sparse(self, chosen: Channels) -> float:
+        """P(target) of the sparse model edited at the same channels."""
+        return edited(self.pair, self.prompts, chosen, side="sparse").mean().item()
 
-def _grow_by_both(
-    pair: ModelPair, prompts: Prompts, _ranking: list[RankedChannel], predicted: Effects, most: int, candidates: int
-) -> Iterator[list[Grown]]:
-    """The sets grown at the most promising places by both models' P(target).
+    def places(self, most: int) -> list[tuple[int, At]]:
+        """Where sets are grown: everywhere where they hold one channel, else where the likeliest channels do most."""
+        if most == 1:
+            return list(self.potential)
 
-    The candidates are those of largest predicted effect on both models, and a few on each of them.
-    """
-    in_sparse = predicted_effects(pair, prompts, "sparse")
-    both = {place: (predicted[place].clamp(min=0) * in_sparse[place].clamp(min=0)).sqrt() for place in predicted}
+        def promise(place: tuple[int, At]) -> float:
+            return self.score(self.channels(place, _largest(self.potential[place], most)))
 
-    def score(i: int, at: At, channels: tuple[int, ...]) -> float:
-        chosen = Channels(pair.bridge_set.sites[i], channels, at)
-        of_dense, of_sparse = (edited(pair, prompts, chosen, side=side).mean().item() for side in ("dense", "sparse"))
-        return (of_dense * of_sparse) ** 0.5
+        return sorted(self.potential, key=promise, reverse=True)[:PLACES]
 
-    promise = {place: score(*place, tuple(_largest(both[place], MOST))) for place in both}
-    for i, at in sorted(promise, key=promise.__getitem__, reverse=True)[:PLACES]:
-        many, few = candidates // 2, candidates // 8
-        each = (_largest(both[i, at], many), _largest(predicted[i, at], few), _largest(in_sparse[i, at], few))
-        tried = list(dict.fromkeys(channel for channels in each for channel in channels))
-        site = pair.bridge_set.sites[i]
-        yield _grow(pair, prompts, site, at, tried, most, lambda channels, i=i, at=at: score(i, at, channels))
+    def channels(self, place: tuple[int, At], channels: Sequence[int]) -> Channels:
+        """Some channels at a place."""
+        return Channels(self.pair.bridge_set.sites[place[0]], tuple(channels), place[1])
 
+    def tried(self, place: tuple[int, At]) -> list[int]:
+        """The channels of largest predicted effect; by both, on both models, and a few on either."""
+        if self.by == "dense":
+            return _largest(self.potential[place], self.candidates)
+        many, few = self.candidates // 2, self.candidates // 8
+        each = ((self.potential, many), (self.predicted, few), (self.in_sparse, few))
+        return list(dict.fromkeys(channel for effects, n in each for channel in _largest(effects[place], n)))
 
-def _grow(
-    pair: ModelPair,
-    prompts: Prompts,
-    site: str,
-    at: At,
-    tried: Sequence[int],
-    most: int,
-    score: Callable[[tuple[int, ...]], float],
-) -> list[Grown]:
-    """Sets of one channel, two, ..., each the best that one more channel makes, while it makes the score larger."""
-    sets: list[Grown] = []
-    channels: tuple[int, ...] = ()
-    best = -1.0
-    while len(channels) < most:
-        larger: list[tuple[int, ...]] = [(*channels, c) for c in tried if c not in channels]
-        scored = {one: score(one) for one in larger}
-        channels = max(scored, key=scored.__getitem__, default=channels)
-        if scored.get(channels, best) <= best:
-            break
-        best = scored[channels]
-        sets.append(_held_against_random(pair, prompts, Channels(site, channels, at)))
-    return sets
+    def grow(self, place: tuple[int, At], most: int) -> list[Grown]:
+        """Sets of one channel, two, ..., each the best that one more channel makes, while it makes the score larger."""
+        sets: list[Grown] = []
+        tried, channels, best = self.tried(place), (), -1.0
+        while len(channels) < most:
+            larger = [self.channels(place, (*channels, c)) for c in tried if c not in channels]
+            scored = {one: self.score(one) for one in larger}
+            chosen = max(scored, key=scored.__getitem__, default=None)
+            if chosen is None or scored[chosen] <= best:
+                break
+            channels, best = chosen.channels, scored[chosen]
+            sets.append(self.held_against_random(chosen))
+        return sets
 
-
-def _held_against_random(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Grown:
-    of_dense, of_sparse = (edited(pair, prompts, chosen, side=side).mean().item() for side in ("dense", "sparse"))
-    site = pair.site("dense", pair.bridge_set.index(chosen.site))
-    controls = [
-        p_target(edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at), prompts.pairs).mean().item()
-        for addend in random_addends(addend_of(pair, prompts, chosen), CONTROLS)
-    ]
-    return Grown(chosen, of_dense, of_sparse, sum(controls) / len(controls))
+    def held_against_random(self, chosen: Channels) -> Grown:
+        """The set with what it does, beside what random directions of its norm do."""
+        pair, prompts = self.pair, self.prompts
+        site = pair.site("dense", pair.bridge_set.index(chosen.site))
+        addends = random_addends(addend_of(pair, prompts, chosen), CONTROLS)
+        logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
+        controls = [p_target(one, prompts.pairs).mean().item() for one in logits]
+        p = edited(pair, prompts, chosen).mean().item()
+        return Grown(chosen, p, self.p_target_sparse(chosen), sum(controls) / CONTROLS)
 
 
 def _largest(effects: Float[Tensor, " d_sparse"], n: int) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bridges.bridge import Bridge, BridgeSet
+from bridges.circuits.tasks import TaskPairs
 from bridges.models.huggingface import as_residual
 from bridges.models.pairing import pair_sites
 from bridges.models.sparse import SparseConfig, SparseTransformer
@@ -73,6 +74,15 @@ def with_units(pair):
         bridge.rms_sparse.fill_(0.5 + i)
         bridge.gain_sparse.copy_(pair.sparse.norm(pair.site("sparse", i)).gain)
     return pair
+
+
+def toy_task(seed=5, rows=6):
+    """Pairs that differ in one token, answered by one token or by a set of two."""
+    ids = tokens(rows=rows, seed=seed)
+    other = ids.clone()
+    other[:, 2] = (other[:, 2] + 3) % 17
+    answers = torch.tensor([[3, -1], [4, 6]] * (rows // 2))
+    return TaskPairs("toy", ids, other, torch.ones_like(ids), answers, answers.roll(1, 0), torch.arange(rows) % 2)
 
 
 def relative(one, other):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, with_units
-from test_channels import task
+from pairs import gpt2, join, sparse_model, toy_task, with_units
 
 from bridges.baselines import _probe, _unit, dense_directions, mean_difference
 from bridges.prompts import Channels, addend_of, p_target, prompts_of
@@ -18,7 +17,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, task(seed=5)), prompts_of(pair, task(seed=6))
+    return prompts_of(pair, toy_task(seed=5)), prompts_of(pair, toy_task(seed=6))
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, with_units
+from pairs import gpt2, join, sparse_model, toy_task, with_units
 from scipy.stats import spearmanr
 
 import bridges
 from bridges.channels import find, find_channels, predicted_effects
-from bridges.circuits.tasks import TaskPairs
 from bridges.intervention import dense_addend, edited_logits, only, random_addends
 from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
 from bridges.steer import steer
@@ -18,17 +17,9 @@ def pair():
     return with_units(join(gpt2(), sparse_model()))
 
 
-def task(seed=5, rows=6):
-    ids = tokens(rows=rows, seed=seed)
-    other = ids.clone()
-    other[:, 2] = (other[:, 2] + 3) % 17
-    answers = torch.tensor([[3, -1], [4, 6]] * (rows // 2))
-    return TaskPairs("toy", ids, other, torch.ones_like(ids), answers, answers.roll(1, 0), torch.arange(rows) % 2)
-
-
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, task())
+    return prompts_of(pair, toy_task())
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
@@ -163,7 +154,7 @@ def test_an_edit_here_is_what_steer_does_to_the_model(pair, prompts, at):
 def test_the_public_function_leaves_the_models_as_they_were(pair, prompts):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()  # with dropout, unless it is turned off inside
-    found = find_channels(dense, sparse, pair.bridge_set, task(), candidates=2)
+    found = find_channels(dense, sparse, pair.bridge_set, toy_task(), candidates=2)
     assert dense.training and all(p.requires_grad for p in dense.parameters())
     dense.eval()
     assert found.ranking[0] == find(pair, prompts, candidates=2).ranking[0] and found.task == "toy"
@@ -178,6 +169,6 @@ def test_the_public_function_leaves_the_models_as_they_were(pair, prompts):
     ],
 )
 def test_what_cannot_be_is_refused(pair, given, message, unchecked):
-    arguments = {"task": task()} | given
+    arguments = {"task": toy_task()} | given
     with pytest.raises(ValueError, match=message):
         find_channels(pair.dense.model, pair.sparse.model, pair.bridge_set, **arguments)

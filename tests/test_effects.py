@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, with_units
-from test_channels import task
+from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
 
 from bridges.circuits.tasks import TASKS, probability
 from bridges.edits import Edit, counterfactual
@@ -32,14 +31,14 @@ def pair():
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, task())
+    return prompts_of(pair, toy_task())
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
 def test_side_effects_are_those_of_edits_in_steer(pair, prompts, at):
     """The channels set to 0, and each one's constant added, by the public context on the whole model."""
     text, site, chosen = tokens(5, 8, seed=9), 2, CHOSEN._replace(at=at)
-    others = [task(seed=8), task(seed=9, rows=4)]
+    others = [toy_task(seed=8), toy_task(seed=9, rows=4)]
     found = side_effects(pair, prompts, chosen, text, others, batch_size=2)
     bridge, off = pair.bridge_set[site], [Edit("1.attn", c, 0.0, "set") for c in CHOSEN.channels]
 
@@ -81,7 +80,7 @@ def test_other_tasks_are_those_that_the_tokenizer_lets_be_made(monkeypatch):
         if name == "var_swap":
             raise ValueError("no room")
         assert (tokenizer, n, seed) == ("a tokenizer", 3, 4)
-        return task()._replace(task=name)
+        return toy_task()._replace(task=name)
 
     monkeypatch.setattr("bridges.effects.task_pairs", made)
     found = other_tasks("for_while", "a tokenizer", 3, 4)
@@ -99,7 +98,7 @@ def test_the_constant_is_the_mean_of_the_largest_change(prompts):
 
 
 def test_constant_edits_are_those_changes_in_read_units(pair, prompts):
-    found = constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, CHOSEN, task(), direction=1)
+    found = constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, CHOSEN, toy_task(), direction=1)
     bridge = pair.bridge_set[2]
     for edit, channel in zip(found, (0, 3), strict=True):
         expected = constant_changes(prompts, 2, (0, 3))[1, channel] * bridge.gain_sparse[channel] / bridge.rms_sparse
@@ -156,7 +155,7 @@ def test_the_control_edits_other_channels_that_the_prompts_change(pair, prompts,
 
 
 def test_answers_that_are_impossible_to_the_last_bit_stay_finite():
-    pairs = task(rows=2)
+    pairs = toy_task(rows=2)
     logits = torch.full((2, 1, 17), -2000.0, dtype=torch.float64)
     logits[..., 0] = 0.0
     assert _answer(logits, pairs).isfinite().all()
@@ -180,7 +179,7 @@ def test_an_agreement_of_a_model_with_itself_is_whole():
         for bridge in pair.bridge_set:
             bridge.decoder_weight.copy_(torch.eye(8))
             bridge.rms_dense.copy_(bridge.rms_sparse)
-    prompts = prompts_of(pair, task())
+    prompts = prompts_of(pair, toy_task())
     found = intervention_agreement(pair, prompts, Channels("0.mlp", (1,), "residual"))
     assert found.slope == pytest.approx(1) and found.r_squared == pytest.approx(1) and found.sign == 1
     assert found.r_squared_shuffled < 0.9

@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, with_units
-from test_channels import task
+from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
 
 from bridges.channels import find
 from bridges.intervention import edited_logits
@@ -25,7 +24,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, task(seed=5)), prompts_of(pair, task(seed=6))
+    return prompts_of(pair, toy_task(seed=5)), prompts_of(pair, toy_task(seed=6))
 
 
 def test_every_curve_starts_at_the_unedited_model(pair, prompts):
@@ -93,7 +92,7 @@ def test_channels_are_searched_for_on_the_first_prompts_alone(pair, prompts):
 def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "CHOSEN_ON", 4)
     models = pair.dense.model, pair.sparse.model, pair.bridge_set
-    result = sweep(*models, task(rows=12), CHOSEN, (0.0, 1.0), text=tokens(3, 9))
+    result = sweep(*models, toy_task(rows=12), CHOSEN, (0.0, 1.0), text=tokens(3, 9))
     assert result.prompts == 8 and result.effects.tokens == 27
     result.save(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())
@@ -107,7 +106,7 @@ def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
     text = str(result)
     assert "channels [0, 3] at 1.attn (residual)" in text and all(label in text for label in BASELINES.values())
     assert f"KL {result.effects.kl:.3f} nats" in text
-    one = sweep(*models, task(rows=12), Channels("1.attn", (3,), "read"), (1.0,))
+    one = sweep(*models, toy_task(rows=12), Channels("1.attn", (3,), "read"), (1.0,))
     assert one.to_dict()["channel"] == 3 and one.effects is None
 
 
