@@ -1,19 +1,24 @@
 """The table over the twenty tasks on the bundled pair: python benchmarks/bench_sweep.py [runs/demo/bridges]
 
 Per task: which part the dense and the sparse model solve, then P(target) beside every baseline for the channel that
-does most to the dense model's answer, and for the at most eight that turn both models. The folder of bridges is one
-that `bridges demo` wrote.
+does most to the dense model's answer, for the at most eight that do, and for the at most eight that turn both models.
+The folder of bridges is one that `bridges demo` wrote.
 """
 
 import argparse
 from collections.abc import Callable
 
 import bridges
+from bridges.channels import By
 from bridges.circuits.tasks import TASKS
 from bridges.demo import HELDOUT_DOCUMENTS, demo_rows
 from bridges.files import write_json
 
-SEARCHES = {"one channel": (1, "dense"), "at most eight channels, by both models": (8, "both")}
+SEARCHES: dict[str, tuple[int, By]] = {
+    "one channel": (1, "dense"),
+    "at most eight channels": (8, "dense"),
+    "at most eight channels, by both models": (8, "both"),
+}
 SOLVED, TURNED = 0.9, 0.5
 COLUMNS = (
     "task | solved: dense, sparse | edit | P(target) at 0 | at 1 [95 %] | random | mean diff., same norm | probe "
