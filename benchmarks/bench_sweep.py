@@ -6,7 +6,13 @@ The folder of bridges is one that `bridges demo` wrote.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
+from typing import Any
+
+import torch
 
 import bridges
 from bridges.channels import By
@@ -45,7 +51,7 @@ def line(found: bridges.Sweep) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def summary(name: str, found: list[bridges.Sweep]) -> str:
+def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
     """How many of the tasks that the dense model solves are turned, and the means of the controls over those."""
     solved = [one for one in found if one.accuracy_dense >= SOLVED]
     turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
@@ -64,28 +70,34 @@ def summary(name: str, found: list[bridges.Sweep]) -> str:
     )
 
 
+def sweeps(task: str, folder: str, prompts: int, rows: int) -> list[bridges.Sweep]:
+    """One task, searched for in every way."""
+    pair, bridge_set = bridges.load_pair(), bridges.BridgeSet.from_pretrained(folder)
+    settings: dict[str, Any] = {"n": prompts, "tokenizer": pair.tokenizer}
+    settings["text"] = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, 128, 0)[:rows]
+    models = (pair.dense, pair.sparse, bridge_set, task)
+    return [bridges.sweep(*models, most, (0.0, 0.5, 1.0), by=by, **settings) for most, by in SEARCHES.values()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bridges", nargs="?", default="runs/demo/bridges", help="a bridge folder of the bundled pair")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of unrelated held-out text")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", default=None, help="write every curve here as JSON")
     args = parser.parse_args()
-    pair, bridge_set = bridges.load_pair(), bridges.BridgeSet.from_pretrained(args.bridges)
-    text = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, 128, 0)[: args.rows]
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
-    found: dict[str, list[bridges.Sweep]] = {name: [] for name in SEARCHES}
-    for task in args.tasks:
-        for name, (most, by) in SEARCHES.items():
-            settings = {"by": by, "n": args.prompts, "tokenizer": pair.tokenizer, "text": text}
-            one = bridges.sweep(pair.dense, pair.sparse, bridge_set, task, most, (0.0, 0.5, 1.0), **settings)
-            print(line(one), flush=True)
-            found[name].append(one)
-    for name, sweeps in found.items():
-        print(summary(name, sweeps))
+    found = []
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for of_task in pool.map(sweeps, args.tasks, *map(repeat, (args.bridges, args.prompts, args.rows))):
+            print(*map(line, of_task), sep="\n", flush=True)
+            found.append(of_task)
+    for name, of_search in zip(SEARCHES, zip(*found, strict=True), strict=True):
+        print(f"\n{summary(name, of_search)}")
     if args.out:
-        write_json(args.out, [one.to_dict() for sweeps in found.values() for one in sweeps])
+        write_json(args.out, [one.to_dict() for of_task in found for one in of_task])
 
 
 if __name__ == "__main__":

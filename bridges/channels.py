@@ -56,10 +56,10 @@ class Grown(NamedTuple):
     p_target_sparse: float
     """Of the sparse model, edited at the same channels."""
     p_target_random: float
-    """Of the dense model under random directions of the edit's own norm."""
+    """Of the dense model under the strongest of a few random directions of the edit's own norm."""
 
     def margin(self, by: By) -> float:
-        """What the edit does beyond a random direction; by both: the geometric mean with the sparse model's."""
+        """What the edit does beyond random directions; by both: the geometric mean with the sparse model's."""
         beyond = self.p_target - self.p_target_random
         return beyond if by == "dense" else (max(beyond, 0.0) * self.p_target_sparse) ** 0.5
 
@@ -101,7 +101,7 @@ def find_channels(
     decoder's column times the gradient where the edit enters. The `candidates` of largest prediction are then edited.
     Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
     geometric mean of both models', which finds channels that the sparse model itself decides by. The set that is kept
-    does most beyond random directions of its norm. Report on other prompts than these.
+    does most beyond the strongest of a few random directions of its norm. Report on other prompts than these.
     """
     check_search(most, by)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
@@ -249,7 +249,7 @@ class _Search:
         logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
         controls = [p_target(one, prompts.pairs).mean().item() for one in logits]
         p = edited(pair, prompts, chosen).mean().item()
-        return Grown(chosen, p, self.p_target_sparse(chosen), sum(controls) / CONTROLS)
+        return Grown(chosen, p, self.p_target_sparse(chosen), max(controls))
 
 
 def _largest(effects: Float[Tensor, " d_sparse"], n: int) -> list[int]:

@@ -28,7 +28,7 @@ from bridges.prompts import (
 from bridges.training.hybrid import ModelPair, Side
 
 AGREEMENT_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-SHUFFLES = 8
+SHUFFLES = 4
 OTHER_PROMPTS = 16
 """Prompts of each other task that side effects are measured on."""
 

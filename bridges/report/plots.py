@@ -55,24 +55,31 @@ _CURVES = {
 
 
 def steering_plot(steering: dict[str, Any], path: str | Path) -> Path:
-    """P(target) over strengths with every baseline, log scale (paper, figure 9); a PNG at `path`."""
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
-    axes = figure.subplots()
+    """P(target) over strengths with every baseline, log scale (paper, figure 9); a PNG at `path`.
+
+    Where there is a second edit, `few_channels`, it stands beside the first, on the same scale.
+    """
+    edits = [steering, *([steering["few_channels"]] if "few_channels" in steering else [])]
+    figure = Figure(figsize=(6.8 * len(edits), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(edits), sharey=True, squeeze=False)[0]
+    for axes, edit in zip(panels, edits, strict=True):
+        _curves(axes, edit)
+    panels[0].set_ylabel(f"P(target), mean over {steering['prompts']} prompts, 95 % band")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=2 * len(edits))
+    return _save(figure, Path(path))
+
+
+def _curves(axes: Axes, steering: dict[str, Any]) -> None:
     for name, (label, style, width, color) in _CURVES.items():
         axes.plot(steering["strengths"], steering[name], style, color=color, linewidth=width, label=label)
         band = steering["bands"][name]
         axes.fill_between(steering["strengths"], band["low"], band["high"], color=color, alpha=0.12, linewidth=0)
     channels = steering["channel"]
     what = f"channel {channels}" if isinstance(channels, int) else f"channels {', '.join(map(str, channels))}"
-    axes.set(
-        title=f"{steering['task']}: {what} at {steering['site']}",
-        xlabel="strength",
-        ylabel=f"P(target), mean over {steering['prompts']} prompts, 95 % band",
-        yscale="log",
-    )
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.set_title(f"{steering['task']}: {what} at {steering['site']}", fontsize=10)
+    axes.set(xlabel="strength", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, Path(path))
 
 
 def _save(figure: Figure, path: Path) -> Path:

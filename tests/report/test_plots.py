@@ -65,3 +65,12 @@ def test_a_picture_replaces_the_old_one(tmp_path):
     path.write_text("old")
     assert steering_plot(STEERING, str(path)) == path
     drawn(path)
+
+
+def test_a_second_edit_stands_beside_the_first(tmp_path):
+    one = drawn(steering_plot(STEERING, tmp_path / "a" / "s.png"))
+    few = STEERING | {"channel": [7, 9], "p_target": [0.01, 0.6, 0.95]}
+    both = drawn(steering_plot(STEERING | {"few_channels": few}, tmp_path / "b" / "s.png"))
+    assert both.shape[0] == one.shape[0] and both.shape[1] > 1.5 * one.shape[1]
+    again = steering_plot(STEERING | {"few_channels": STEERING}, tmp_path / "c" / "s.png")
+    assert not np.array_equal(drawn(again), both)
