@@ -6,7 +6,7 @@ The folder of bridges is one that `bridges demo` wrote.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
@@ -44,30 +44,40 @@ def line(found: bridges.Sweep) -> str:
         f"{curve.mean[-1]:.3f} [{curve.low[-1]:.2f}, {curve.high[-1]:.2f}]",
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("random_direction", "mean_difference_equal_norm", "probe")),
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("all_channels", "sparse_model")),
-        f"{found.agreement.r_squared:.2f} ({found.agreement.r_squared_shuffled:.2f})",
+        f"{found.agreement.r_squared:.2f} ({control(found):.2f})",
         f"{found.effects.kl:.3f}, {found.effects.kl_other_tasks:.3f}, {found.effects.p_target_off:.2f}",
         f"{found.effects.kl_added:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
+def control(found: bridges.Sweep) -> float:
+    """R squared with shuffled channels; not a number where the site has too few to shuffle."""
+    shuffled = found.agreement.r_squared_shuffled
+    return float("nan") if shuffled is None else shuffled
+
+
 def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
-    """How many of the tasks that the dense model solves are turned, and the means of the controls over those."""
+    """How many of the tasks that the dense model solves are turned, and means over those and over all solved ones."""
     solved = [one for one in found if round(one.accuracy_dense, 4) >= SOLVED]  # it is float32's mean
     turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
-    of = turned or solved
-
-    def mean(value: Callable[[bridges.Sweep], float]) -> float:
-        return sum(value(one) for one in of) / len(of)
-
-    return (
-        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks; over those, random "
-        f"directions {mean(lambda one: one.curves['p_target_random_direction'].mean[-1]):.3f} (under 0.1 on "
-        f"{sum(one.curves['p_target_random_direction'].mean[-1] < 0.1 for one in of)}), the sparse model "
-        f"{mean(lambda one: one.curves['p_target_sparse_model'].mean[-1]):.3f}, agreement R2 "
-        f"{mean(lambda one: one.agreement.r_squared):.2f}, shuffled "
-        f"{mean(lambda one: one.agreement.r_squared_shuffled):.2f}, KL of off {mean(lambda one: one.effects.kl):.3f}"
-    )
+    lines = [f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks"]
+    for what, of in (("those turned", turned), ("all solved", solved)):
+        if of:
+            columns = [
+                [one.curves["p_target_random_direction"].mean[-1] for one in of],
+                [one.curves["p_target_sparse_model"].mean[-1] for one in of],
+                [one.agreement.r_squared for one in of],
+                [control(one) for one in of],
+                [one.effects.kl for one in of],  # pyright: ignore[reportOptionalMemberAccess]
+            ]
+            random, inside, r_squared, shuffled, off = (sum(column) / len(of) for column in columns)
+            under = sum(p < 0.1 for p in columns[0])
+            lines.append(
+                f"  mean over {what}: random directions {random:.3f} (under 0.1 on {under}), the sparse model "
+                f"{inside:.3f}, agreement R2 {r_squared:.2f}, shuffled {shuffled:.2f}, KL of off {off:.3f}"
+            )
+    return "\n".join(lines)
 
 
 def sweeps(task: str, folder: str, prompts: int, rows: int) -> list[bridges.Sweep]:
@@ -82,7 +92,7 @@ def sweeps(task: str, folder: str, prompts: int, rows: int) -> list[bridges.Swee
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bridges", nargs="?", default="runs/demo/bridges", help="a bridge folder of the bundled pair")
-    parser.add_argument("--tasks", nargs="*", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of unrelated held-out text")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
@@ -94,10 +104,10 @@ def main() -> None:
         for of_task in pool.map(sweeps, args.tasks, *map(repeat, (args.bridges, args.prompts, args.rows))):
             print(*map(line, of_task), sep="\n", flush=True)
             found.append(of_task)
-    for name, of_search in zip(SEARCHES, zip(*found, strict=True), strict=True):
-        print(f"\n{summary(name, of_search)}")
     if args.out:
         write_json(args.out, [one.to_dict() for of_task in found for one in of_task])
+    for name, of_search in zip(SEARCHES, zip(*found, strict=True), strict=True):
+        print(f"\n{summary(name, of_search)}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Bridge(nn.Module):
 
     def decode_delta(self, dz: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
         """W_dec dz: what a change of the sparse stream means to the dense one; no bias, no cancellation."""
-        return F.linear(dz.to(self.decoder_weight.dtype), self.decoder_weight)
+        return F.linear(dz.to(self.decoder_weight), self.decoder_weight)
 
     def randomize(self, generator: torch.Generator) -> None:
         """Normal weights of variance 1 / fan-in, zero biases: where gradient steps start without a closed form."""

@@ -77,7 +77,7 @@ class FoundChannels(NamedTuple):
 
     @property
     def best(self) -> Channels:
-        """The set of largest margin over a random direction of its norm."""
+        """The last set: what it does lies furthest beyond the strongest of a few random directions of its norm."""
         return self.sets[-1].channels
 
 
@@ -103,15 +103,17 @@ def find_channels(
     geometric mean of both models', which finds channels that the sparse model itself decides by. The set that is kept
     does most beyond the strongest of a few random directions of its norm. Report on other prompts than these.
     """
-    check_search(most, by)
+    check_search(most, by, candidates)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         return find(pair, prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed)), most, by, candidates)
 
 
-def check_search(most: int, by: str) -> None:
-    """ValueError unless a set may grow so large, by what is named."""
+def check_search(most: int, by: str, candidates: int = CANDIDATES, name: str = "most") -> None:
+    """ValueError unless a set may grow so large (`name` is what the caller calls that), by what is named."""
     if not 1 <= most <= MOST:
-        raise ValueError(f"most={most} must lie between 1 and {MOST}")
+        raise ValueError(f"{name}={most} must lie between 1 and {MOST}")
+    if candidates < 8:
+        raise ValueError(f"candidates={candidates} must be at least 8")
     if by not in get_args(By):
         raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
@@ -152,7 +154,7 @@ def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]
         stream = nudged("residual", context.embedding)
         for index in range(len(model.sites) - 1):
             stream = nudged("residual", model.sublayer(index, stream, context))
-        log_p = p_target(model.head(stream, context), pairs).log().mean()
+        log_p = _log_p(p_target(model.head(stream, context), pairs))
         found = torch.autograd.grad(log_p, [*nudges["residual"], *nudges["read"]])
     return {"residual": list(found[: len(model.sites)]), "read": list(found[len(model.sites) :])}
 
@@ -162,14 +164,14 @@ def find(
     pair: ModelPair, prompts: Prompts, most: int = 1, by: By = "dense", candidates: int = CANDIDATES
 ) -> FoundChannels:
     """`find_channels` on prompts that were run."""
-    before = p_target(prompts.traces.dense.logits, prompts.pairs).log().mean()
+    before = _log_p(p_target(prompts.traces.dense.logits, prompts.pairs))
     predicted = predicted_effects(pair, prompts)
     ranking = []
     for (i, at), effects in predicted.items():
         site = pair.bridge_set.sites[i]
         for channel in _largest(effects, candidates):
             p = edited(pair, prompts, Channels(site, (channel,), at))
-            effect = (p.log().mean() - before).item()
+            effect = (_log_p(p) - before).item()
             ranking.append(RankedChannel(site, channel, at, effects[channel].item(), effect, p.mean().item()))
     ranking.sort(key=lambda one: one.p_target, reverse=True)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
@@ -245,11 +247,16 @@ class _Search:
         """The set with what it does, beside what random directions of its norm do."""
         pair, prompts = self.pair, self.prompts
         site = pair.site("dense", pair.bridge_set.index(chosen.site))
-        addends = random_addends(addend_of(pair, prompts, chosen), CONTROLS)
+        addends = random_addends(addend_of(pair, prompts, chosen), CONTROLS, seed=0)  # others than those reported
         logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
         controls = [p_target(one, prompts.pairs).mean().item() for one in logits]
         p = edited(pair, prompts, chosen).mean().item()
         return Grown(chosen, p, self.p_target_sparse(chosen), max(controls))
+
+
+def _log_p(p: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """The mean logarithm; one probability that is 0 to the last bit must not make every prediction NaN."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log().mean()
 
 
 def _largest(effects: Float[Tensor, " d_sparse"], n: int) -> list[int]:

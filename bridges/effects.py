@@ -44,13 +44,15 @@ class Agreement(NamedTuple):
     r_squared: float
     sign: float
     """Part of prompts and strengths at which both answers move to one side, of those where the sparse one moves."""
-    r_squared_shuffled: float
-    """The control: the sparse model is edited at as many other channels, of those that the prompts change there."""
+    r_squared_shuffled: float | None
+    """The control: the sparse model is edited at as many other channels, of those that the prompts change there; None
+    where there are fewer."""
 
     def __str__(self) -> str:
+        control = "none" if self.r_squared_shuffled is None else f"{self.r_squared_shuffled:.2f}"
         return (
             f"intervention agreement: slope {self.slope:.2f}, R squared {self.r_squared:.2f} "
-            f"(shuffled channels {self.r_squared_shuffled:.2f}), same sign {self.sign:.0%}"
+            f"(shuffled channels {control}), same sign {self.sign:.0%}"
         )
 
 
@@ -80,8 +82,8 @@ class SideEffects(NamedTuple):
             others = f", at other tasks' answers {self.kl_other_tasks:.3f} (solved {before:.0%} -> {after:.0%})"
         return (
             f"side effects on {self.tokens} tokens of other text: channels off everywhere, KL {self.kl:.3f} nats, "
-            f"cross-entropy {self.ce_change:+.3f}, P(target) {self.p_target_off:.3f}{others}; the change added "
-            f"everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before the answer, "
+            f"cross-entropy {self.ce_change:+.3f}, P(target) the better way round {self.p_target_off:.3f}{others}; "
+            f"the change added everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before the answer, "
             f"KL {self.kl_at_cue:.3f}"
         )
 
@@ -96,13 +98,13 @@ def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) 
     changed[list(chosen.channels)] = False
     others = changed.nonzero().squeeze(1).cpu()
     shuffled = []
-    for _ in range(SHUFFLES):
+    for _ in range(SHUFFLES if len(others) >= len(chosen.channels) else 0):
         drawn = others[torch.randperm(len(others), generator=generator)[: len(chosen.channels)]].tolist()
         elsewhere = _answer_changes(pair, prompts, chosen._replace(channels=tuple(drawn)), "sparse")
         shuffled.append(_fit(elsewhere, dense)[1])
     moved = sparse.abs() > 1e-6
     sign = (sparse[moved].sign() == dense[moved].sign()).double().mean().item() if moved.any() else float("nan")
-    return Agreement(slope, r_squared, sign, sum(shuffled) / len(shuffled))
+    return Agreement(slope, r_squared, sign, sum(shuffled) / len(shuffled) if shuffled else None)
 
 
 def _answer_changes(
@@ -217,7 +219,7 @@ def constant_changes(prompts: Prompts, i: int, channels: Sequence[int]) -> Float
     """dz of the channels as one number each, per way round: the mean over prompts of the change of largest size."""
     dz = only(prompts.streams[i], channels)
     largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
-    return torch.stack([largest[prompts.pairs.direction == side].mean(0) for side in (0, 1)])
+    return torch.stack([largest[prompts.pairs.direction.to(dz.device) == side].mean(0) for side in (0, 1)])
 
 
 def constant_edits(

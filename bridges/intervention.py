@@ -41,7 +41,7 @@ def counterfactual_changes(
         )
     presented = pair.sparse.reads(input_ids, attention_mask)
     changed = pair.sparse.reads(counterfactual_ids, attention_mask)
-    real = 1 if attention_mask is None else attention_mask[..., None]
+    real = 1 if attention_mask is None else attention_mask[..., None].to(presented[0].device)
     sites = [pair.site("sparse", i) for i in range(len(pair.bridge_set))]
     return [ReadChange(i, (changed[site] - presented[site]) * real) for i, site in enumerate(sites)]
 
@@ -85,9 +85,9 @@ def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at
     return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
 
 
-def random_addends(addend: Float[Tensor, "b s d"], n: int) -> Iterator[Float[Tensor, "b s d"]]:
-    """`n` random directions, always the same ones, each with the addend's own norm at every token: the control."""
-    generator = torch.Generator().manual_seed(0)
+def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterator[Float[Tensor, "b s d"]]:
+    """`n` random directions, each with the addend's own norm at every token: the control."""
+    generator = torch.Generator().manual_seed(seed)
     norm = addend.norm(dim=-1, keepdim=True)
     for _ in range(n):
         direction = torch.randn(addend.shape[-1], generator=generator).to(addend)

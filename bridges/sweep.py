@@ -168,8 +168,9 @@ def sweep_prompts(
         chosen = channels
         _check(pair, chosen)
     else:
-        check_search(channels or 1, by)
-        found = find(pair, chosen_on, channels or 1, by)
+        most = 1 if channels is None else channels
+        check_search(most, by, name="channels")
+        found = find(pair, chosen_on, most, by)
         chosen, ranking = found.best, found.agreement
     site, values = mean_difference(pair.dense, chosen_on)
     curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
@@ -191,7 +192,7 @@ def sweep_prompts(
         accuracy_sparse=sparse_solves,
         mean_difference_site=pair.dense.sites[site],
         agreement=intervention_agreement(pair, reported, chosen),
-        effects=None if text is None else side_effects(pair, chosen_on, chosen, text, others),
+        effects=None if text is None else side_effects(pair, reported, chosen, text, others),
         ranking_agreement=ranking,
     )
 
@@ -254,7 +255,7 @@ def _random_curve(
     pair: ModelPair, prompts: Prompts, chosen: Channels, addend: Tensor, strengths: Sequence[float]
 ) -> Float[Tensor, "strengths prompts"]:
     """Mean over random directions, each with the addend's own norm at every token."""
-    values = random_addends(addend, RANDOM_DIRECTIONS)
+    values = random_addends(addend, RANDOM_DIRECTIONS, seed=1)
     return torch.stack([_edit_curve(pair, prompts, chosen.site, v, chosen.at, strengths) for v in values]).mean(0)
 
 

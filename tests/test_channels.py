@@ -57,7 +57,7 @@ def every_single_edit(pair, prompts):
 def under_random_directions(pair, prompts, chosen):
     site = pair.site("dense", pair.bridge_set.index(chosen.site))
     trace, addend = prompts.traces.dense, addend_of(pair, prompts, chosen)
-    logits = [edited_logits(pair.dense, trace, site, x, chosen.at) for x in random_addends(addend, CONTROLS)]
+    logits = [edited_logits(pair.dense, trace, site, x, chosen.at) for x in random_addends(addend, CONTROLS, seed=0)]
     return max(p_target(x, prompts.pairs).mean().item() for x in logits)
 
 
@@ -154,10 +154,10 @@ def test_an_edit_here_is_what_steer_does_to_the_model(pair, prompts, at):
 def test_the_public_function_leaves_the_models_as_they_were(pair, prompts):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()  # with dropout, unless it is turned off inside
-    found = find_channels(dense, sparse, pair.bridge_set, toy_task(), candidates=2)
+    found = find_channels(dense, sparse, pair.bridge_set, toy_task(), candidates=8)
     assert dense.training and all(p.requires_grad for p in dense.parameters())
     dense.eval()
-    assert found.ranking[0] == find(pair, prompts, candidates=2).ranking[0] and found.task == "toy"
+    assert found.ranking[0] == find(pair, prompts, candidates=8).ranking[0] and found.task == "toy"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,7 @@ def test_the_public_function_leaves_the_models_as_they_were(pair, prompts):
     [
         ({"most": 9}, "most=9 must lie between 1 and 8"),
         ({"by": "sparse"}, "by='sparse' must be one of dense, both"),
+        ({"candidates": 7}, "candidates=7 must be at least 8"),
         ({"task": "for_while"}, "task='for_while' needs tokenizer="),
     ],
 )
