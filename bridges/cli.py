@@ -14,6 +14,7 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
+from bridges.channels import check_search
 from bridges.circuits.tasks import TASKS
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
@@ -133,6 +134,7 @@ def steer_command(
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/steering if not given.")] = None,
 ) -> None:
     """Turn sparse channels on a task and measure the dense model's answer, with every baseline: JSON and PNG."""
+    check_search(most, by)
     bridge_set = BridgeSet.from_pretrained(run_dir)
     tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
     sources = _sources(run_dir, tables, dense, sparse)
