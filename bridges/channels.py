@@ -176,7 +176,7 @@ def find(
     ranking.sort(key=lambda one: one.p_target, reverse=True)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
     search = _Search(pair, prompts, by, candidates, predicted)
-    search.known |= {Channels(one.site, (one.channel,), one.at): one.p_target for one in ranking}
+    search.known |= {(Channels(one.site, (one.channel,), one.at), "dense"): one.p_target for one in ranking}
     grown = [search.grow(place, most) for place in search.places(most)]
     best = max(grown, key=lambda sets: max(one.margin(by) for one in sets))
     size = max(range(len(best)), key=lambda size: best[size].margin(by)) + 1
@@ -189,7 +189,7 @@ class _Search:
     def __init__(self, pair: ModelPair, prompts: Prompts, by: By, candidates: int, predicted: Effects):
         self.pair, self.prompts, self.by, self.candidates = pair, prompts, by, candidates
         self.predicted = self.potential = predicted
-        self.known: dict[Channels, float] = {}  # the dense model's P(target) under edits that were done
+        self.known: dict[tuple[Channels, Side], float] = {}
         if by == "both":
             self.in_sparse = predicted_effects(pair, prompts, "sparse")
             self.potential = {
@@ -199,13 +199,14 @@ class _Search:
 
     def score(self, chosen: Channels) -> float:
         """P(target) of the dense model, or the geometric mean with the sparse model's."""
-        p = self.known.get(chosen)
-        p = edited(self.pair, self.prompts, chosen).mean().item() if p is None else p
-        return p if self.by == "dense" else (p * self.p_target_sparse(chosen)) ** 0.5
+        p = self.p_target(chosen, "dense")
+        return p if self.by == "dense" else (p * self.p_target(chosen, "sparse")) ** 0.5
 
-    def p_target_sparse(self, chosen: Channels) -> float:
-        """P(target) of the sparse model edited at the same channels."""
-        return edited(self.pair, self.prompts, chosen, side="sparse").mean().item()
+    def p_target(self, chosen: Channels, side: Side) -> float:
+        """The mean P(target) of one model under the edit, which is done once."""
+        if (chosen, side) not in self.known:
+            self.known[chosen, side] = edited(self.pair, self.prompts, chosen, side=side).mean().item()
+        return self.known[chosen, side]
 
     def places(self, most: int) -> list[tuple[int, At]]:
         """Where sets are grown: everywhere where they hold one channel, else where the likeliest channels do most."""
@@ -250,8 +251,7 @@ class _Search:
         addends = random_addends(addend_of(pair, prompts, chosen), CONTROLS, seed=0)  # others than those reported
         logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
         controls = [p_target(one, prompts.pairs).mean().item() for one in logits]
-        p = edited(pair, prompts, chosen).mean().item()
-        return Grown(chosen, p, self.p_target_sparse(chosen), max(controls))
+        return Grown(chosen, self.p_target(chosen, "dense"), self.p_target(chosen, "sparse"), max(controls))
 
 
 def _log_p(p: Float[Tensor, " b"]) -> Float[Tensor, ""]:

@@ -86,10 +86,11 @@ class Support:
 
 def multiplying_nonzeros(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, a frozen model's forward passes multiply by the nonzeros of its thin matrices alone."""
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_thin(m.weight, m.weight != 0)]
-    return replaced_forwards(
-        {m: _call(m.weight.detach()[m.weight != 0], Places.of(m.weight != 0), m.bias) for m in linear}
-    )
+    calls = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and _is_thin(module.weight, mask := module.weight != 0):
+            calls[module] = _call(module.weight.detach()[mask], Places.of(mask), module.bias)
+    return replaced_forwards(calls)
 
 
 def _fast_calls(
