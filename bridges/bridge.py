@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bridges.card import model_card
 from bridges.files import read_json, write_json, write_tensors, write_text
-from bridges.fingerprint import fingerprint, same_model
+from bridges.fingerprint import checked_fingerprint, fingerprint, same_model
 from bridges.ops.abs_topk import abs_topk
 from bridges.quality import BridgeReport
 
@@ -133,7 +133,7 @@ class BridgeSet(nn.Module):
             known = self.provenance.get(side)
             if model is None or known is None:
                 continue
-            here = fingerprint(model)
+            here = checked_fingerprint(model)
             if not same_model(here, known["fingerprint"]):
                 raise ValueError(
                     f"{side}={type(model).__name__} is not the model that these bridges were fitted to "

@@ -32,6 +32,9 @@ PLACES = 3
 """Sites and entries at which sets are grown, of those that promise most."""
 CONTROLS = 5
 """Random directions that a set is held against while it is chosen."""
+SLACK = 0.05
+"""How much less than the largest margin a set may have and still be kept for being smaller: a smaller edit moves less
+else."""
 
 
 class RankedChannel(NamedTuple):
@@ -73,11 +76,11 @@ class FoundChannels(NamedTuple):
     agreement: float
     """Spearman's rank correlation of prediction and effect over the ranking."""
     sets: list[Grown]
-    """Sets of 1, 2, ... channels at one site, each grown from the one before; the last has the largest margin."""
+    """Sets of 1, 2, ... channels at one site, each grown from the one before; the last is the one to use."""
 
     @property
     def best(self) -> Channels:
-        """The last set: what it does lies furthest beyond the strongest of a few random directions of its norm."""
+        """The last set: the smallest of those whose margin comes near the largest."""
         return self.sets[-1].channels
 
 
@@ -100,8 +103,9 @@ def find_channels(
     One backward pass predicts the effect of every channel at every site, at the read and at the residual: dz times the
     decoder's column times the gradient where the edit enters. The `candidates` of largest prediction are then edited.
     Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
-    geometric mean of both models', which finds channels that the sparse model itself decides by. The set that is kept
-    does most beyond the strongest of a few random directions of its norm. Report on other prompts than these.
+    geometric mean of both models', which finds channels that the sparse model itself decides by. At the site where a
+    set does most beyond the strongest of a few random directions of its norm, the smallest set that does nearly as much
+    is kept. Report on other prompts than these.
     """
     check_search(most, by, candidates)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
@@ -179,7 +183,8 @@ def find(
     search.known |= {(Channels(one.site, (one.channel,), one.at), "dense"): one.p_target for one in ranking}
     grown = [search.grow(place, most) for place in search.places(most)]
     best = max(grown, key=lambda sets: max(one.margin(by) for one in sets))
-    size = max(range(len(best)), key=lambda size: best[size].margin(by)) + 1
+    margins = [one.margin(by) for one in best]
+    size = next(size for size, margin in enumerate(margins, 1) if margin >= max(margins) - SLACK)
     return FoundChannels(prompts.pairs.task, ranking, float(agreement), best[:size])
 
 

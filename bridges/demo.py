@@ -24,7 +24,14 @@ from bridges.report.plots import quality_plot, steering_plot
 from bridges.sweep import STRENGTHS, Sweep, sweep_prompts
 
 SETTINGS = FitConfig(
-    steps=400, batch_size=8, lr=1e-3, seq_len=128, nmse_weight=0.25, closed_form_tokens=200_000, sites_per_step=1
+    steps=400,
+    batch_size=8,
+    lr=1e-3,
+    seq_len=128,
+    ridge=1e-3,
+    nmse_weight=0.25,
+    closed_form_tokens=200_000,
+    sites_per_step=1,
 )
 TASK = "single_double_quote"
 REPORTED = 200

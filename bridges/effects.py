@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -67,7 +68,7 @@ class SideEffects(NamedTuple):
     """P(target) with the channels turned off, on the prompts of the way round that turns the answer more."""
     kl_added: float
     """KL with each channel's mean change added everywhere, whether the text calls for it or not."""
-    kl_at_cue: float
+    kl_before_answer: float
     """KL of the counterfactual edit on the task's own prompts, over the tokens before the answer's."""
     tokens: int
     kl_other_tasks: float | None = None
@@ -84,7 +85,7 @@ class SideEffects(NamedTuple):
             f"side effects on {self.tokens} tokens of other text: channels off everywhere, KL {self.kl:.3f} nats, "
             f"cross-entropy {self.ce_change:+.3f}, P(target) the better way round {self.p_target_off:.3f}{others}; "
             f"the change added everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before the answer, "
-            f"KL {self.kl_at_cue:.3f}"
+            f"KL {self.kl_before_answer:.3f}"
         )
 
 
@@ -161,21 +162,21 @@ def side_effects(
             logits = edited_logits(pair.dense, trace, site, addend, chosen.at)
             kl_added += kl_divergence(trace.logits.flatten(0, 1), logits.flatten(0, 1)).item() / len(constants)
     tokens = text.numel()
-    at_cue = _kl_before_answer(pair, prompts, chosen)
+    before_answer = _kl_before_answer(pair, prompts, chosen)
     p_off = _p_target_off(pair, prompts, chosen)
-    off_text = SideEffects(kl / tokens, ce / (tokens - len(text)), p_off, kl_added / tokens, at_cue, tokens)
+    off_text = SideEffects(kl / tokens, ce / (tokens - len(text)), p_off, kl_added / tokens, before_answer, tokens)
     return off_text._replace(**_on_other_tasks(pair, chosen, others)) if others else off_text
 
 
-def other_tasks(task: str, tokenizer: Any, n: int = OTHER_PROMPTS, seed: int = 0) -> list[TaskPairs]:
-    """`n` pairs of every task but one, of those that the tokenizer lets be made."""
+def other_tasks(task: str, tokenizer: Any) -> list[TaskPairs]:
+    """A few pairs of every task but one; a warning names those that the tokenizer does not let be made."""
     found = []
     for other in TASKS:
         if other != task:
             try:
-                found.append(task_pairs(other, tokenizer, n, seed))
-            except ValueError:
-                continue
+                found.append(task_pairs(other, tokenizer, OTHER_PROMPTS))
+            except ValueError as error:
+                warnings.warn(f"side effects leave out the task {other!r}: {error}", stacklevel=2)
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 _ROUNDINGS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[list[tuple], str]] = WeakKeyDictionary()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -21,6 +23,21 @@ def fingerprint(model: nn.Module) -> str:
         if parameter.device.type == "meta":
             raise ValueError(f"parameter {name!r} holds no values (offloaded or meta device): no fingerprint possible")
     return " ".join(f"{label}:{_hash(parameters, dtype)}" for label, dtype in _ROUNDINGS.items())
+
+
+def checked_fingerprint(model: nn.Module) -> str:
+    """The fingerprint, computed once for as long as no parameter was replaced or changed in place.
+
+    Hashing takes seconds for a model of a hundred million parameters, and a loop may check one at every pass. Writes
+    behind autograd's back (through `.data`, in inference mode) go unnoticed: enough for a check, not for a record.
+    """
+    state = [
+        (name, p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.shape)
+        for name, p in model.named_parameters()
+    ]
+    if model not in _KNOWN or _KNOWN[model][0] != state:
+        _KNOWN[model] = state, fingerprint(model)
+    return _KNOWN[model][1]
 
 
 def same_model(one: str, other: str) -> bool:

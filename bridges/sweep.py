@@ -164,12 +164,12 @@ def sweep_prompts(
 ) -> Sweep:
     """`sweep` on prompts that were run."""
     ranking = None
+    most = 1 if channels is None or isinstance(channels, Channels) else channels
+    check_search(most, by, name="channels")
     if isinstance(channels, Channels):
         chosen = channels
         _check(pair, chosen)
     else:
-        most = 1 if channels is None else channels
-        check_search(most, by, name="channels")
         found = find(pair, chosen_on, most, by)
         chosen, ranking = found.best, found.agreement
     site, values = mean_difference(pair.dense, chosen_on)

@@ -6,7 +6,7 @@ from pairs import gpt2, join, sparse_model, toy_task, with_units
 from scipy.stats import spearmanr
 
 import bridges
-from bridges.channels import CONTROLS, find, find_channels, predicted_effects
+from bridges.channels import CONTROLS, Grown, _log_p, _Search, find, find_channels, predicted_effects
 from bridges.intervention import dense_addend, edited_logits, only, random_addends
 from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
 from bridges.steer import steer
@@ -120,8 +120,28 @@ def test_sets_grow_by_one_channel_and_by_what_it_adds(pair, prompts, by):
             kept = chosen.channels[:-1]
             others = [score(chosen._replace(channels=(*kept, c))) for c in range(12) if c not in kept]
             assert score(chosen) == pytest.approx(max(others))
-        margins = [one.margin(by) for one in found.sets]
-        assert margins[-1] == max(margins)
+
+
+@pytest.mark.parametrize(("reached", "kept"), [((0.5, 0.9, 0.93, 0.94), 2), ((0.5, 0.6, 0.7, 0.8), 4), ((0.9, 0.5), 1)])
+def test_the_smallest_set_that_does_nearly_as_much_is_kept(pair, prompts, monkeypatch, reached, kept):
+    """By what it does beyond random directions: here its own P(target) alone, since they do nothing."""
+
+    def grow(search, place, most):
+        chosen = Channels(pair.bridge_set.sites[place[0]], tuple(range(len(reached))), place[1])
+        strength = 1.0 if place == (2, "read") else 0.5  # the other places do less
+        sets = [chosen._replace(channels=chosen.channels[: size + 1]) for size in range(len(reached))]
+        return [Grown(one, strength * p, 0.0, 0.0) for one, p in zip(sets, reached, strict=True)]
+
+    monkeypatch.setattr(_Search, "grow", grow)
+    found = find(pair, prompts, candidates=8)  # one at most: sets are grown everywhere
+    assert found.best == Channels(pair.bridge_set.sites[2], tuple(range(kept)), "read")
+    assert len(found.sets) == kept
+
+
+def test_a_probability_of_zero_leaves_predictions_finite():
+    p = torch.tensor([0.0, 0.5], requires_grad=True)
+    _log_p(p).backward()
+    assert _log_p(p).isfinite() and p.grad.isfinite().all() and p.grad[1] == 1
 
 
 def test_predicted_effects_in_the_sparse_model_are_derivatives_too(pair, prompts):

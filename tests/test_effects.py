@@ -9,6 +9,7 @@ from bridges.circuits.tasks import TASKS, probability
 from bridges.edits import Edit, counterfactual
 from bridges.effects import (
     AGREEMENT_STRENGTHS,
+    OTHER_PROMPTS,
     SHUFFLES,
     _answer,
     _fit,
@@ -75,15 +76,16 @@ def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):
     assert found.kl_other_tasks is None and found.solved_other_tasks is None and "solved" not in str(found)
 
 
-def test_other_tasks_are_those_that_the_tokenizer_lets_be_made(monkeypatch):
-    def made(name, tokenizer, n, seed):
+def test_other_tasks_are_those_that_the_tokenizer_lets_be_made_and_the_rest_is_named(monkeypatch):
+    def made(name, tokenizer, n):
         if name == "var_swap":
             raise ValueError("no room")
-        assert (tokenizer, n, seed) == ("a tokenizer", 3, 4)
+        assert (tokenizer, n) == ("a tokenizer", OTHER_PROMPTS)
         return toy_task()._replace(task=name)
 
     monkeypatch.setattr("bridges.effects.task_pairs", made)
-    found = other_tasks("for_while", "a tokenizer", 3, 4)
+    with pytest.warns(UserWarning, match="leave out the task 'var_swap': no room"):
+        found = other_tasks("for_while", "a tokenizer")
     assert [one.task for one in found] == [name for name in TASKS if name not in ("for_while", "var_swap")]
 
 
@@ -152,6 +154,12 @@ def test_the_control_edits_other_channels_that_the_prompts_change(pair, prompts,
     changed = {c for c in range(12) if prompts.streams[2][..., c].any()} - set(CHOSEN.channels)
     assert len(controls) == SHUFFLES and all(len(set(one)) == 2 and set(one) <= changed for one in controls)
     assert len(set(controls)) > 1
+
+
+def test_without_enough_other_channels_there_is_no_control(pair, prompts):
+    """Width 12: seven channels leave five."""
+    found = intervention_agreement(pair, prompts, CHOSEN._replace(channels=tuple(range(7))))
+    assert found.r_squared_shuffled is None and "shuffled channels none" in str(found)
 
 
 def test_answers_that_are_impossible_to_the_last_bit_stay_finite():

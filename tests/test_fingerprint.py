@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridges.fingerprint import fingerprint, same_model
+from bridges.fingerprint import checked_fingerprint, fingerprint, same_model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -54,3 +54,31 @@ def test_names_and_shapes_count_and_the_sign_of_zero_does_not():
 def test_values_that_are_elsewhere_are_refused_by_name():
     with pytest.raises(ValueError, match=r"parameter '0.weight' holds no values"):
         fingerprint(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta")))
+
+
+def test_a_check_hashes_a_model_once_until_a_parameter_changes(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr("bridges.fingerprint.fingerprint", lambda model: calls.append(model) or fingerprint(model))
+    model = tiny("gpt2")
+    assert checked_fingerprint(model) == checked_fingerprint(model) == fingerprint(model) and len(calls) == 1
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    changes = [
+        lambda: torch.optim.SGD([weight], lr=1.0).step(),
+        lambda: weight.mul_(2),
+        lambda: model.load_state_dict(tiny("gpt2", seed=1).state_dict()),
+        lambda: setattr(weight, "data", torch.zeros_like(weight)),
+        lambda: model.to(torch.bfloat16),
+    ]
+    weight.grad = torch.ones_like(weight)
+    for change in changes:
+        with torch.no_grad():
+            change()
+        assert checked_fingerprint(model) == fingerprint(model)
+    assert len(calls) == 1 + len(changes)
+    assert checked_fingerprint(tiny("gpt2", seed=2)) != checked_fingerprint(model)
+
+
+def test_a_model_made_in_inference_mode_can_be_checked(tiny):
+    with torch.inference_mode():
+        model = nn.Linear(3, 2)
+    assert checked_fingerprint(model) == fingerprint(model)

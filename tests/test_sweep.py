@@ -120,3 +120,8 @@ def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
 def test_what_cannot_be_is_refused(pair, prompts, chosen, message):
     with pytest.raises(ValueError, match=message):
         sweep_prompts(pair, *prompts, chosen, (1.0,))
+
+
+def test_by_is_checked_where_channels_are_given_too(pair, prompts, unchecked):
+    with pytest.raises(ValueError, match="by='sparse' must be one of dense, both"):
+        sweep_prompts(pair, *prompts, CHOSEN, (1.0,), by="sparse")
