@@ -27,9 +27,9 @@ SEARCHES: dict[str, tuple[int, By]] = {
 }
 SOLVED, TURNED = 0.9, 0.5
 COLUMNS = (
-    "task | solved: dense, sparse | edit | P(target) at 0 | at 1 [95 %] | random | mean diff., same norm | probe "
-    "| all channels | in the sparse model | agreement R2 (shuffled) | off: KL on text, on other tasks, P(target) "
-    "| added everywhere: KL"
+    "task | solved: dense, sparse | edit | P(target) at 0 | at 1 [95 %] | either way round | random "
+    "| mean diff., same norm | probe | all channels | in the sparse model | agreement R2 (shuffled) "
+    "| off: KL on text, on other tasks, P(target) | added everywhere: KL"
 )
 
 
@@ -42,6 +42,7 @@ def line(found: bridges.Sweep) -> str:
         f"{len(channels)} at {site}, {at}",
         f"{curve.mean[0]:.3f}",
         f"{curve.mean[-1]:.3f} [{curve.low[-1]:.2f}, {curve.high[-1]:.2f}]",
+        ", ".join(f"{p:.2f}" for p in found.p_target_by_direction),
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("random_direction", "mean_difference_equal_norm", "probe")),
         *(f"{one[f'p_target_{name}']:.3f}" for name in ("all_channels", "sparse_model")),
         f"{found.agreement.r_squared:.2f} ({control(found):.2f})",
@@ -61,7 +62,10 @@ def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
     """How many of the tasks that the dense model solves are turned, and means over those and over all solved ones."""
     solved = [one for one in found if round(one.accuracy_dense, 4) >= SOLVED]  # it is float32's mean
     turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
-    lines = [f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks"]
+    one_way = sum(max(one.p_target_by_direction) > TURNED for one in solved)
+    lines = [
+        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks, one way round on {one_way}"
+    ]
     for what, of in (("those turned", turned), ("all solved", solved)):
         if of:
             columns = [
@@ -72,10 +76,13 @@ def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
                 [one.effects.kl for one in of],  # pyright: ignore[reportOptionalMemberAccess]
             ]
             random, inside, r_squared, shuffled, off = (sum(column) / len(of) for column in columns)
-            under = sum(p < 0.1 for p in columns[0])
+            under, slight = sum(p < 0.1 for p in columns[0]), sum(kl < 0.05 for kl in columns[-1])
+            both = sum(p < 0.1 and kl < 0.05 for p, kl in zip(columns[0], columns[-1], strict=True))
+            channels = sum(len(one.chosen.channels) for one in of) / len(of)
             lines.append(
-                f"  mean over {what}: random directions {random:.3f} (under 0.1 on {under}), the sparse model "
-                f"{inside:.3f}, agreement R2 {r_squared:.2f}, shuffled {shuffled:.2f}, KL of off {off:.3f}"
+                f"  mean over {what}: channels {channels:.1f}, random directions {random:.3f} (under 0.1 on {under}), "
+                f"the sparse model {inside:.3f}, agreement R2 {r_squared:.2f}, shuffled {shuffled:.2f}, KL of off "
+                f"{off:.3f} (under 0.05 on {slight}; with random under 0.1 on {both})"
             )
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 import bridges
 from bridges import demo as module
@@ -16,16 +15,6 @@ INTERFACE = {
     "p_target_all_channels",
     "p_target_sparse_model",
 }
-
-
-def test_the_bundled_pair_is_sparse_and_closes_quotes():
-    pair = bridges.load_pair()
-    parameters = list(pair.sparse.parameters())
-    assert sum(int(p.count_nonzero()) for p in parameters) <= 0.02 * sum(p.numel() for p in parameters)
-    for text, answer in (("print('hello world", "')"), ('print("hello world', '")')):
-        ids = torch.tensor([[0, *pair.tokenizer(text).input_ids]])
-        for model in (pair.dense, pair.sparse):
-            assert pair.tokenizer.decode(model(ids).logits[0, -1].argmax()) == answer
 
 
 @pytest.mark.slow
