@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.files import read_json, write_json
+from bridges.intervention import changed_reads
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import frozen
 from bridges.models.residual import ResidualModel
@@ -109,16 +110,10 @@ def counterfactual(
     dn[t] = n^s_counterfactual[t] - n^s_presented[t] in read units, of both prompts through the sparse model; zero on
     padding and after the prompt. ValueError unless the prompts have one shape.
     """
-    if input_ids.shape != counterfactual_ids.shape:
-        raise ValueError(
-            f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
-            "one shape; use pairs of equal token length"
-        )
     chain = as_residual(sparse)
     index = chain.index(site)
     if not 0 <= channel < chain.d_model:
         raise ValueError(f"channel={channel} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels")
     with frozen(chain.model), torch.no_grad():
-        shown, other = (chain.reads(ids, attention_mask)[index] for ids in (input_ids, counterfactual_ids))
-    delta = (other - shown)[..., channel]
-    return Edit(site, channel, delta if attention_mask is None else delta * attention_mask.to(delta), "add")
+        dn = changed_reads(chain, input_ids, counterfactual_ids, attention_mask)[index]
+    return Edit(site, channel, dn[..., channel], "add")

@@ -6,7 +6,7 @@ What stands here computes the intervention on a `ResidualModel`; `steer` makes a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,32 +18,24 @@ from bridges.training.hybrid import ModelPair
 At = Literal["read", "residual"]
 
 
-class ReadChange(NamedTuple):
-    """What a counterfactual prompt changes in the sparse model's reads at one site."""
-
-    site: int
-    """Index of the bridge."""
-    delta: Float[Tensor, "b s d_sparse"]
-    """n_counterfactual - n_presented, in read units; zero on padding."""
-
-
-def counterfactual_changes(
-    pair: ModelPair,
+def changed_reads(
+    sparse: ResidualModel,
     input_ids: Int[Tensor, "b s"],
     counterfactual_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b s"] | None = None,
-) -> list[ReadChange]:
-    """dn of every channel at every bridged site; ValueError unless both prompts have one shape."""
+) -> list[Float[Tensor, "b s d_sparse"]]:
+    """dn at every site of the sparse model: n_counterfactual - n_presented in read units, zero on padding.
+
+    ValueError unless both prompts have one shape.
+    """
     if input_ids.shape != counterfactual_ids.shape:
         raise ValueError(
             f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
             "one shape; use pairs of equal token length"
         )
-    presented = pair.sparse.reads(input_ids, attention_mask)
-    changed = pair.sparse.reads(counterfactual_ids, attention_mask)
+    presented, changed = (sparse.reads(ids, attention_mask) for ids in (input_ids, counterfactual_ids))
     real = 1 if attention_mask is None else attention_mask[..., None].to(presented[0].device)
-    sites = [pair.site("sparse", i) for i in range(len(pair.bridge_set))]
-    return [ReadChange(i, (changed[site] - presented[site]) * real) for i, site in enumerate(sites)]
+    return [(other - shown) * real for shown, other in zip(presented, changed, strict=True)]
 
 
 def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:

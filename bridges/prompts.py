@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs, probability, task_pairs
-from bridges.intervention import At, counterfactual_changes, dense_addend, edited_logits, only, sparse_delta
+from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
 from bridges.models.residual import ResidualModel
@@ -71,8 +71,9 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     """Run both models on the presented prompts, the sparse one on their counterfactuals too."""
     pairs = pairs.to(pair.dense.device)
     traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
-    changes = counterfactual_changes(pair, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    return Prompts(pairs, traces, [c.delta for c in changes], [sparse_delta(pair, c.site, c.delta) for c in changes])
+    changed = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
+    reads = [changed[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
+    return Prompts(pairs, traces, reads, [sparse_delta(pair, i, dn) for i, dn in enumerate(reads)])
 
 
 def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:

@@ -7,7 +7,7 @@ from pairs import MASK, gpt2, join, neox, relative, sparse_model, tokens
 from bridges.intervention import (
     as_read,
     as_read_adjoint,
-    counterfactual_changes,
+    changed_reads,
     dense_addend,
     edited_logits,
     only,
@@ -54,7 +54,7 @@ def naive_addend(pair, site, channel, dn, at, gains):
 def test_one_channel_is_the_written_out_formula(pair, at):
     ids, other = prompts()
     with torch.no_grad():
-        dn = counterfactual_changes(pair, ids, other)[SITE].delta
+        dn = changed_reads(pair.sparse, ids, other)[SITE]
         channel = int(dn.abs().amax((0, 1)).argmax())
         addend = dense_addend(pair, SITE, only(sparse_delta(pair, SITE, dn), [channel]), at)
         sparse, dense = pair.sparse.model, pair.dense.model
@@ -64,7 +64,7 @@ def test_one_channel_is_the_written_out_formula(pair, at):
     assert relative(addend, naive) < 1e-10
 
 
-def test_counterfactual_changes_are_differences_of_the_first_matrix_inputs(pair):
+def test_changed_reads_are_differences_of_the_first_matrix_inputs(pair):
     ids, other = prompts()
     seen = []
     handle = pair.sparse.model.transformer.h[1].attn.c_attn.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
@@ -72,7 +72,7 @@ def test_counterfactual_changes_are_differences_of_the_first_matrix_inputs(pair)
         pair.sparse.model(ids, attention_mask=MASK)
         pair.sparse.model(other, attention_mask=MASK)
         handle.remove()
-        change = counterfactual_changes(pair, ids, other, MASK)[SITE].delta
+        change = changed_reads(pair.sparse, ids, other, MASK)[SITE]
     assert torch.equal(change[MASK.bool()], (seen[1] - seen[0])[MASK.bool()])
     assert not change[~MASK.bool()].any()
 
@@ -132,4 +132,4 @@ def test_channels_with_zero_gain_move_nothing(pair):
 def test_prompts_of_unequal_shape_are_refused():
     pair = join(neox(), sparse_model())
     with pytest.raises(ValueError, match=r"\(4, 7\).*\(4, 6\).*one shape"):
-        counterfactual_changes(pair, tokens(), tokens(width=6))
+        changed_reads(pair.sparse, tokens(), tokens(width=6))
