@@ -17,6 +17,7 @@ Answer = str | re.Pattern[str]
 
 NEW_LINE = re.compile(r"\n")
 WORD = re.compile(r" ?[A-Za-z_]")
+NEXT_WORD = re.compile(r" [A-Za-z_]")
 
 
 class Example(NamedTuple):
@@ -72,9 +73,9 @@ def class_init(rng: random.Random) -> Example:
 
 def with_as(rng: random.Random) -> Example:
     """`with open(...)` goes on with `as`, an assignment ends there."""
-    quote, handle = rng.choice("'\""), rng.choice(("f", "file", "handle"))
+    quote, handle, filler = rng.choice("'\""), rng.choice(("f", "file", "handle")), _filler(rng)
     one, other = (f"open({quote}{_file(rng, READ_NAMES)}{quote})" for _ in range(2))
-    return Example(f"with {one}", " as", f"{handle} = {other}", NEW_LINE)
+    return Example(f"{filler}with {one}", " as", f"{filler}{handle} = {other}", NEW_LINE)
 
 
 def bracket_brace(rng: random.Random) -> Example:
@@ -87,9 +88,9 @@ def bracket_brace(rng: random.Random) -> Example:
 
 def with_open(rng: random.Random) -> Example:
     """A file named as a source is opened to read, one named as a result to write."""
-    quote, ending = rng.choice("'\""), rng.choice(EXTENSIONS)
+    quote, ending, filler = rng.choice("'\""), rng.choice(EXTENSIONS), _filler(rng)
     first, second = (
-        f"with open({quote}{rng.choice(names)}.{ending}{quote}, {quote}" for names in (READ_NAMES, WRITE_NAMES)
+        f"{filler}with open({quote}{rng.choice(names)}.{ending}{quote}, {quote}" for names in (READ_NAMES, WRITE_NAMES)
     )
     return Example(first, f"r{quote}", second, f"w{quote}")
 
@@ -110,7 +111,7 @@ def else_elif(rng: random.Random) -> Example:
     """`else` ends in a colon, `elif` goes on with a condition."""
     test, name = rng.choices(NAMES, k=2)
     head = f"if {test}:\n    {name} = {rng.randint(0, 20)}\n"
-    return Example(f"{head}else", ":", f"{head}elif", WORD)
+    return Example(f"{head}else", ":", f"{head}elif", NEXT_WORD)
 
 
 def fstring_brace(rng: random.Random) -> Example:

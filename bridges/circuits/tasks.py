@@ -48,16 +48,20 @@ class TaskPairs(NamedTuple):
 
 
 def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int = 96) -> TaskPairs:
-    """`n` different pairs of a task, half presented from either side; the same seed gives the same pairs.
+    """`n` pairs of a task, half presented from either side; the same seed gives the same pairs.
 
-    Both prompts of a pair have one length in tokens. Where both answers begin with the same tokens, those are moved
-    to the prompts, so the first token always tells the answers apart. ValueError for an unknown task, or when
-    the tokenizer does not let `n` pairs be made: it names the rule that was broken most often.
+    No prompt stands in two pairs, so any rows of them share none with the others. Both prompts of a pair have one
+    length in tokens. Where both answers begin with the same tokens, those are moved to the prompts, so the first token
+    always tells the answers apart. ValueError for an unknown task, for n under 1, or when the tokenizer does not let
+    `n` pairs be made: it names the rule that was broken most often.
     """
     if task not in EXAMPLES:
         raise ValueError(f"task={task!r} is unknown; tasks are {', '.join(TASKS)}")
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1 pair")
     rng, broken = random.Random(f"{task} {seed}"), Counter[str]()
-    pairs: dict[tuple[int, ...], _Encoded] = {}
+    pairs: list[_Encoded] = []
+    drawn: set[tuple[int, ...]] = set()
     for draw in range(TRIES_PER_EXAMPLE * n):
         example = EXAMPLES[task](rng)
         if draw >= PLAIN_TRIES_PER_EXAMPLE * n:
@@ -65,12 +69,13 @@ def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int
         encoded = _encode(tokenizer, example, max_tokens)
         if isinstance(encoded, str):
             broken[encoded] += 1
-        elif (key := tuple(encoded.first + encoded.second)) in pairs:
-            broken["the pair was drawn before"] += 1
+        elif not drawn.isdisjoint(prompts := (tuple(encoded.first), tuple(encoded.second))):
+            broken["one of their prompts was drawn before"] += 1
         else:
-            pairs[key] = encoded
+            pairs.append(encoded)
+            drawn.update(prompts)
         if len(pairs) == n:
-            return _stack(task, list(pairs.values()))
+            return _stack(task, pairs)
     rule, times = broken.most_common(1)[0]
     raise ValueError(
         f"task={task!r}: only {len(pairs)} of n={n} pairs could be made with this tokenizer; {times} draws were "

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bridges.circuits.examples import EXAMPLES, NEW_LINE, WORD
+from bridges.circuits.examples import EXAMPLES, NEW_LINE, NEXT_WORD, WORD
 from bridges.circuits.tasks import TASKS
 
 # What completes a prompt and its answer to a whole program, for the first prompt and for the second.
@@ -50,7 +50,7 @@ SYNTACTIC = (
 
 
 def text(answer):
-    return {NEW_LINE: "\n", WORD: " value"}[answer] if isinstance(answer, re.Pattern) else answer
+    return {NEW_LINE: "\n", WORD: " value", NEXT_WORD: " value"}[answer] if isinstance(answer, re.Pattern) else answer
 
 
 def parses(program):

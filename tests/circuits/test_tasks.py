@@ -53,9 +53,9 @@ EXPECTED = {
         " +=",
     ),
     "class_init": (r"class (.|\n)*__init__(.|\n)*self\.(?P<v>\w+) =", None, r"class (.|\n)*self\.(?P<v>\w+) =", None),
-    "with_as": (r"with open\(.*\)", " as", r"(f|file|handle) = open\(.*\)", "\n"),
+    "with_as": (r".+\nwith open\(.*\)", " as", r".+\n(f|file|handle) = open\(.*\)", "\n"),
     "bracket_brace": (rf"{NAME} = {{({NAME}: {NAME}, )+{NAME}", ":", rf"{NAME} = \[({NAME}, )+{NAME}", ","),
-    "with_open": (r"with open\((['\"]).*\1, \1", "r", r"with open\((['\"]).*\1, \1", "w"),
+    "with_open": (r".+\nwith open\((['\"]).*\1, \1", "r", r".+\nwith open\((['\"]).*\1, \1", "w"),
     "bracket_counting": (rf"{NAME} = \[\d+, \d+, \d+", "]", rf"{NAME} = \[\[\d+, \d+, \d+", "]]"),
     "for_while": (rf"{LINE}for {NAME}", " in", rf"{LINE}while {NAME}", ":"),
     "else_elif": (rf"if {NAME}:\n.*\nelse", ":", rf"if {NAME}:\n.*\nelif", None),
@@ -155,6 +155,16 @@ def test_shared_beginnings_of_answers_go_to_the_prompts(monkeypatch):
         task_pairs("for_while", Characters(), 1)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_no_prompt_is_shared_by_what_channels_are_chosen_on_and_what_is_reported(task, tokenizer):
+    pairs = task_pairs(task, tokenizer, 264)
+    sides = (pairs.input_ids.tolist(), pairs.counterfactual_ids.tolist())
+    chosen_on, reported = (
+        {tuple(row) for side in sides for row in side[part]} for part in (slice(64), slice(64, None))
+    )
+    assert not chosen_on & reported and len(chosen_on | reported) == 2 * 264
+
+
 def test_the_seed_decides_the_pairs_and_rows_cut_them(tokenizer):
     one, same, other = (task_pairs("for_while", tokenizer, 8, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.input_ids, same.input_ids)
@@ -191,6 +201,7 @@ class Joining(Characters):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("for_while", Characters(), 0), "n=0 must be at least 1 pair"),
         (("swap", Characters(), 2), "task='swap' is unknown; tasks are single_double_quote, "),
         (
             ("single_double_quote", Joining(), 2),
@@ -207,5 +218,5 @@ def test_what_cannot_be_made_is_refused_with_the_rule(arguments, message):
 def test_more_pairs_than_there_are_is_refused(tokenizer, monkeypatch):
     monkeypatch.setitem(EXAMPLES, "for_while", lambda rng: Example("for a", " in", "while a", ":"))
     monkeypatch.setattr(tasks, "with_fillers", lambda example, rng: example)
-    with pytest.raises(ValueError, match=r"only 1 of n=3 pairs .* because the pair was drawn before"):
+    with pytest.raises(ValueError, match=r"only 1 of n=3 pairs .* because one of their prompts was drawn before"):
         task_pairs("for_while", tokenizer, 3)
