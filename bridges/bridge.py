@@ -163,7 +163,11 @@ class BridgeSet(nn.Module):
         if not folder.is_dir():
             if folder.is_absolute() or str(path).count("/") != 1:
                 raise OSError(f"path={str(path)!r} is neither a bridge folder nor a hub id (owner/name)")
-            folder = Path(snapshot_download(str(path), **hub))
+            try:
+                folder = Path(snapshot_download(str(path), **hub))
+            except (OSError, ValueError) as error:  # offline, or no such repository: the hub does not name the path
+                reason = " ".join(str(error).split())
+                raise OSError(f"path={str(path)!r} is no folder here, and the hub did not give it: {reason}") from error
         if not (folder / "config.json").is_file():
             raise OSError(f"path={str(path)!r} has no config.json: not a bridge folder")
         config = read_json(folder / "config.json")

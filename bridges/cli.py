@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 import tomli_w
+import torch
 import typer
 from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
@@ -203,6 +204,14 @@ def _source(tables: dict[str, Any], side: str) -> Any:
     path = arguments.pop("path")
     if not isinstance(path, str):
         raise ValueError(f"[{side}] path={path!r} is no text; give a folder or a hub id")
+    known = ("dtype", "device_map", "revision")
+    if unknown := sorted(arguments.keys() - set(known)):
+        raise ValueError(
+            f"[{side}] {unknown[0]}={arguments[unknown[0]]!r} is unknown; known are path, {', '.join(known)}"
+        )
+    dtype = arguments.get("dtype", "auto")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"[{side}] dtype={dtype!r} is none of torch's; give float32, bfloat16, float16 or auto")
     return load_model(path, **arguments) if arguments else path
 
 

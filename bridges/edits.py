@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bridges.bridge import BridgeSet
 from bridges.files import read_json, write_json
 from bridges.intervention import changed_reads
 from bridges.models.huggingface import as_residual
@@ -44,6 +46,8 @@ class Edit:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} must be one of {', '.join(get_args(Mode))}")
+        if isinstance(self.channel, Integral) and not isinstance(self.channel, bool):
+            object.__setattr__(self, "channel", int(self.channel))  # numpy's integers are no int
         if isinstance(self.channel, bool) or not isinstance(self.channel, int) or self.channel < 0:
             raise ValueError(f"channel={self.channel!r} must be an index of the sparse stream, 0 or more")
         if isinstance(self.value, Tensor):
@@ -51,7 +55,7 @@ class Edit:
         elif not isinstance(self.value, int | float) or not math.isfinite(self.value):
             raise ValueError(f"value={self.value!r} must be a finite number or a tensor [batch, seq]")
         if self.positions is not None:
-            positions = [self.positions] if isinstance(self.positions, int) else list(self.positions)
+            positions = [self.positions] if isinstance(self.positions, int | float) else list(self.positions)
             if not all(isinstance(p, int) and not isinstance(p, bool) for p in positions):
                 raise ValueError(f"positions={self.positions!r} must be integers or None")
             object.__setattr__(self, "positions", tuple(positions))
@@ -80,21 +84,53 @@ class Edit:
         """The inverse of `to_dict`; ValueError for a key that is unknown or missing."""
         if wrong := sorted(values.keys() ^ set(NAMES)):
             raise ValueError(f"an edit has the keys {', '.join(NAMES)}; {wrong[0]!r} is unknown or missing")
-        value = torch.tensor(values["value"]) if isinstance(values["value"], list) else values["value"]
+        value = _tensor(values["value"]) if isinstance(values["value"], list) else values["value"]
         return cls(**{**values, "value": value})
 
 
-def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
+def _tensor(rows: list) -> Float[Tensor, "batch seq"]:
+    """float32 where that holds every number, else float64."""
+    if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        raise ValueError(f"value={str(rows)[:40]}... must be one number, or rows of numbers that are equally long")
+    wide = torch.tensor(rows, dtype=torch.float64)
+    return narrow if torch.equal((narrow := wide.float()).double(), wide) else wide
+
+
+def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
     """Write edits as JSON."""
-    write_json(path, {"edits": [edit.to_dict() for edit in edits]})
+    write_json(path, {"edits": [edit.to_dict() for edit in ([edits] if isinstance(edits, Edit) else edits)]})
 
 
 def load_edits(path: str | Path) -> list[Edit]:
     """Read what `save_edits` wrote; ValueError names a file that is something else."""
     content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("edits"), list):
-        raise ValueError(f"{path} holds no edits; it must be JSON with a list under 'edits'")
-    return [Edit.from_dict(values) for values in content["edits"]]
+    found = content.get("edits") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(values, dict) for values in found):
+        raise ValueError(f"{path} holds no edits; it must be JSON with a list of objects under 'edits'")
+    return [Edit.from_dict(values) for values in found]
+
+
+def check_edits(bridge_set: BridgeSet, edits: Sequence[Edit], strength: float = 1.0) -> None:
+    """ValueError unless the bridges can push these edits into a dense model."""
+    if not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r} must be a finite number")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise ValueError(f"edits holds {edit!r}; it must be an Edit or a list of them")
+        if edit.site not in bridge_set.sites:
+            raise ValueError(f"site={edit.site!r} has no bridge; there are {', '.join(bridge_set.sites)}")
+        bridge = bridge_set[edit.site]
+        if edit.channel >= len(bridge.gain_sparse):
+            raise ValueError(f"channel={edit.channel} is over the sparse stream's {len(bridge.gain_sparse)} channels")
+        if bridge.gain_sparse[edit.channel] == 0:
+            raise ValueError(
+                f"channel={edit.channel} at site={edit.site!r} has gain 0: no read shows it, so none can edit it"
+            )
+        units = torch.stack([bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse[edit.channel].double()])
+        if units.isnan().any():
+            raise ValueError(
+                f"site={edit.site!r}: R and the gain were not measured; bridges that fit() returns have them"
+            )
 
 
 def counterfactual(

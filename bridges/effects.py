@@ -21,6 +21,7 @@ from bridges.ops.kl import kl_divergence
 from bridges.prompts import (
     Channels,
     Prompts,
+    check_channels,
     logits_under,
     model_pair,
     pairs_of,
@@ -241,7 +242,10 @@ def constant_edits(
     Each channel's mean change, over `n` pairs of the task, at the token it changes most; `direction` 0 takes the task's
     first prompt to its second.
     """
+    if direction not in (0, 1) or n < 2:
+        raise ValueError(f"direction={direction} must be 0 or 1, and n={n} at least 2, which holds both ways round")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
+        check_channels(pair, chosen)
         prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
         i = bridge_set.index(chosen.site)
         bridge = bridge_set[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from os import PathLike
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def evaluate(
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    seq_len = bridge_set.provenance.get("fit", {}).get("seq_len")
+    seq_len = bridge_set.provenance.get("fit", {}).get("seq_len") if isinstance(data, str | PathLike) else None
     sources = (pair.dense.model, pair.sparse.model)
     rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, sources, seq_len)
     return measure(pair, rows.in_order(batch_size), settings=bridge_set.provenance.get("fit", {}))
@@ -93,7 +94,8 @@ def sum_terms(pair: ModelPair, batches: Iterable[Batch], means: list[tuple[Tenso
         traces = trace_pair(pair, *batch)
         for i in range(n):
             sums[i] += torch.tensor(
-                [*_reconstruction(pair, traces, i), *_hybrids(pair, traces, i, means[i])], dtype=torch.float64
+                [*_reconstruction(pair, traces, i, means[i][0]), *_hybrids(pair, traces, i, means[i])],
+                dtype=torch.float64,
             )
         sparse = traces.sparse.logits
         own = [ce_sum(traces, traces.dense.logits), ce_sum(traces, sparse), kl_of(traces, sparse)]
@@ -101,17 +103,17 @@ def sum_terms(pair: ModelPair, batches: Iterable[Batch], means: list[tuple[Tenso
     return sums
 
 
-def _reconstruction(pair: ModelPair, traces: Traces, i: int) -> list[float]:
-    """Numerators of nmse_encode, its floor, nmse_decode, and nmse_decode with tokens shuffled."""
+def _reconstruction(pair: ModelPair, traces: Traces, i: int, mean: Tensor) -> list[float]:
+    """Numerators of nmse_encode, its floor and nmse_decode; then sum |g(h_s) - mean of h_d|^2, for shuffled tokens."""
     encode, decode = squared_errors(pair, traces, i)
     bridge = pair.bridge_set[i]
     context = traces.dense.context
     counted = counted_tokens(context.input_ids, context.attention_mask)
-    h_dense, h_sparse = (h[counted.to(h.device)].to(bridge.decoder_weight.dtype) for h in residuals_at(pair, traces, i))
+    h_sparse = residuals_at(pair, traces, i)[1]
+    h_sparse = h_sparse[counted.to(h_sparse.device)].to(bridge.decoder_weight.dtype)
     floor = (abs_topk(h_sparse, bridge.k) - h_sparse).square().sum()
-    order = torch.randperm(len(h_sparse), generator=torch.Generator().manual_seed(i)).to(h_sparse.device)
-    shuffled = (bridge.decode(h_sparse[order]) - h_dense).square().sum()
-    return [term.double().item() for term in (encode, floor, decode, shuffled)]
+    from_mean = (bridge.decode(h_sparse) - mean.to(h_sparse)).square().sum()
+    return [term.double().item() for term in (encode, floor, decode, from_mean)]
 
 
 def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, ...]) -> list[float]:
@@ -135,7 +137,7 @@ def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any
     sites = []
     for i, name in enumerate(pair.bridge_set.sites):
         var_dense, var_sparse = scale.variance_dense[i].item(), scale.variance_sparse[i].item()
-        encode, floor, decode, shuffled, *kls_and_ces = sums[i].tolist()
+        encode, floor, decode, from_mean, *kls_and_ces = sums[i].tolist()
         kls = [kl / tokens for kl in kls_and_ces[:4]]
         ces = [ce / predictions for ce in kls_and_ces[4:]]
         sites.append(
@@ -144,7 +146,8 @@ def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any
                 nmse_encode=_ratio(encode, var_sparse),
                 nmse_encode_floor=_ratio(floor, var_sparse),
                 nmse_decode=_ratio(decode, var_dense),
-                nmse_decode_shuffled=_ratio(shuffled, var_dense),
+                # The mean over all pairings of predictions p with targets t: |p - t|^2 sums to |p - m|^2 + |t - m|^2.
+                nmse_decode_shuffled=_ratio(from_mean + var_dense, var_dense),
                 kl_dense_to_sparse=kls[0],
                 kl_sparse_to_dense=kls[1],
                 kl_dense_to_sparse_mean_ablation=kls[2],

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.edits import Edit
+from bridges.edits import Edit, check_edits
 from bridges.files import replacing, write_tensors
 from bridges.models.huggingface import as_residual
 from bridges.models.residual import ResidualModel, Site
@@ -21,10 +21,12 @@ def directions(
 ) -> dict[str, Float[Tensor, " d_dense"]]:
     """What fixed edits add to the dense stream at every position (`at="residual"`), by dense site.
 
-    ValueError for an edit that is not one number added everywhere.
+    ValueError for an edit that is not one number added everywhere, or that these bridges do not know.
     """
     found: dict[str, Tensor] = {}
-    for edit in [edits] if isinstance(edits, Edit) else edits:
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    check_edits(bridge_set, edits, strength)
+    for edit in edits:
         if not edit.constant:
             raise ValueError(
                 f"mode={edit.mode!r} at channel={edit.channel}: only an edit that adds one number at every position is "

@@ -39,6 +39,8 @@ RMS_TOKENS = 65_536
 """Tokens over which R of the interventions is measured."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # a notebook may have switched gradients off
 def fit(
     dense: nn.Module | str | Path,
     sparse: nn.Module | str | Path,

@@ -43,6 +43,11 @@ class Window:
             raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
         if self.start == 0 and width < value.shape[1]:
             raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {(rows, width)}")
+        if self.start == 0 and width > value.shape[1] and not self.real[:, 0].all():
+            raise ValueError(
+                f"value={tuple(value.shape)} is shorter than the prompts, {(rows, width)}, which are padded on the "
+                "left; make it of the padded prompts"
+            )
         here = value[:, self.start : self.start + width].to(self.real.device)
         here = F.pad(here, (0, width - here.shape[1]))
         return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,19 @@ def model_pair(
         for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, torch.no_grad()):
             stack.enter_context(context)
         yield pair
+
+
+def check_channels(pair: ModelPair, chosen: Channels) -> None:
+    """ValueError unless these channels stand at a bridged site, where their edit can enter."""
+    if chosen.site not in pair.bridge_set.sites:
+        raise ValueError(f"site={chosen.site!r} has no bridge; there are {', '.join(pair.bridge_set.sites)}")
+    if chosen.at not in get_args(At):
+        raise ValueError(f"at={chosen.at!r} must be one of {', '.join(get_args(At))}")
+    width = pair.sparse.d_model
+    if not chosen.channels:
+        raise ValueError("channels=() names none; give at least one")
+    if wrong := [channel for channel in chosen.channels if not 0 <= channel < width]:
+        raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
 def pairs_of(task: str | TaskPairs, dense: nn.Module | ResidualModel, tokenizer: Any, n: int, seed: int) -> TaskPairs:

@@ -30,7 +30,7 @@ class SiteFigures:
     kl_sparse_to_dense_mean_ablation: float
     """The same with the dense model's mean residual in place of the decoder's output."""
     nmse_decode_shuffled: float
-    """NMSE of the decoder when it is given other tokens' residuals."""
+    """NMSE of the decoder when it is given another token's residual: the mean over all pairings of tokens."""
     ce_recovered_dense_to_sparse: float
     """Cross-entropy recovered between mean ablation (0) and the dense model (1)."""
     ce_recovered_sparse_to_dense: float

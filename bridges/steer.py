@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import Cache
+from transformers.utils.generic import ModelOutput
 
 from bridges.bridge import BridgeSet
-from bridges.edits import Edit
+from bridges.edits import Edit, check_edits
 from bridges.intervention import At, as_read
 from bridges.models.huggingface import as_residual
-from bridges.models.probing import evaluation
+from bridges.models.probing import base_model, evaluation
 from bridges.models.residual import ResidualModel, Visitor, position_ids
 from bridges.models.shadow import Pass, Shadow, leading_pass
 from bridges.placing import Place, Window, place_of
@@ -47,7 +50,10 @@ def steer(
     other than those the bridges were fitted to (unless `check_models` is False).
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    _check(bridge_set, edits, strength, at, source)
+    for name, value, known in (("at", at, get_args(At)), ("source", source, get_args(Source))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    check_edits(bridge_set, edits, strength)
     if not edits or strength == 0:
         yield
         return
@@ -59,29 +65,6 @@ def steer(
         steering = _Steering(chain, beside, bridge_set, edits, strength, at, source)
     with steering.installed():
         yield
-
-
-def _check(bridge_set: BridgeSet, edits: list[Edit], strength: float, at: str, source: str) -> None:
-    for name, value, known in (("at", at, get_args(At)), ("source", source, get_args(Source))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength={strength} must be a finite number")
-    for edit in edits:
-        if edit.site not in bridge_set.sites:
-            raise ValueError(f"site={edit.site!r} has no bridge; there are {', '.join(bridge_set.sites)}")
-        bridge = bridge_set[edit.site]
-        if edit.channel >= len(bridge.gain_sparse):
-            raise ValueError(f"channel={edit.channel} is over the sparse stream's {len(bridge.gain_sparse)} channels")
-        if bridge.gain_sparse[edit.channel] == 0:
-            raise ValueError(
-                f"channel={edit.channel} at site={edit.site!r} has gain 0: no read shows it, so none can edit it"
-            )
-        units = torch.stack([bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse[edit.channel].double()])
-        if units.isnan().any():
-            raise ValueError(
-                f"site={edit.site!r}: R and the gain were not measured; bridges that fit() returns have them"
-            )
 
 
 class _Steering:
@@ -104,21 +87,35 @@ class _Steering:
         ]
         self.places.sort(key=lambda place: place.dense_site)
         self.readers = {p.bridge: _readers(dense, bridge_set, p) for p in self.places} if at == "read" else {}
-        self.idle = False
+        self.idle = self.running = False
         self.window: Window | None = None
         self._prompt: Tensor | None = None
+        self._width = 0
+        named = (edit.positions for edit in edits if edit.positions is not None)
+        self.from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
         reading = [place for place in self.places if place.mode]
         if reading and source == "sparse" and sparse is None:
             raise ValueError(
                 f"mode={reading[0].mode!r} at site={reading[0].edits[0].site!r} needs the channel's reading: pass "
                 "sparse=, the model to read it from, or source='encoder'"
             )
-        # The stream at the first edited site is what an unedited run has there; later ones need a run of their own.
-        first = reading[:1] == self.places[:1] and not _steering(dense)
-        self.in_flight = reading[:1] if source == "encoder" and first else []
-        self.apart = [place for place in reading if place not in self.in_flight]
+        self.source, self.reading = source, reading
         self.beside = sparse if source == "sparse" else dense
-        self.shadow = Shadow(self.beside.model) if self.apart and self.beside is not None else None
+        self.shadow = Shadow(self.beside.model) if reading and self.beside is not None else None
+
+    @property
+    def in_flight(self) -> list[Place]:
+        """What the encoder reads off the edited run: the first edited site, where nothing was edited before it.
+
+        Later sites, and all of them where another steer() is active, need an unedited run of their own.
+        """
+        first = self.reading[:1] == self.places[:1] and list(_steering(self.dense)) == [self]
+        return self.reading[:1] if self.source == "encoder" and first else []
+
+    @property
+    def apart(self) -> list[Place]:
+        """What is read from a run beside the edited one."""
+        return [place for place in self.reading if place not in self.in_flight]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -126,10 +123,12 @@ class _Steering:
         model = self.dense.model
         with ExitStack() as stack:
             if not all(place.constant for place in self.places):
-                handles = (
+                handles = [
                     model.register_forward_pre_hook(self._before, with_kwargs=True),
-                    model.register_forward_hook(self._after),
-                )
+                    model.register_forward_hook(self._after, always_call=True),
+                ]
+                if (base := base_model(model)) is not model:
+                    handles.append(base.register_forward_pre_hook(self._refuse_alone))
                 for handle in handles:
                     stack.callback(handle.remove)
             stack.enter_context(_listed(model, self))
@@ -146,7 +145,7 @@ class _Steering:
                 self._encode(place, h)
             return None if add is None else add(h)
 
-        if add is not None or place in self.in_flight:
+        if add is not None or (self.source == "encoder" and place in self.reading):
             yield self.dense.streaming({place.dense_site: self._unless_idle(on_stream)})
         if add is None:
             readers = {m: self._unless_idle(_Adding(self, place, unit)) for m, unit in self.readers[place.bridge]}
@@ -159,16 +158,31 @@ class _Steering:
         """Before a forward pass of the dense model: where its tokens stand, and the readings taken apart."""
         if self.idle:
             return
+        self.running = True
         call = leading_pass(model, args, kwargs)
         self.window = self._locate(call)
-        if self.shadow is not None:
-            with _steering(model).paused() if self.beside is self.dense else evaluation(self.shadow.model):
+        if self.apart:
+            assert self.beside is not None
+            itself = self.beside.model is model
+            with _lock(self.beside.model), _steering(model).paused() if itself else evaluation(self.beside.model):
                 self._read(call)
 
+    def _refuse_alone(self, base: nn.Module, _args: tuple) -> None:
+        if not (self.idle or self.running):
+            raise ValueError(
+                f"model={type(base).__name__} was called by itself inside steer(); call the whole model, which is told "
+                "where its tokens stand"
+            )
+
     def _after(self, _model: nn.Module, _args: tuple, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if self.shadow is not None and not self.idle and cache is not None:
-            self.shadow.join(cache)  # a cache that the model made for itself
+        if self.idle:
+            return
+        self.running = False
+        if self.apart and isinstance(output, tuple | ModelOutput):
+            parts = output.values() if isinstance(output, ModelOutput) else output
+            for cache in (part for part in parts if isinstance(part, Cache)):
+                assert self.shadow is not None
+                self.shadow.join(cache)  # one that the model made for itself, or filled only now
 
     def _locate(self, call: Pass) -> Window:
         ids, mask = call.input_ids, call.attention_mask
@@ -177,20 +191,31 @@ class _Steering:
         if call.past == 0:
             width = self._prompt_width(call)
             prompt = mask[:, :width].sum(1, keepdim=True)
+        elif self._prompt is None and self.from_the_end is not None:
+            raise ValueError(
+                f"positions={self.from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
+                "tokens that were not read inside this steer(); start the prompt inside it"
+            )
         new = slice(call.past, None)
         return Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
 
     def _prompt_width(self, call: Pass) -> int:
-        """How many columns are the prompt: without a cache, a call that begins with the last one carries on from it."""
-        ids, known = call.input_ids, self._prompt
-        if not call.cached and known is not None and torch.equal(ids[:, : known.shape[1]], known):
+        """How many columns are the prompt: without a cache, a call of one token more carries on from the last one."""
+        ids, known, before = call.input_ids, self._prompt, self._width
+        self._width = ids.shape[1]
+        if (
+            known is not None
+            and not call.cached
+            and ids.shape[1] == before + 1
+            and torch.equal(ids[:, : known.shape[1]], known)
+        ):
             return known.shape[1]
         self._prompt = ids.clone()
         return ids.shape[1]
 
     def _read(self, call: Pass) -> None:
         assert self.shadow is not None and self.beside is not None
-        if self.beside is self.sparse:
+        if self.source == "sparse":
             visitors = {p.sparse_site: self._keep(p) for p in self.apart}
             with self.beside.reading(visitors):  # pyright: ignore[reportArgumentType]
                 self.shadow.run(call)
@@ -241,6 +266,14 @@ def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[
             f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
         )
     return [(m, as_read(norm, rms, place.to_stream, "read")) for m, norm in zip(modules, norms, strict=True)]
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _lock(model: nn.Module) -> Any:
+    """Held while readings are taken from a model: threads that steer two dense models may share one sparse model."""
+    return _LOCKS.setdefault(model, RLock())
 
 
 class _Active(list):

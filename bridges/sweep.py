@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,21 @@ from bridges.baselines import dense_directions, mean_difference
 from bridges.bridge import BridgeSet
 from bridges.channels import CHOSEN_ON, By, check_search, find
 from bridges.circuits.tasks import TaskPairs, solved
+from bridges.data.sampled import sampled_text
 from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
 from bridges.files import write_json
 from bridges.intervention import At, dense_addend, edited_logits, random_addends
+from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel, Trace
-from bridges.prompts import Channels, Prompts, addend_of, model_pair, p_target, pairs_of, prompts_of
+from bridges.prompts import Channels, Prompts, addend_of, check_channels, model_pair, p_target, pairs_of, prompts_of
 from bridges.report.plots import steering_plot
 from bridges.training.hybrid import ModelPair
 
 STRENGTHS = tuple(i / 10 for i in range(11))
 RANDOM_DIRECTIONS = 20
 RESAMPLES = 1000
+TEXT_ROWS, TEXT_TOKENS = 16, 128
+"""Of the text that is sampled to measure side effects on, where none is given."""
 
 
 class Curve(NamedTuple):
@@ -140,14 +145,22 @@ def sweep(
 
     `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
     models' (`find_channels`). They and the dense model's own directions are chosen on 64 pairs of the task, the curves
-    are measured on `n` others. With `text`, token rows that have nothing to do with the task, the side effects on them
-    are measured too, and with a tokenizer those on the other tasks. P(target) is the full-vocabulary probability of
-    what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
+    are measured on `n` others. Side effects are measured on `text`, token rows that have nothing to do with the task
+    (None: sampled from the dense model), and with a tokenizer on the other tasks. P(target) is the full-vocabulary
+    probability of what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
     """
+    if n < 2:
+        raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
     pairs = pairs_of(task, dense, tokenizer, n + CHOSEN_ON, seed)
+    if len(pairs.input_ids) < CHOSEN_ON + 2:
+        raise ValueError(f"task has {len(pairs.input_ids)} pairs; give {CHOSEN_ON} to choose channels on and 2 or more")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
-        others = other_tasks(pairs.task, tokenizer) if text is not None and tokenizer is not None else []
+        tokenizer = find_tokenizer(pair.dense.model) if tokenizer is None else tokenizer
+        others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
+        if text is None:
+            width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
+            text = sampled_text(pair.dense, TEXT_ROWS, width, seed)
         return sweep_prompts(pair, chosen_on, reported, channels, strengths, text, others, by)
 
 
@@ -163,12 +176,14 @@ def sweep_prompts(
     by: By = "dense",
 ) -> Sweep:
     """`sweep` on prompts that were run."""
+    if not strengths or not all(math.isfinite(strength) for strength in strengths):
+        raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
     ranking = None
     most = 1 if channels is None or isinstance(channels, Channels) else channels
     check_search(most, by, name="channels")
     if isinstance(channels, Channels):
         chosen = channels
-        _check(pair, chosen)
+        check_channels(pair, chosen)
     else:
         found = find(pair, chosen_on, most, by)
         chosen, ranking = found.best, found.agreement
@@ -195,14 +210,6 @@ def sweep_prompts(
         effects=None if text is None else side_effects(pair, reported, chosen, text, others),
         ranking_agreement=ranking,
     )
-
-
-def _check(pair: ModelPair, chosen: Channels) -> None:
-    if chosen.site not in pair.bridge_set.sites:
-        raise ValueError(f"site={chosen.site!r} has no bridge; there are {', '.join(pair.bridge_set.sites)}")
-    width = pair.sparse.d_model
-    if wrong := [channel for channel in chosen.channels if not 0 <= channel < width]:
-        raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
 def _curves(

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,3 +64,33 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     (tmp_path / "edits.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_edits(tmp_path / "edits.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensors_numbers_come_back_to_the_last_bit(tmp_path, dtype):
+    value = torch.randn(2, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    save_edits(Edit("0.attn", 3, value, "add"), tmp_path / "e.json")
+    (edit,) = load_edits(tmp_path / "e.json")
+    assert edit.value.dtype == dtype and torch.equal(edit.value, value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"edits": [1]}', "holds no edits; it must be JSON with a list of objects"),
+        (
+            '{"edits": [{"site": "0.attn", "channel": 1, "value": [[1, 2], [3]], "mode": "add", "positions": null}]}',
+            "rows of numbers that are equally long",
+        ),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path, content, message):
+    (tmp_path / "e.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_edits(tmp_path / "e.json")
+
+
+def test_numpys_integers_are_channels_and_fractions_are_no_positions(unchecked):
+    assert Edit("0.attn", np.int64(3), 1.0).to_dict()["channel"] == 3
+    with pytest.raises(ValueError, match=r"positions=1\.5 must be integers or None"):
+        Edit("0.attn", 3, 1.0, positions=1.5)

@@ -191,3 +191,16 @@ def test_an_agreement_of_a_model_with_itself_is_whole():
     found = intervention_agreement(pair, prompts, Channels("0.mlp", (1,), "residual"))
     assert found.slope == pytest.approx(1) and found.r_squared == pytest.approx(1) and found.sign == 1
     assert found.r_squared_shuffled < 0.9
+
+
+@pytest.mark.parametrize(
+    ("chosen", "options", "message"),
+    [
+        (CHOSEN, {"direction": 2}, "direction=2 must be 0 or 1"),
+        (CHOSEN._replace(channels=(12,)), {}, "channel=12 must lie between 0 and 11"),
+        (CHOSEN._replace(site="9.mlp"), {}, "site='9.mlp' has no bridge"),
+    ],
+)
+def test_constant_edits_that_cannot_be_are_refused(pair, unchecked, chosen, options, message):
+    with pytest.raises(ValueError, match=message):
+        constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, chosen, toy_task(), **options)

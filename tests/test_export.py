@@ -76,3 +76,20 @@ def test_what_cannot_be_exported_is_refused(pair, tmp_path, edit, name, message)
     with pytest.raises(ValueError, match=message):
         export_direction(pair.dense.model, pair.bridge_set, edit, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "strength", "message"),
+    [
+        (Edit("9.attn", 1, 1.0, "add"), 1.0, "site='9.attn' has no bridge"),
+        (Edit("1.attn", 99, 1.0, "add"), 1.0, "channel=99 is over the sparse stream's 12 channels"),
+        (Edit("1.attn", 1, 1.0, "add"), float("nan"), "strength=nan must be a finite number"),
+        (Edit("1.attn", 5, 1.0, "add"), 1.0, "channel=5 at site='1.attn' has gain 0"),
+    ],
+)
+def test_what_steer_refuses_is_not_exported(tmp_path, edit, strength, message):
+    pair = with_units(join(gpt2(), sparse_model()))
+    pair.bridge_set["1.attn"].gain_sparse[5] = 0
+    with pytest.raises(ValueError, match=message):
+        export_direction(pair.dense.model, pair.bridge_set, edit, tmp_path / "d.safetensors", strength=strength)
+    assert not (tmp_path / "d.safetensors").exists()

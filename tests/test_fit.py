@@ -579,8 +579,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, joint):
     for name, tensor in one.tensors().items():
         assert relative(two.tensors()[name], tensor) < 1e-8, name
     for name, value in one.report.flat().items():
-        if "shuffled" not in name:
-            assert two.report.flat()[name] == pytest.approx(value, rel=1e-8), name
+        assert two.report.flat()[name] == pytest.approx(value, rel=1e-8), name
     assert [row["train/loss"] for row in two.history] == pytest.approx([r["train/loss"] for r in one.history], rel=1e-8)
     assert len(rows(tmp_path / "two")) == 5 and one.report.tokens == two.report.tokens
     if joint:
@@ -620,3 +619,26 @@ def test_a_resume_with_another_number_of_processes_is_refused(tmp_path):
         state.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"processes=1, but the run was started with processes=2"):
         run(output_dir=tmp_path / "run", steps=1, resume=True)
+
+
+def test_zeros_of_the_start_stay_where_a_whole_tensor_is_zero():
+    """Biases of a fresh model: their support is empty."""
+    sparse = shallow(sparse_model)
+    with torch.no_grad():
+        sparse.transformer.h[0].mlp.c_fc.bias.zero_()
+    before = sparse.transformer.h[0].mlp.c_fc.weight.clone()
+    run(sparse=sparse, train_sparse=True)
+    assert not sparse.transformer.h[0].mlp.c_fc.bias.any()
+    assert not torch.equal(sparse.transformer.h[0].mlp.c_fc.weight, before)
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off_around_it_change_nothing(switch):
+    dense, sparse, expected = shallow(), shallow(sparse_model), run()
+    with switch():
+        assert same(run(dense=dense, sparse=sparse), expected)
+
+
+def test_what_is_no_model_is_named(unchecked):
+    with pytest.raises(ValueError, match="model=None is neither a model object nor a path"):
+        fit(None, shallow(sparse_model), DATA)

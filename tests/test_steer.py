@@ -1,5 +1,6 @@
 """steer() on Hugging Face models against the formula written out site by site, float64."""
 
+import sys
 import threading
 
 import pytest
@@ -486,3 +487,144 @@ def test_values_and_inputs_that_do_not_fit_are_refused(pair):
         steered(pair, EDITS["set"]),
     ):
         pair.dense.model(tokens(), attention_mask=torch.ones(4, 5))
+
+
+# What a user may do inside that is not the plain way.
+
+
+def test_an_empty_cache_of_the_users_own_is_followed(pair):
+    """One without layers yet gets the dense model's own first."""
+    ids, edits = tokens(), EDITS["several"]
+    with steered(pair, edits), torch.no_grad():
+        cache = DynamicCache()
+        found = [pair.dense.model(ids[:, :5], past_key_values=cache).logits]
+        found += [pair.dense.model(ids[:, 5:], past_key_values=cache).logits]
+    with steered(pair, edits):
+        assert torch.allclose(torch.cat(found, 1), logits(pair, ids), atol=1e-12)
+
+
+def test_a_cache_in_a_tuple_is_followed(pair):
+    ids, edits = tokens(), EDITS["several"]
+    with steered(pair, edits), torch.no_grad():
+        first, cache = pair.dense.model(ids[:, :5], return_dict=False, use_cache=True)[:2]
+        second = pair.dense.model(ids[:, 5:], past_key_values=cache, return_dict=False)[0]
+    with steered(pair, edits):
+        assert torch.allclose(torch.cat([first, second], 1), logits(pair, ids), atol=1e-12)
+
+
+def test_a_static_cache_is_refused_but_for_constant_edits(pair):
+    ids = tokens()
+    options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")
+    for edits in (EDITS["several"], Edit(SITE, 1, 1.0, "add", -1)):
+        with steered(pair, edits), pytest.raises(ValueError, match="past_key_values: a static cache has one length"):
+            pair.dense.model.generate(ids, **options)
+    found = []
+    for chosen in ("static", "dynamic"):
+        with steered(pair, EDITS["add"], sparse=None):
+            found.append(pair.dense.model.generate(ids, **{**options, "cache_implementation": chosen}))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_an_outer_encoder_reads_the_stream_that_no_inner_edit_touched(pair, at):
+    outer, inner, ids = Edit("1.attn", 3, 3.0, "scale"), Edit("0.attn", 5, 4.0, "add"), tokens()
+    options = dict(source="encoder", at=at, sparse=None)
+    with steered(pair, [outer, inner], **options):
+        expected = logits(pair, ids)
+    with steered(pair, outer, **options), steered(pair, inner, **options):
+        assert torch.allclose(logits(pair, ids), expected, atol=1e-12)
+    with steered(pair, inner, **options), steered(pair, outer, **options):
+        assert torch.allclose(logits(pair, ids), expected, atol=1e-12)
+    with steered(pair, outer, **options):
+        alone = logits(pair, ids)
+        with steered(pair, inner, **options):
+            pass
+        assert torch.equal(logits(pair, ids), alone) and not torch.allclose(alone, expected)
+
+
+def test_a_model_may_be_its_own_sparse_side():
+    model, ids = plain_gpt2(), tokens()
+    pair = with_units(join(model, model))
+    other = with_units(join(plain_gpt2(), plain_gpt2()))
+    edits = [Edit("0.mlp", 3, 2.0, "scale"), Edit("1.attn", 1, 0.5)]
+    with steer(model, pair.bridge_set, edits, sparse=model):
+        found = logits(pair, ids)
+        generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with steered(other, edits):
+        assert torch.allclose(found, logits(other, ids), atol=1e-12)
+        assert torch.equal(
+            generated, other.dense.model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        )
+
+
+def test_a_longer_prompt_after_a_shorter_one_is_a_new_prompt(pair):
+    ids, edit = tokens(), Edit(SITE, CHANNEL, 5.0, "add", -1)
+    with steered(pair, edit):
+        expected = logits(pair, ids)
+    with steered(pair, edit):
+        logits(pair, ids[:, :4])
+        assert torch.equal(logits(pair, ids), expected)
+
+
+def test_positions_from_the_end_of_a_prompt_that_began_outside_are_refused(pair):
+    ids, cache = tokens(), DynamicCache(config=pair.dense.model.config)
+    refused = pytest.raises(ValueError, match=r"positions=\(0, -1\) count from the prompt's end, but past_key_values")
+    with torch.no_grad():
+        pair.dense.model(ids[:, :5], past_key_values=cache)
+        with steered(pair, Edit(SITE, CHANNEL, 5.0, "add", (0, -1))), refused:
+            pair.dense.model(ids[:, 5:], past_key_values=cache)
+
+
+def test_the_base_model_alone_is_refused_inside(pair):
+    ids = tokens()
+    with steered(pair, EDITS["several"]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="model=GPT2Model was called by itself inside steer"):
+                pair.dense.model.transformer(ids)
+            logits(pair, ids)
+    pair.dense.model.transformer(ids)
+
+
+def test_a_value_of_an_unpadded_prompt_is_refused_on_a_padded_one(pair):
+    edit = Edit(SITE, CHANNEL, torch.ones(4, 5), "add")
+    with steered(pair, edit), pytest.raises(ValueError, match=r"value=\(4, 5\) is shorter than the prompts, \(4, 7\)"):
+        logits(pair, tokens(), LEFT)
+    with steered(pair, edit):
+        logits(pair, tokens())
+
+
+def test_threads_may_share_a_sparse_model():
+    """Two dense models, different prompts, one sparse model that is hooked and read in both."""
+    sparse, before = sparse_model(), sys.getswitchinterval()
+    pairs = [with_units(join(plain_gpt2(), sparse)) for _ in range(2)]
+    prompts, expected, wrong = [tokens(seed=seed) for seed in (1, 2)], [], []
+    for pair, ids in zip(pairs, prompts, strict=True):
+        with steered(pair, EDITS["several"]):
+            expected.append(logits(pair, ids))
+
+    def loop(i):
+        with steered(pairs[i], EDITS["several"]):
+            wrong.extend(1 for _ in range(40) if not torch.equal(logits(pairs[i], prompts[i]), expected[i]))
+
+    threads = [threading.Thread(target=loop, args=(i,)) for i in range(2)]
+    try:
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("edits", "options", "message"),
+    [
+        (["x"], {}, "edits holds 'x'; it must be an Edit or a list of them"),
+        (Edit(SITE, 1, 1.0, "add"), {"strength": "1"}, "strength='1' must be a finite number"),
+    ],
+)
+def test_what_is_no_edit_or_number_is_named(pair, unchecked, edits, options, message):
+    with pytest.raises(ValueError, match=message), steered(pair, edits, **options):
+        pass

@@ -107,7 +107,8 @@ def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
     assert "channels [0, 3] at 1.attn (residual)" in text and all(label in text for label in BASELINES.values())
     assert f"KL {result.effects.kl:.3f} nats" in text
     one = sweep(*models, toy_task(rows=12), Channels("1.attn", (3,), "read"), (1.0,))
-    assert one.to_dict()["channel"] == 3 and one.effects is None
+    assert one.to_dict()["channel"] == 3
+    assert one.effects.tokens == 16 * 12  # rows sampled from the dense model, as long as its context
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,11 @@ def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
     [
         (CHOSEN._replace(site="9.attn"), r"site='9\.attn' has no bridge; there are 0\.attn"),
         (CHOSEN._replace(channels=(2, 12)), "channel=12 must lie between 0 and 11"),
+        (CHOSEN._replace(channels=()), r"channels=\(\) names none"),
+        (CHOSEN._replace(at="foo"), "at='foo' must be one of read, residual"),
     ],
 )
-def test_what_cannot_be_is_refused(pair, prompts, chosen, message):
+def test_what_cannot_be_is_refused(pair, prompts, unchecked, chosen, message):
     with pytest.raises(ValueError, match=message):
         sweep_prompts(pair, *prompts, chosen, (1.0,))
 
@@ -125,3 +128,18 @@ def test_what_cannot_be_is_refused(pair, prompts, chosen, message):
 def test_by_is_checked_where_channels_are_given_too(pair, prompts, unchecked):
     with pytest.raises(ValueError, match="by='sparse' must be one of dense, both"):
         sweep_prompts(pair, *prompts, CHOSEN, (1.0,), by="sparse")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strengths": ()}, r"strengths=\[\] must be finite numbers"),
+        ({"strengths": (float("nan"),)}, r"strengths=\[nan\] must be finite"),
+        ({"n": 0}, "n=0 must be at least 2 prompts"),
+        ({"task": toy_task(rows=12)}, "task has 12 pairs; give 64 to choose channels on and 2 or more"),
+    ],
+)
+def test_what_is_not_enough_is_refused(pair, options, message):
+    options = {"task": toy_task(rows=66), "channels": CHOSEN, **options}
+    with pytest.raises(ValueError, match=message):
+        sweep(pair.dense.model, pair.sparse.model, pair.bridge_set, **options)

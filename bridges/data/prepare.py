@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from os import PathLike
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bridges.config import FitConfig
 from bridges.data.rows import Rows
-from bridges.data.sampled import sample_rows
+from bridges.data.sampled import sampled_text
 from bridges.data.sources import Wanted, load_rows
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
@@ -68,7 +69,7 @@ def prepare(
     limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
     _refuse_too_long("seq_len", config.seq_len, limit)
     seq_len = config.seq_len
-    if data is None or isinstance(data, str) or hasattr(data, "__fspath__"):
+    if data is None or isinstance(data, str | PathLike):
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if data is None:
         return _sampled(dense, seq_len or DEFAULT_SEQ_LEN, eval_data, tokenizer, config)
@@ -93,7 +94,7 @@ def heldout_rows(
 ) -> Rows:
     """`data` as rows to measure on, with the checks that `prepare` makes."""
     limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
-    if isinstance(data, str) or hasattr(data, "__fspath__"):
+    if isinstance(data, str | PathLike):
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
         tokenizer = _one_tokenizer(tokenizer, sources)
     rows = load_rows(data, tokenizer, seq_len)
@@ -106,18 +107,16 @@ def heldout_rows(
 def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | None, config: FitConfig) -> Prepared:
     if eval_data is not None:
         wanted = Wanted(1, config.eval_tokens)
-        return Prepared(rows, load_rows(eval_data, tokenizer, seq_len or rows.seq_len, wanted, config.seed))
+        seq_len = seq_len or (rows.seq_len if isinstance(eval_data, str | PathLike) else None)
+        return Prepared(rows, load_rows(eval_data, tokenizer, seq_len, wanted, config.seed, name="eval_data"))
     if len(rows) < 2:
         raise ValueError(f"data has {len(rows)} row; fit needs two or more, one of them held out, or pass eval_data")
     return Prepared(*rows.split(max(1, round(HELDOUT * len(rows)))))
 
 
 def _sampled(dense: ResidualModel, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig) -> Prepared:
-    bos = getattr(dense.model.config.get_text_config(), "bos_token_id", None)  # pyright: ignore
-    bos = bos if isinstance(bos, int) and 0 <= bos < dense.vocab_size else None
-
     def rows(n: int, seed: int) -> Rows:
-        return Rows(sample_rows(dense.model, n, seq_len, bos, dense.vocab_size, seed), seed=config.seed)
+        return Rows(sampled_text(dense, n, seq_len, seed), seed=config.seed)
 
     train = rows(config.sampled_rows, 2 * config.seed)
     if eval_data is not None:

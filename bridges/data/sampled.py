@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from bridges.models.residual import input_device
+from bridges.models.residual import ResidualModel, input_device
 
 ROWS_AT_A_TIME = 64
 
@@ -35,6 +35,13 @@ def sample_rows(
                 first = torch.full((n, 1), bos_token_id)
             rows.append(_continue(model, first.to(device), seq_len).cpu())
     return torch.cat(rows)
+
+
+def sampled_text(dense: ResidualModel, n_rows: int, seq_len: int, seed: int) -> Int[Tensor, "n seq"]:
+    """`sample_rows` with the BOS of the model's configuration, where that is one of its tokens."""
+    bos = getattr(dense.model.config.get_text_config(), "bos_token_id", None)  # pyright: ignore
+    bos = bos if isinstance(bos, int) and 0 <= bos < dense.vocab_size else None
+    return sample_rows(dense.model, n_rows, seq_len, bos, dense.vocab_size, seed)
 
 
 @contextmanager

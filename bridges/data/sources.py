@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +22,34 @@ class Wanted(NamedTuple):
 
 
 def load_rows(
-    data: Any, tokenizer: Any = None, seq_len: int | None = None, wanted: Wanted | None = None, seed: int = 0
+    data: Any,
+    tokenizer: Any = None,
+    seq_len: int | None = None,
+    wanted: Wanted | None = None,
+    seed: int = 0,
+    name: str = "data",
 ) -> Rows:
     """Rows from a [n, seq] tensor, an iterable of batches or of dicts, or a path to text files.
 
     `seq_len` cuts longer rows (and is the width that text is packed to); shorter ones are padded on the right to the
-    longest. An iterable is read until `wanted` is met, else to its end. ValueError names what is wrong with `data`.
+    longest. A row that is cut loses its padding on the left first. An iterable is read until `wanted` is met, else to
+    its end. ValueError names what is wrong with `data` (or whatever the caller calls it).
     """
     if isinstance(data, Rows):
         return data
-    if isinstance(data, str | Path):
+    if isinstance(data, str | PathLike):
         return _from_text(Path(data), tokenizer, seq_len or 128, seed)
     if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point():
-            raise ValueError(f"data={tuple(data.shape)} of {data.dtype}: a tensor of tokens is [n, seq], integers")
+        if data.ndim != 2 or data.is_floating_point() or not len(data):
+            raise ValueError(
+                f"{name}={tuple(data.shape)} of {data.dtype}: a tensor of tokens is [n, seq], integers, n at least 1"
+            )
         return Rows(data[:, :seq_len].long(), seed=seed)
     if isinstance(data, Mapping):  # one batch, or a tokenizer's output
         data = [data]
     if not isinstance(data, Iterable):
         raise ValueError(
-            f"data={type(data).__name__} is neither tokens [n, seq], an iterable of batches, nor a path to text"
+            f"{name}={type(data).__name__} is neither tokens [n, seq], an iterable of batches, nor a path to text"
         )
     return _from_batches(data, seq_len, wanted, seed)
 
@@ -54,8 +63,9 @@ def _from_batches(data: Iterable[Any], seq_len: int | None, wanted: Wanted | Non
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, (tokens, real) in enumerate(rows):
-        n = min(len(tokens), width)
-        ids[i, :n], mask[i, :n] = tokens[:n], real[:n]
+        first = int(real.argmax()) if len(tokens) > width else 0
+        n = min(len(tokens) - first, width)
+        ids[i, :n], mask[i, :n] = tokens[first : first + n], real[first : first + n]
     return Rows(ids, mask, seed)
 
 
@@ -92,6 +102,8 @@ def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
     if isinstance(item, list) and item and not isinstance(item[0], int):
         masks = [None] * len(item) if mask is None else mask
         return [row for one, real in zip(item, masks, strict=True) for row in _rows_of(_example(one, real))]
+    if isinstance(item, str):
+        raise ValueError(f"data: a batch is the text {item[:20]!r}; tokenize it first, or pass a path to text files")
     ids = torch.as_tensor(item)
     if ids.is_floating_point() or ids.ndim not in (1, 2):
         raise ValueError(f"data: a batch is {tuple(ids.shape)} of {ids.dtype}, not token ids [batch, seq]")

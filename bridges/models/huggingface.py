@@ -80,6 +80,7 @@ class HuggingFaceResidual(ResidualModel):
             self.sites = [*self._names(), Site("final")]
             for observed in passes:
                 self._prove(observed)
+            self._prove_causal(passes[0])
 
     @cached_property
     def context_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -224,6 +225,17 @@ class HuggingFaceResidual(ResidualModel):
             else:
                 attention = self._children[part.layer][part.silenced].mixes_tokens is False
                 yield Site(f"{part.layer}.attn" if attention else f"{part.layer}.mlp")
+
+    def _prove_causal(self, observed: probing.Observed) -> None:
+        """A change of the last token must not reach logits before it; ValueError otherwise."""
+        ids = observed.batch[0].clone()
+        ids[:, -1] = (ids[:, -1] + 1) % self.vocab_size
+        changed = self.model(**probing.model_inputs(self.model, ids, None)).logits
+        apart = probing.difference(changed[:, :-1], observed.logits[:, :-1])
+        if apart > 100 * torch.finfo(changed.dtype).eps:  # experts that take tokens together round differently
+            raise ValueError(
+                f"model={self.family!r} is no decoder: its last token changes earlier logits by {apart:.3g} (relative)"
+            )
 
     def _prove(self, observed: probing.Observed) -> None:
         """The chain must give the model's own logits; ValueError with family, layer and difference otherwise."""

@@ -24,6 +24,8 @@ def load_model(source: nn.Module | str | Path, device: torch.device | None = Non
     """
     if isinstance(source, nn.Module):
         return source
+    if not isinstance(source, str | Path):
+        raise ValueError(f"model={source!r} is neither a model object nor a path or hub id")
     if not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
         raise OSError(f"path={str(source)!r} is neither a model's folder nor a hub id (owner/name)")
     released = (Path(source) / RELEASE_CONFIG).is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class Pass:
     """Tokens in the cache before this call."""
 
 
+_MARKS = count()
+"""Numbers that tell shadows apart for good: an id may be given again, a copied cache keeps its number."""
+
+
 class Shadow:
     """A model that sees every token that the leading model sees, once.
 
@@ -40,6 +45,7 @@ class Shadow:
     def __init__(self, model: nn.Module):
         self.model = model
         self._latest: Cache | None = None
+        self._mark = next(_MARKS)
 
     @torch.no_grad()
     def run(self, call: Pass) -> None:
@@ -53,21 +59,21 @@ class Shadow:
         own = self._start() if call.past == 0 else self._continued(call)
         self.model(**{**inputs, "use_cache": True, "past_key_values": own})
         self._latest = own
-        if call.past == 0 and call.cache is not None:
-            self.join(call.cache)
+        if call.past == 0 and call.cache is not None and call.cache.layers:
+            self.join(call.cache)  # one without layers yet is joined after the call, when the model has made its own
 
     def join(self, leading: Cache) -> None:
         """From now on the latest cache follows the leading one."""
         own, joined = self._latest, vars(leading).setdefault("_shadows", {})
-        if own is not None and joined.get(id(self)) is not own:
+        if own is not None and joined.get(self._mark) is not own:
             leading.layers.extend(own.layers)
-            joined[id(self)] = own
+            joined[self._mark] = own
 
     def _start(self) -> Cache:
         return DynamicCache(config=self.model.config)  # pyright: ignore[reportArgumentType]
 
     def _continued(self, call: Pass) -> Cache:
-        own = vars(call.cache).get("_shadows", {}).get(id(self)) if call.cache is not None else None
+        own = vars(call.cache).get("_shadows", {}).get(self._mark) if call.cache is not None else None
         if own is None or own.get_seq_length() != call.past:
             raise ValueError(
                 f"past_key_values holds {call.past} tokens that were not read inside this steer(); start the prompt "
@@ -83,6 +89,11 @@ def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
     input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
     if input_ids is None:
         raise ValueError("inputs_embeds: steer needs input_ids, to know the tokens that an edit is read from or put at")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            "past_key_values: a static cache has one length, so readings cannot follow it; use the default (dynamic) "
+            "cache, or edits that add one number everywhere"
+        )
     past = 0 if cache is None else int(cache.get_seq_length())
     use_cache = given.get("use_cache")
     use_cache = getattr(model.config, "use_cache", False) if use_cache is None else use_cache  # pyright: ignore

@@ -30,7 +30,8 @@ def refuse_not_finite(losses: StepLosses, step: int) -> None:
 
 def refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:
     """A loss may be finite where its gradient overflows, in float16 above all; a checkpoint must not keep that."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    # A tensor whose every entry is zero has an empty support, so an empty gradient.
+    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
     if grads and not torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
         raise FloatingPointError(
             f"step {step}: a gradient is not finite though the losses are; the last good checkpoint stays. "

@@ -92,7 +92,7 @@ def scale_of(shares: Sequence[Share], reduce: Reduce = alone) -> Scale:
 
     total = reduce(torch.stack([flat(share) for share in shares]).sum(0))
     widths = [len(mean) for site in shares[0].means for mean in site]
-    overall = (total[3:] / total[2]).split(widths)
+    overall = (total[3:] / total[2].clamp(min=1)).split(widths)
     squares = torch.zeros(len(sites), 2, dtype=torch.float64, device=device)
     for share in shares:
         for i in sites:

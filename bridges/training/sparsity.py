@@ -30,7 +30,7 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def project(model: nn.Module, kept: float, min_per_channel: int = 4) -> None:
-    """Zero, in place, all but the entries of largest magnitude in each of the model's `sparse_parameters`.
+    """Zero, in place, all but the entries of largest magnitude in each of the model's `sparse_parameters` that train.
 
     Each tensor keeps max(1, round(kept * numel)) entries, ties to the lowest index, but never fewer than
     `min_per_channel` in a row of `c_attn` and `c_fc` or a column of `c_proj` (neurons and attention channels): the
@@ -41,7 +41,7 @@ def project(model: nn.Module, kept: float, min_per_channel: int = 4) -> None:
         raise ValueError(f"kept must be over 0 and at most 1, got {kept}")
     for name, parameter in sparse_parameters(model):
         count = max(1, round(kept * parameter.numel()))
-        if count < parameter.numel():
+        if count < parameter.numel() and parameter.requires_grad:
             parameter.copy_(keep(parameter, _largest(parameter, count, _channels(name), min_per_channel)))
 
 

@@ -103,8 +103,8 @@ def _micro_batch(
     for i in range(n):
         with objective.autocast():
             encode, decode = squared_errors(pair, cut, i)
-        add(i, encode / scale.variance_sparse[i].to(encode), weights.nmse / n)
-        add(n + i, decode / scale.variance_dense[i].to(decode), weights.nmse / n)
+        add(i, encode / _divisor(scale.variance_sparse[i]).to(encode), weights.nmse / n)
+        add(n + i, decode / _divisor(scale.variance_dense[i]).to(decode), weights.nmse / n)
     directions: list[tuple[Side, int, float]] = [
         ("dense", 2 * n, weights.kl_dense_to_sparse),
         ("sparse", 3 * n, weights.kl_sparse_to_dense),
@@ -115,10 +115,16 @@ def _micro_batch(
                 loss = kl_sum(pair, cut, i, start)
             add(place + i, loss / scale.tokens.to(loss), weight / len(sampled))
     if objective.train_sparse:
-        loss = ce_sum(traces, traces.sparse.logits) / scale.predictions.to(traces.sparse.logits.device).float()
+        loss = ce_sum(traces, traces.sparse.logits)
+        loss = loss / _divisor(scale.predictions).to(loss.device).float()
         terms[-1] = loss.detach().double().cpu()
         _through_sparse(traces, leaves, weights.ce * objective.loss_scale * loss)
     return terms
+
+
+def _divisor(total: Tensor) -> Tensor:
+    """Infinite where nothing counts or the target does not vary (a step of very short rows): the loss there is 0."""
+    return torch.where(total > 0, total, torch.inf)
 
 
 def _detached(trace):
@@ -128,7 +134,9 @@ def _detached(trace):
 def _through_sparse(traces: Traces, leaves: list[Tensor], ce: Tensor) -> None:
     """One backward through the sparse model for everything that reached its streams, and its own loss."""
     reached = [(h, leaf.grad) for h, leaf in zip(traces.sparse.residuals, leaves, strict=True) if leaf.grad is not None]
-    torch.autograd.backward([*(h for h, _ in reached), ce], [*(grad for _, grad in reached), torch.ones_like(ce)])
+    # A stream that comes from frozen parameters alone has no graph.
+    ends = [(h, grad) for h, grad in [*reached, (ce, torch.ones_like(ce))] if h.requires_grad]
+    torch.autograd.backward([h for h, _ in ends], [grad for _, grad in ends])
 
 
 def _unscale(pair: ModelPair, objective: Objective) -> None:

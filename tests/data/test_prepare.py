@@ -59,7 +59,7 @@ def test_eval_data_leaves_all_rows_to_training(ready):
     prepared = ready(data(), eval_data=data(6, 9), seq_len=5)
     assert torch.equal(prepared.train.input_ids, data()[:, :5])
     assert torch.equal(prepared.heldout.input_ids, data(6, 9)[:, :5])
-    assert ready(data(), eval_data=data(6, 9)).heldout.seq_len == 6  # as wide as the training rows
+    assert ready(data(), eval_data=data(6, 9)).heldout.seq_len == 9  # cut only where seq_len says so
 
 
 def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):

@@ -96,6 +96,16 @@ def test_seq_len_cuts_and_never_widens(data):
     assert torch.equal(load_rows(data, seq_len=9).input_ids, IDS)
 
 
+def test_a_row_that_is_cut_loses_its_padding_on_the_left_first():
+    ids = torch.arange(1, 13).view(2, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    rows = load_rows({"input_ids": ids, "attention_mask": mask}, seq_len=4)
+    assert rows.input_ids.tolist() == [[4, 5, 6, 0], [8, 9, 10, 11]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    whole = load_rows({"input_ids": ids, "attention_mask": mask}, seq_len=6)
+    assert torch.equal(whole.input_ids, ids) and torch.equal(whole.attention_mask, mask)
+
+
 def test_an_endless_source_is_read_until_rows_and_tokens_are_enough():
     def endless():
         i = 0
@@ -149,6 +159,8 @@ REFUSED = {
     "a number": (lambda: 3, "data=int is neither tokens"),
     "a bare data set": (lambda: TensorDataset(IDS), "data=TensorDataset is neither"),
     "nothing": (lambda: [], "data holds no rows"),
+    "an empty tensor": (lambda: IDS[:0], r"data=\(0, 5\) .* n at least 1"),
+    "texts": (lambda: ["some text"], "a batch is the text 'some text'; tokenize it first"),
     "used up": (lambda: iter(()), "empty the second time"),
     "text rows": (lambda: [{"text": "x"}], r"keys \['text'\], no 'input_ids'; tokenize"),
     "float batch": (lambda: [torch.ones(2, 3)], r"a batch is \(2, 3\) of torch.float32"),

@@ -5,7 +5,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertConfig, BertLMHeadModel, PretrainedConfig, PreTrainedModel
 
 from bridges.models.huggingface import as_residual
 from bridges.models.sparse import SparseConfig, SparseTransformer
@@ -399,3 +399,16 @@ def test_a_model_spread_by_accelerate(place, dtype, tiny, tokens, padding, tmp_p
 def test_context_length_is_the_configurations(tiny):
     assert as_residual(tiny("gpt2")).context_length == 64
     assert as_residual(tiny("bloom")).context_length is None
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    config = BertConfig(
+        vocab_size=19,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        is_decoder=False,
+    )
+    with pytest.raises(ValueError, match="model='bert' is no decoder: its last token changes earlier logits"):
+        as_residual(BertLMHeadModel(config).eval())

@@ -62,3 +62,11 @@ def test_handlers_come_back_after_an_error_and_other_threads_have_none():
     thread.start()
     thread.join()
     assert found == [(False, True)]
+
+
+def test_an_empty_gradient_is_finite():
+    """That of a tensor whose every entry is zero, where zeros stay zero."""
+    empty, one = (torch.nn.Parameter(torch.zeros(n)) for n in (0, 2))
+    empty.grad, one.grad = torch.zeros(0), torch.ones(2)
+    refuse_not_finite_gradients([empty, one], 1)
+    refuse_not_finite_gradients([empty], 1)

@@ -183,3 +183,12 @@ def test_rms_of_nothing_and_of_zeros():
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.zeros(2)
     assert clip_to_rms([parameter]) == 0 and math.isfinite(parameter.grad.sum())
+
+
+def test_what_does_not_train_is_not_projected():
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    before = model.lm_head.weight.clone()
+    project(model, 0.2)
+    assert torch.equal(model.lm_head.weight, before)
+    assert (model.transformer.wte.weight != 0).double().mean() < 0.25

@@ -162,3 +162,28 @@ def test_one_tails_graph_is_alive_at_a_time():
     assert 1.5 < deep / shallow < 2.3
     naive_shallow, naive_deep = (peak_saved_elements(n, naive=True) for n in (2, 4))
     assert naive_deep / naive_shallow > 2.7 and naive_deep > 4 * deep
+
+
+def test_frozen_parts_of_a_sparse_model_that_trains_are_left_out():
+    """The embedding and the first layer: the first streams then have no graph."""
+    pair, ids = PAIRS["equal depth"](), tokens()
+    everywhere = range(len(pair.bridge_set))
+    _, whole = stepped(pair, [(ids, MASK)], everywhere, Objective(WEIGHTS, True))
+    pair = PAIRS["equal depth"]()
+    every, body = trained_parameters(pair, True), pair.sparse.model.transformer
+    for parameter in (*body.wte.parameters(), *body.h[0].parameters()):
+        parameter.requires_grad_(False)
+    trains = [parameter.requires_grad for parameter in every]
+    _, some = stepped(pair, [(ids, MASK)], everywhere, Objective(WEIGHTS, True))
+    assert sum(trains) == len(some) < len(whole)
+    assert_same(some, [g for g, train in zip(whole, trains, strict=True) if train])
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 0]]])
+def test_a_step_in_which_no_target_varies_has_no_reconstruction_loss(mask):
+    """One counted token, or none; with none that another follows, no cross-entropy either."""
+    pair, mask = PAIRS["equal depth"](), torch.tensor(mask)
+    losses, found = stepped(pair, [(tokens(1, 3), mask)], [1], Objective(WEIGHTS, True))
+    assert set(losses.nmse_encode.values()) == set(losses.nmse_decode.values()) == {0.0}
+    assert losses.kl_sparse_to_dense["0.mlp"] > 0 and (losses.ce > 0) == bool(mask[0, 1])
+    assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
