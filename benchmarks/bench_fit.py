@@ -29,8 +29,11 @@ def main():
     heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)
     timed(pair, train, heldout, steps=1)  # kernels compile, files are read
     rest, _ = timed(pair, train, heldout, steps=0, closed_form=False)
-    per_token = (timed(pair, train, heldout, steps=0, closed_form_tokens=PROBE_TOKENS)[0] - rest) / PROBE_TOKENS
-    per_step = (timed(pair, train, heldout, steps=PROBE_STEPS, closed_form=False)[0] - rest) / PROBE_STEPS
+    tokens_took = timed(pair, train, heldout, steps=0, closed_form_tokens=PROBE_TOKENS)[0] - rest
+    steps_took = timed(pair, train, heldout, steps=PROBE_STEPS, closed_form=False)[0] - rest
+    if min(tokens_took, steps_took) <= 0:
+        raise SystemExit("the machine is too busy to measure a pace; run this alone")
+    per_token, per_step = tokens_took / PROBE_TOKENS, steps_took / PROBE_STEPS
     tokens = min(round(seconds / per_token), train.numel())
     few = min(SETTINGS.closed_form_tokens, tokens // 2)
     runs = {

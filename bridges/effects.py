@@ -44,8 +44,9 @@ class Agreement(NamedTuple):
     slope: float
     """Dense change per sparse change, least squares."""
     r_squared: float
-    sign: float
-    """Part of prompts and strengths at which both answers move to one side, of those where the sparse one moves."""
+    sign: float | None
+    """Part of prompts and strengths at which both answers move to one side, of those where the sparse one moves; None
+    where it never does."""
     r_squared_shuffled: float | None
     """The control: the sparse model is edited at as many other channels, of those that the prompts change there; None
     where there are fewer."""
@@ -54,7 +55,7 @@ class Agreement(NamedTuple):
         control = "none" if self.r_squared_shuffled is None else f"{self.r_squared_shuffled:.2f}"
         return (
             f"intervention agreement: slope {self.slope:.2f}, R squared {self.r_squared:.2f} "
-            f"(shuffled channels {control}), same sign {self.sign:.0%}"
+            f"(shuffled channels {control}), same sign {'none' if self.sign is None else f'{self.sign:.0%}'}"
         )
 
 
@@ -105,7 +106,7 @@ def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) 
         elsewhere = _answer_changes(pair, prompts, chosen._replace(channels=tuple(drawn)), "sparse")
         shuffled.append(_fit(elsewhere, dense)[1])
     moved = sparse.abs() > 1e-6
-    sign = (sparse[moved].sign() == dense[moved].sign()).double().mean().item() if moved.any() else float("nan")
+    sign = (sparse[moved].sign() == dense[moved].sign()).double().mean().item() if moved.any() else None
     return Agreement(slope, r_squared, sign, sum(shuffled) / len(shuffled) if shuffled else None)
 
 

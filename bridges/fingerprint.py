@@ -21,7 +21,10 @@ def fingerprint(model: nn.Module) -> str:
     parameters = sorted(model.named_parameters())
     for name, parameter in parameters:
         if parameter.device.type == "meta":
-            raise ValueError(f"parameter {name!r} holds no values (offloaded or meta device): no fingerprint possible")
+            raise ValueError(
+                f"parameter {name!r} holds no values (offloaded or meta device): no fingerprint possible; load the "
+                "model whole, or pass check_models=False where it is only checked"
+            )
     return " ".join(f"{label}:{_hash(parameters, dtype)}" for label, dtype in _ROUNDINGS.items())
 
 

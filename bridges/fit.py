@@ -32,7 +32,7 @@ from bridges.training.identity import RunIdentity, refuse_other_run, refuse_used
 from bridges.training.plan import describe
 from bridges.training.step import Batch, StepLosses, trained_parameters
 from bridges.training.support import multiplying_nonzeros
-from bridges.training.tracking import Tracker
+from bridges.training.tracking import SENT, Tracker
 from bridges.training.trainer import Processes, Trainer, checkpoint_saver, train
 
 RMS_TOKENS = 65_536
@@ -112,7 +112,10 @@ class _Run:
         trainer = Trainer(self.pair, self.config, self.processes)
         if checkpoint is not None and out is not None and (out / "config.json").is_file():
             trainer.restore(checkpoint)
-            return BridgeSet.from_pretrained(out)
+            finished = BridgeSet.from_pretrained(out)
+            if self.config.report_to == "wandb" and not (out / SENT).is_file():
+                self._tracker(identity, checkpoint).finish(finished.report, out, out / "quality.png")
+            return finished
         tracker = self._tracker(identity, checkpoint)
         try:
             self._train(trainer, tracker, checkpoint, identity)

@@ -204,3 +204,12 @@ def test_an_agreement_of_a_model_with_itself_is_whole():
 def test_constant_edits_that_cannot_be_are_refused(pair, unchecked, chosen, options, message):
     with pytest.raises(ValueError, match=message):
         constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, chosen, toy_task(), **options)
+
+
+def test_a_sparse_model_that_never_moves_has_no_sign(pair, prompts, monkeypatch):
+    def still(_pair, prompts, chosen, side):
+        return torch.zeros(4, 6) if side == "sparse" else torch.rand(4, 6)
+
+    monkeypatch.setattr("bridges.effects._answer_changes", still)
+    found = intervention_agreement(pair, prompts, CHOSEN)
+    assert found.sign is None and "same sign none" in str(found)

@@ -14,6 +14,9 @@ import wandb
 from bridges.files import replacing, write_text
 from bridges.quality import BridgeReport
 
+SENT = "wandb_report_sent"
+"""The file that a run folder has once its final report went to wandb: a kill may fall between the two."""
+
 
 class Tracker:
     """A run's rows: kept in memory, appended to `metrics.jsonl`, and sent to wandb where `report_to` says so.
@@ -56,6 +59,8 @@ class Tracker:
                     artifact.add_file(str(folder / name))
             self.run.log_artifact(artifact)
         self.run.finish()
+        if folder is not None:
+            write_text(folder / SENT, self.run.id)
 
     def abort(self) -> None:
         """End a run that did not come to its end; resuming goes on in it."""

@@ -194,6 +194,27 @@ def test_without_an_account_or_a_mode_one_line_says_so_and_a_resume_meets_the_sa
     assert [row["step"] for row in found.history] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_kill_between_saving_and_reporting_loses_no_report(tmp_path, offline, monkeypatch):
+    models, data = (gpt2(layers=1), sparse_model(layers=1)), tokens(12, 8)
+    settings = {**SETTINGS, "report_to": "wandb", "output_dir": tmp_path / "run", "resume": True}
+
+    def killed(self, *_):
+        self.run.finish()
+        raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "finish", killed)
+        with pytest.raises(RuntimeError, match="the power went"):
+            fit(*models, data, **settings)
+    for _ in range(2):  # the second time there is nothing left to do
+        fit(*models, data, **settings)
+    first, second = read_runs(tmp_path / "run")
+    assert run_ids(first) == run_ids(second)
+    tables = [[row for row in history(run) if "report/path" in row] for run in (first, second)]
+    assert tables[0] == [] and len(tables[1]) == 1
+
+
 def test_reporting_changes_nothing_that_is_computed(tmp_path, monkeypatch):
     """With wandb disabled nothing is recorded, and the bridges are the same to the bit."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
