@@ -40,11 +40,13 @@ def steer(
 ) -> Iterator[None]:
     """Inside, `dense` runs with the edits pushed through the decoders into it (method, section 4; paper A.4).
 
-    Forward passes and `generate` work as ever: with a cache or without, greedy, sampled or with beams, padded on either
-    side. `at="read"`: the edit enters the input of the dense sublayer alone; `at="residual"`: the stream, so that every
-    later layer sees it. Edits that set or scale need the channel's reading: of the `sparse` model, which runs beside
-    the dense one on the same tokens, or (`source="encoder"`) of the encoder on the unedited dense stream. Readings
-    carry no gradient. Edits of one channel compose in order; contexts nest. Strength 0 or no edits change no bit.
+    Forward passes and `generate` work as ever: with a (dynamic) cache or without, greedy, sampled or with beams, padded
+    on either side. `at="read"`: the edit enters the input of the dense sublayer alone; `at="residual"`: the stream, so
+    that every later layer sees it. Edits that set or scale need the channel's reading: of the `sparse` model, which
+    runs beside the dense one on the same tokens, or (`source="encoder"`) of the encoder on the unedited dense stream.
+    Readings carry no gradient. Edits of one channel compose in order; contexts nest. Strength 0 or no edits change no
+    bit. The prompt is what the first call of a cache is given, or without a cache a call that is not the last one and
+    one token more.
 
     The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
     other than those the bridges were fitted to (unless `check_models` is False).
