@@ -1,6 +1,6 @@
 """A linear map whose matrix has few nonzeros, at places that stay: their values are multiplied and get gradients.
 
-At a density of 1/80 this is three to five times faster on one core than the dense product
+At a density of 1/80 this is three to seven times faster on CPUs than the dense product
 (benchmarks/bench_sparse_linear.py).
 """
 
