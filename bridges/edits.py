@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,7 +112,7 @@ def load_edits(path: str | Path) -> list[Edit]:
 
 def check_edits(bridge_set: BridgeSet, edits: Sequence[Edit], strength: float = 1.0) -> None:
     """ValueError unless the bridges can push these edits into a dense model."""
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
+    if not isinstance(strength, Real) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r} must be a finite number")
     for edit in edits:
         if not isinstance(edit, Edit):
