@@ -176,7 +176,7 @@ def sweep_prompts(
     by: By = "dense",
 ) -> Sweep:
     """`sweep` on prompts that were run."""
-    if not strengths or not all(math.isfinite(strength) for strength in strengths):
+    if len(strengths) == 0 or not all(math.isfinite(strength) for strength in strengths):
         raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
     ranking = None
     most = 1 if channels is None or isinstance(channels, Channels) else channels
