@@ -306,3 +306,12 @@ def test_a_model_is_remembered_by_its_folders_name_not_its_place(tiny, tmp_path)
     bridge_set.remember(hub, tiny("llama"))
     assert bridge_set.provenance["dense"]["name"] == "someone/model"
     assert bridge_set.provenance["sparse"]["name"] == "LlamaForCausalLM"
+
+
+def test_a_folder_that_is_not_there_is_named_where_the_hub_does_not_help(monkeypatch):
+    def offline(path, **_):
+        raise OSError("Cannot find an appropriate\ncached snapshot folder")
+
+    monkeypatch.setattr("bridges.bridge.snapshot_download", offline)
+    with pytest.raises(OSError, match=r"path='runs/typo' is no folder here, and the hub did not give it: Cannot find"):
+        BridgeSet.from_pretrained("runs/typo")
