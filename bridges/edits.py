@@ -96,9 +96,14 @@ def _tensor(rows: list) -> Float[Tensor, "batch seq"]:
     return narrow if torch.equal((narrow := wide.float()).double(), wide) else wide
 
 
+def edits_of(edits: Edit | Sequence[Edit]) -> list[Edit]:
+    """A list, of one edit too."""
+    return [edits] if isinstance(edits, Edit) else list(edits)
+
+
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
     """Write edits as JSON."""
-    write_json(path, {"edits": [edit.to_dict() for edit in ([edits] if isinstance(edits, Edit) else edits)]})
+    write_json(path, {"edits": [edit.to_dict() for edit in edits_of(edits)]})
 
 
 def load_edits(path: str | Path) -> list[Edit]:

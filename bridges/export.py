@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.edits import Edit, check_edits
+from bridges.edits import Edit, check_edits, edits_of
 from bridges.files import replacing, write_tensors
 from bridges.models.huggingface import as_residual
 from bridges.models.residual import ResidualModel, Site
@@ -24,7 +24,7 @@ def directions(
     ValueError for an edit that is not one number added everywhere, or that these bridges do not know.
     """
     found: dict[str, Tensor] = {}
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = edits_of(edits)
     check_edits(bridge_set, edits, strength)
     for edit in edits:
         if not edit.constant:

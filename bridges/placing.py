@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from bridges.bridge import BridgeSet
 from bridges.edits import Edit
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import ResidualModel, position_ids
+from bridges.models.shadow import Pass
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,44 @@ class Window:
         here = value[:, self.start : self.start + width].to(self.real.device)
         here = F.pad(here, (0, width - here.shape[1]))
         return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
+
+
+class Windows:
+    """Where each call's new tokens stand; it remembers the last prompt, since a call does not say what that is.
+
+    The prompt is what the first call of a cache is given. Without a cache a call of one token more carries on from the
+    last one, any other is a prompt of its own.
+    """
+
+    def __init__(self, edits: Sequence[Edit]):
+        named = (edit.positions for edit in edits if edit.positions is not None)
+        self._from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
+        self._prompt: Tensor | None = None
+        self._width = 0
+
+    def of(self, call: Pass) -> Window:
+        """ValueError where an edit counts from the end of a prompt that was not seen."""
+        ids, mask = call.input_ids, call.attention_mask
+        mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
+        prompt = None
+        if call.past == 0:
+            prompt = mask[:, : self._prompt_width(call)].sum(1, keepdim=True)
+        elif self._prompt is None and self._from_the_end is not None:
+            raise ValueError(
+                f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
+                "tokens that were not read inside this steer(); start the prompt inside it"
+            )
+        new = slice(call.past, None)
+        return Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
+
+    def _prompt_width(self, call: Pass) -> int:
+        ids, known, before = call.input_ids, self._prompt, self._width
+        self._width = ids.shape[1]
+        one_more = not call.cached and ids.shape[1] == before + 1
+        if one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known):
+            return known.shape[1]
+        self._prompt = ids.clone()
+        return ids.shape[1]
 
 
 @dataclass

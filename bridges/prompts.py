@@ -68,12 +68,16 @@ def check_channels(pair: ModelPair, chosen: Channels) -> None:
         raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
+def tokenizer_of(dense: nn.Module | ResidualModel, given: Any) -> Any:
+    """The one that was given, else the one that lies with the dense model, if there is one."""
+    return find_tokenizer(dense.model if isinstance(dense, ResidualModel) else dense) if given is None else given
+
+
 def pairs_of(task: str | TaskPairs, dense: nn.Module | ResidualModel, tokenizer: Any, n: int, seed: int) -> TaskPairs:
     """The task's pairs where it is a name; ValueError where there is no tokenizer to make them with."""
     if isinstance(task, TaskPairs):
         return task
-    model = dense.model if isinstance(dense, ResidualModel) else dense
-    tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_of(dense, tokenizer)
     if tokenizer is None:
         raise ValueError(f"task={task!r} needs tokenizer=: none lies with the dense model")
     return task_pairs(task, tokenizer, n, seed)

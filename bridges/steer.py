@@ -15,13 +15,13 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from bridges.bridge import BridgeSet
-from bridges.edits import Edit, check_edits
+from bridges.edits import Edit, check_edits, edits_of
 from bridges.intervention import At, as_read
 from bridges.models.huggingface import as_residual
 from bridges.models.probing import base_model, evaluation
-from bridges.models.residual import ResidualModel, Visitor, position_ids
+from bridges.models.residual import ResidualModel, Visitor
 from bridges.models.shadow import Pass, Shadow, leading_pass
-from bridges.placing import Place, Window, place_of
+from bridges.placing import Place, Windows, place_of
 
 Source = Literal["sparse", "encoder"]
 
@@ -51,7 +51,7 @@ def steer(
     The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
     other than those the bridges were fitted to (unless `check_models` is False).
     """
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = edits_of(edits)
     for name, value, known in (("at", at, get_args(At)), ("source", source, get_args(Source))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -90,11 +90,7 @@ class _Steering:
         self.places.sort(key=lambda place: place.dense_site)
         self.readers = {p.bridge: _readers(dense, bridge_set, p) for p in self.places} if at == "read" else {}
         self.idle = self.running = False
-        self.window: Window | None = None
-        self._prompt: Tensor | None = None
-        self._width = 0
-        named = (edit.positions for edit in edits if edit.positions is not None)
-        self.from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
+        self.windows, self.window = Windows(edits), None
         reading = [place for place in self.places if place.mode]
         if reading and source == "sparse" and sparse is None:
             raise ValueError(
@@ -102,22 +98,18 @@ class _Steering:
                 "sparse=, the model to read it from, or source='encoder'"
             )
         self.source, self.reading = source, reading
+        self.in_flight: list[Place] = []
+        self.apart: list[Place] = []
         self.beside = sparse if source == "sparse" else dense
         self.shadow = Shadow(self.beside.model) if reading and self.beside is not None else None
 
-    @property
-    def in_flight(self) -> list[Place]:
+    def _in_flight(self) -> list[Place]:
         """What the encoder reads off the edited run: the first edited site, where nothing was edited before it.
 
         Later sites, and all of them where another steer() is active, need an unedited run of their own.
         """
         first = self.reading[:1] == self.places[:1] and list(_steering(self.dense)) == [self]
         return self.reading[:1] if self.source == "encoder" and first else []
-
-    @property
-    def apart(self) -> list[Place]:
-        """What is read from a run beside the edited one."""
-        return [place for place in self.reading if place not in self.in_flight]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -162,7 +154,9 @@ class _Steering:
             return
         self.running = True
         call = leading_pass(model, args, kwargs)
-        self.window = self._locate(call)
+        self.window = self.windows.of(call)
+        self.in_flight = self._in_flight()
+        self.apart = [place for place in self.reading if place not in self.in_flight]
         if self.apart:
             assert self.beside is not None
             itself = self.beside.model is model
@@ -185,35 +179,6 @@ class _Steering:
             for cache in (part for part in parts if isinstance(part, Cache)):
                 assert self.shadow is not None
                 self.shadow.join(cache)  # one that the model made for itself, or filled only now
-
-    def _locate(self, call: Pass) -> Window:
-        ids, mask = call.input_ids, call.attention_mask
-        mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
-        prompt = None
-        if call.past == 0:
-            width = self._prompt_width(call)
-            prompt = mask[:, :width].sum(1, keepdim=True)
-        elif self._prompt is None and self.from_the_end is not None:
-            raise ValueError(
-                f"positions={self.from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
-                "tokens that were not read inside this steer(); start the prompt inside it"
-            )
-        new = slice(call.past, None)
-        return Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
-
-    def _prompt_width(self, call: Pass) -> int:
-        """How many columns are the prompt: without a cache, a call of one token more carries on from the last one."""
-        ids, known, before = call.input_ids, self._prompt, self._width
-        self._width = ids.shape[1]
-        if (
-            known is not None
-            and not call.cached
-            and ids.shape[1] == before + 1
-            and torch.equal(ids[:, : known.shape[1]], known)
-        ):
-            return known.shape[1]
-        self._prompt = ids.clone()
-        return ids.shape[1]
 
     def _read(self, call: Pass) -> None:
         assert self.shadow is not None and self.beside is not None

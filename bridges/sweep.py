@@ -21,9 +21,18 @@ from bridges.data.sampled import sampled_text
 from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
 from bridges.files import write_json
 from bridges.intervention import At, dense_addend, edited_logits, random_addends
-from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel, Trace
-from bridges.prompts import Channels, Prompts, addend_of, check_channels, model_pair, p_target, pairs_of, prompts_of
+from bridges.prompts import (
+    Channels,
+    Prompts,
+    addend_of,
+    check_channels,
+    model_pair,
+    p_target,
+    pairs_of,
+    prompts_of,
+    tokenizer_of,
+)
 from bridges.report.plots import steering_plot
 from bridges.training.hybrid import ModelPair
 
@@ -151,12 +160,12 @@ def sweep(
     """
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
+    tokenizer = tokenizer_of(dense, tokenizer)
     pairs = pairs_of(task, dense, tokenizer, n + CHOSEN_ON, seed)
     if len(pairs.input_ids) < CHOSEN_ON + 2:
         raise ValueError(f"task has {len(pairs.input_ids)} pairs; give {CHOSEN_ON} to choose channels on and 2 or more")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
-        tokenizer = find_tokenizer(pair.dense.model) if tokenizer is None else tokenizer
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
         if text is None:
             width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)

@@ -60,6 +60,8 @@ def test_eval_data_leaves_all_rows_to_training(ready):
     assert torch.equal(prepared.train.input_ids, data()[:, :5])
     assert torch.equal(prepared.heldout.input_ids, data(6, 9)[:, :5])
     assert ready(data(), eval_data=data(6, 9)).heldout.seq_len == 9  # cut only where seq_len says so
+    with pytest.raises(ValueError, match=r"eval_data=\(0, 9\)"):
+        ready(data(), eval_data=data(6, 9)[:0])
 
 
 def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
