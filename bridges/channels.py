@@ -147,20 +147,16 @@ def predicted_effects(
 
 def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]:
     """The gradient of the mean log P(target) at every site's stream and at its read."""
-    nudges: dict[At, list[Tensor]] = {"residual": [], "read": []}
+    nudges: list[Tensor] = []
 
-    def nudged(at: At, tensor: Tensor) -> Tensor:
-        nudges[at].append(torch.zeros_like(tensor, requires_grad=True))
-        return tensor + nudges[at][-1]
+    def nudged(read: Tensor) -> Tensor:
+        nudges.append(torch.zeros_like(read, requires_grad=True))
+        return read + nudges[-1]
 
-    with torch.enable_grad(), model.reading({i: lambda read: nudged("read", read) for i in range(len(model.sites))}):
-        context = model.context(pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device))
-        stream = nudged("residual", context.embedding)
-        for index in range(len(model.sites) - 1):
-            stream = nudged("residual", model.sublayer(index, stream, context))
-        log_p = _log_p(p_target(model.head(stream, context), pairs))
-        found = torch.autograd.grad(log_p, [*nudges["residual"], *nudges["read"]])
-    return {"residual": list(found[: len(model.sites)]), "read": list(found[len(model.sites) :])}
+    with torch.enable_grad(), model.reading({i: nudged for i in range(len(model.sites))}):
+        trace = model.trace(pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device), True)
+        found = torch.autograd.grad(_log_p(p_target(trace.logits, pairs)), [*trace.residuals, *nudges])
+    return {"residual": list(found[: len(nudges)]), "read": list(found[len(nudges) :])}
 
 
 @torch.no_grad()

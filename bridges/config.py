@@ -58,6 +58,10 @@ class FitConfig(BaseModel):
     """w_sd: the dense tail from the decoder's output."""
     ce_weight: float = Field(default=1.0, ge=0)
     """w_ce: the sparse model's own next-token loss, where it trains."""
+    interchange_weight: float = Field(default=0.0, ge=0)
+    """w_i of the interchange loss, which makes single channels carry what changes when a token does, for steering."""
+    interchange_pairs: int = Field(default=512, ge=1)
+    """Pairs of rows that the interchange loss is made from."""
 
     train_sparse: bool = False
     """Train the weight-sparse model together with the bridges."""
@@ -99,9 +103,19 @@ class FitConfig(BaseModel):
             raise ValueError(f"sites_per_step={self.sites_per_step} must be at least 1, or 'all'")
         if self.target_density is not None and not self.train_sparse:
             raise ValueError(f"target_density={self.target_density} needs train_sparse=True")
+        if self.interchange_weight > 0:
+            self._can_interchange()
         if self.resume and self.output_dir is None:
             raise ValueError("resume=True needs output_dir, the run folder to continue")
         return self
+
+    def _can_interchange(self) -> None:
+        """Channels are chosen pair by pair once, by decoders from a closed form, of a sparse model that stays."""
+        name = f"interchange_weight={self.interchange_weight}"
+        if not self.closed_form or self.nmse_weight == 0:
+            raise ValueError(f"{name} is solved in the closed form; it needs closed_form=True and nmse_weight over 0")
+        if self.train_sparse:
+            raise ValueError(f"{name} needs a frozen sparse model; train it first, then fit with train_sparse=False")
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what a fit computes, as plain values: where and how it is shown is left out."""

@@ -143,7 +143,7 @@ class _Run:
         save = checkpoint_saver(trainer, folder, identity.to_dict())
         self._announce()
         if checkpoint is None:
-            self._start()
+            self._start(trainer)
             save()
         else:
             trainer.restore(checkpoint)
@@ -156,14 +156,23 @@ class _Run:
 
             train(trainer, self._batches, tracker, save, self._evaluate, advance)
 
-    def _start(self) -> None:
+    def _start(self, trainer: Trainer) -> None:
         """The closed form, or random maps drawn by the seed."""
         if self.config.closed_form:
             batches = self.data.closed_form_batches(self.config, self.processes.index, self.processes.count)
             memory = self.config.moments_gib * 2**30
-            with self.processes.autocast():
-                solve_bridges(
-                    self.pair, lambda: batches, self.config.ridge, memory, self.processes.reduce, self.processes.main
+            config, processes = self.config, self.processes
+            pairs = self.data.pair_batches(config, processes.index, processes.count)
+            with processes.autocast():
+                trainer.carried = solve_bridges(
+                    self.pair,
+                    lambda: batches,
+                    config.ridge,
+                    memory,
+                    processes.reduce,
+                    processes.main,
+                    (lambda: pairs) if config.interchange_weight else None,
+                    config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
                 )
         else:
             generator = torch.Generator().manual_seed(self.config.seed)

@@ -207,6 +207,8 @@ KNOBS = {
     "target_density": (0.3, SPARSE),
     "start_density": (0.6, SPARSE),
     "anneal": (1.0, SPARSE),
+    "interchange_weight": (0.5, {}),
+    "interchange_pairs": (5, {"interchange_weight": 0.5}),
     "sparse_lr": (1e-3, SPARSE),
     "sparse_weight_decay": (5.0, SPARSE),
     "sparse_eps": (1e-2, SPARSE),
@@ -372,6 +374,18 @@ REFUSED = {
     "k over the width": (lambda _: {"k": 13}, "k=13 is over the sparse model's width 12"),
     "training another family": (lambda _: {"sparse": shallow(), "train_sparse": True}, "needs a SparseTransformer"),
     "density of a frozen model": (lambda _: {"target_density": 0.5}, "target_density=0.5 needs train_sparse=True"),
+    "interchange without a closed form": (
+        lambda _: {"interchange_weight": 0.5, "closed_form": False},
+        "interchange_weight=0.5 is solved in the closed form; it needs closed_form=True",
+    ),
+    "interchange without reconstruction": (
+        lambda _: {"interchange_weight": 0.5, "nmse_weight": 0.0},
+        "interchange_weight=0.5 is .* nmse_weight over 0",
+    ),
+    "interchange with a model that trains": (
+        lambda _: {"interchange_weight": 0.5, "train_sparse": True},
+        "interchange_weight=0.5 needs a frozen sparse model",
+    ),
     "resume from nowhere": (lambda _: {"resume": True, "output_dir": None}, "resume=True needs output_dir"),
 }
 
@@ -532,7 +546,7 @@ def finished(*processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_run_killed_five_times_ends_with_the_bytes_of_one_never_killed(tmp_path, joint):
-    """And repeats no step that a checkpoint holds."""
+    """And repeats no step that a checkpoint holds. The frozen pair has the interchange loss, chosen at the start."""
     steps, every = 250, 10
     settings = {
         "steps": steps,
@@ -541,7 +555,7 @@ def test_a_run_killed_five_times_ends_with_the_bytes_of_one_never_killed(tmp_pat
         "eval_every": 100,
         "closed_form_tokens": 200,
     }
-    settings |= SPARSE if joint else {}
+    settings |= SPARSE if joint else {"interchange_weight": 0.5}
     finished(
         separately("killed", tmp_path / "killed", json.dumps(settings), 7 + joint),
         separately("fit", tmp_path / "whole", json.dumps(settings)),
@@ -565,7 +579,7 @@ def test_a_run_killed_five_times_ends_with_the_bytes_of_one_never_killed(tmp_pat
 @pytest.mark.parametrize("joint", [False, True])
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path, joint):
     settings = {"steps": 5, "gradient_accumulation_steps": 2, "closed_form_tokens": 200, "lr": 1e-2, "eval_every": 2}
-    settings |= SPARSE if joint else {}
+    settings |= SPARSE if joint else {"interchange_weight": 0.5, "interchange_pairs": 16}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -6,6 +6,7 @@ import math
 from os import PathLike
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bridges.config import FitConfig
@@ -45,6 +46,14 @@ class Prepared(NamedTuple):
         batches = [self.train.take(i, min(size, rows - i)) for i in range(0, rows, size)]
         # Too few to share: the same rows on every process, whose sum has the same solution.
         return batches[index::count] if len(batches) >= count else batches
+
+    def pair_batches(self, config: FitConfig, index: int, count: int) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        """One process's part of the rows for the interchange loss, with two random numbers per row."""
+        rows = min(len(self.train), config.interchange_pairs)
+        draws = torch.rand(rows, 2, generator=torch.Generator().manual_seed(config.seed))
+        starts = range(0, rows, config.batch_size)[index::count]
+        parts = [draws[start : start + config.batch_size] for start in starts]
+        return [(*self.train.take(start, len(part)), part) for start, part in zip(starts, parts, strict=True)]
 
     def heldout_batches(self, config: FitConfig, index: int, count: int) -> tuple[list[Batch], bool]:
         """One process's part of the held-out rows and True; all of them and False where there are too few to share."""

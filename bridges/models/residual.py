@@ -137,13 +137,23 @@ class ResidualModel(ABC):
         """Logits from the stream at site `index`."""
         return self.head(self.run(index, len(self.sites) - 1, residual, context), context)
 
-    def trace(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Trace:
-        """Run the whole chain, keeping the stream at every site."""
+    def trace(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        differentiable: bool = False,
+    ) -> Trace:
+        """Run the whole chain, keeping the stream at every site.
+
+        `differentiable`: with a graph from the first stream on, a frozen model's too, so that the gradient of what is
+        made of the logits can be had at every site.
+        """
         context = self.context(input_ids, attention_mask)
-        residuals = [context.embedding]
-        for index in range(len(self.sites) - 1):
-            residuals.append(self.sublayer(index, residuals[-1], context))
-        return Trace(residuals, self.head(residuals[-1], context), context)
+        with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
+            residuals = [context.embedding.detach().requires_grad_() if differentiable else context.embedding]
+            for index in range(len(self.sites) - 1):
+                residuals.append(self.sublayer(index, residuals[-1], context))
+            return Trace(residuals, self.head(residuals[-1], context), context)
 
     def residuals(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bridges.bridge import Bridge
 from bridges.training.hybrid import ModelPair, residuals_at, trace_pair
+from bridges.training.interchange import Carried, PairBatch, gather_carried
 from bridges.training.ridge import Affine, Moments, gather
 from bridges.training.scale import Reduce, alone, counted_tokens
 from bridges.training.step import Batch
@@ -22,12 +23,16 @@ def solve_bridges(
     memory_bytes: float,
     reduce: Reduce = alone,
     first: bool = True,
-) -> None:
+    pairs: Callable[[], Iterable[PairBatch]] | None = None,
+    carried_weight: float = 0.0,
+) -> list[Carried]:
     """Set every bridge to its least-squares solution; the encoder's is the one before AbsTopK, a warm start.
 
     `batches()` starts a pass over this process's tokens. One pass is made per group of sites whose moments fit into
-    `memory_bytes`.
+    `memory_bytes`. With `pairs`, decoders are solved again with the interchange loss at `carried_weight` against the
+    NMSE; what it asks of every site is returned.
     """
+    carried: list[Carried] = []
     for group in site_groups(pair, memory_bytes):
         moments = gather((_counted(pair, batch, group) for batch in batches()), reduce, first)
         for site, found in zip(group, moments, strict=True):
@@ -37,6 +42,14 @@ def solve_bridges(
                     "look for weights that are NaN, or for a dtype that overflows"
                 )
             set_closed_form(pair.bridge_set[site], found, ridge)
+        if pairs is not None:
+            asked = gather_carried(pair, pairs(), group, reduce)
+            for site, found, one in zip(group, moments, asked, strict=True):
+                bridge = pair.bridge_set[site]
+                solution = found.solve(ridge, reverse=True, carried=one, carried_weight=carried_weight)
+                _set(bridge.decoder_weight, bridge.decoder_bias, solution)
+            carried += asked
+    return carried
 
 
 def set_closed_form(bridge: Bridge, moments: Moments, ridge: float) -> None:

@@ -145,12 +145,14 @@ def share_of(pair: ModelPair, traces: Traces) -> Share:
     return share_of_streams(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask)
 
 
-def trace_pair(pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None = None) -> Traces:
+def trace_pair(
+    pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None = None, differentiable: bool = False
+) -> Traces:
     """One batch through both models, each on its own device."""
 
     def on(model: ResidualModel) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        return model.trace(input_ids.to(model.device), mask)
+        return model.trace(input_ids.to(model.device), mask, differentiable)
 
     return Traces(on(pair.dense), on(pair.sparse))
 

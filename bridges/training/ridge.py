@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridges.training.interchange import Carried
 from bridges.training.scale import Reduce, alone
 
 
@@ -66,11 +67,13 @@ class Moments:
         for into, part in zip(self.tensors(), parts, strict=True):
             into.copy_(part.view(into.shape))
 
-    def solve(self, ridge: float, reverse: bool = False) -> Affine:
+    def solve(
+        self, ridge: float, reverse: bool = False, carried: Carried | None = None, carried_weight: float = 0.0
+    ) -> Affine:
         """Least squares of y on x, or of x on y when `reverse`; intercept unpenalised, float64.
 
-        The penalty is `ridge` times the mean variance of the input's channels. ValueError if there is nothing to
-        regress on.
+        The penalty is `ridge` times the mean variance of the input's channels; `carried_weight` is that of the
+        interchange loss against the NMSE. ValueError if there is nothing to regress on.
         """
         if self.n < 2:
             raise ValueError(f"the closed form needs at least 2 tokens, got {int(self.n)}; pass more data")
@@ -80,8 +83,13 @@ class Moments:
         cov_xy = self.xy / self.n - torch.outer(mean_x, mean_y)
         mean_x, mean_y = mean_x + self.shift_x, mean_y + self.shift_y
         if reverse:
-            cov_xx, cov_xy, mean_x, mean_y = cov_yy, cov_xy.T, mean_y, mean_x
-        weight = _solve(cov_xx, cov_xy, ridge * cov_xx.trace() / len(cov_xx)).T
+            cov_xx, cov_xy, cov_yy, mean_x, mean_y = cov_yy, cov_xy.T, cov_xx, mean_y, mean_x
+        penalised = cov_xx + ridge * cov_xx.trace() / len(cov_xx) * torch.eye(len(cov_xx)).to(cov_xx)
+        if carried is not None:
+            scale = carried_weight * cov_yy.trace()  # the NMSE is in parts of it
+            penalised += scale * carried.squares.to(cov_xx).diag()
+            cov_xy = cov_xy + scale * carried.products.to(cov_xx).T
+        weight = _solve(penalised, cov_xy).T
         return Affine(weight, mean_y - weight @ mean_x)
 
 
@@ -108,9 +116,8 @@ def _shift(x: Tensor, reduce: Reduce, first: bool) -> Tensor:
     return reduce(mean if first else torch.zeros_like(mean))
 
 
-def _solve(cov: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
-    """(cov + penalty I)^-1 cross; directions without variance get weight 0 where no penalty rules them out."""
-    penalised = cov + penalty * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+def _solve(penalised: Tensor, cross: Tensor) -> Tensor:
+    """penalised^-1 cross; directions without variance get weight 0 where no penalty rules them out."""
     factor, failed = torch.linalg.cholesky_ex(penalised)
     diagonal = factor.diagonal()
     if not failed and diagonal.min() > 1e-7 * diagonal.max():

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.training.hybrid import ModelPair, Side, Traces, ce_sum, kl_sum, share_of, squared_errors, trace_pair
+from bridges.training.interchange import Carried
 from bridges.training.scale import Reduce, Scale, alone, scale_of
 
 Batch = tuple[Tensor, Tensor | None]
@@ -19,12 +20,13 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 class Weights(NamedTuple):
-    """w_n, w_ds, w_sd and w_ce of the objective."""
+    """w_n, w_ds, w_sd, w_ce and w_i of the objective."""
 
     nmse: float = 1.0
     kl_dense_to_sparse: float = 1.0
     kl_sparse_to_dense: float = 1.0
     ce: float = 1.0
+    interchange: float = 0.0
 
 
 @dataclass
@@ -35,13 +37,14 @@ class StepLosses:
     nmse_decode: dict[str, float] = field(default_factory=dict)
     kl_dense_to_sparse: dict[str, float] = field(default_factory=dict)
     kl_sparse_to_dense: dict[str, float] = field(default_factory=dict)
+    interchange: dict[str, float] = field(default_factory=dict)
     ce: float | None = None
     loss: float = 0.0
     tokens: int = 0
 
     def row(self) -> dict[str, float]:
         """The losses under their metric names."""
-        names = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
+        names = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange")
         row = {"train/loss": self.loss}
         row |= {f"train/{name}/{site}": value for name in names for site, value in getattr(self, name).items()}
         return row if self.ce is None else {**row, "train/ce": self.ce}
@@ -56,6 +59,8 @@ class Objective(NamedTuple):
     autocast: Callable[[], AbstractContextManager] = nullcontext
     loss_scale: float = 1.0
     """Static factor on every loss while gradients pass through float16; divided out again."""
+    carried: Sequence[Carried] = ()
+    """What the interchange loss asks of every site, on the process that adds it: it knows no batch."""
 
 
 def step_gradients(
@@ -71,7 +76,11 @@ def step_gradients(
     shares = [share_of(pair, kept or _trace(pair, batch, objective, grad=False)) for batch in batches]
     scale = scale_of(shares, objective.reduce)
     n = len(pair.bridge_set)
-    terms = torch.zeros(4 * n + 1, dtype=torch.float64)
+    terms = torch.zeros(5 * n + 1, dtype=torch.float64)
+    for i, one in enumerate(objective.carried):
+        loss = one.loss(pair.bridge_set[i].decoder_weight)
+        terms[4 * n + i] = loss.detach().double().cpu()
+        (objective.weights.interchange / n * objective.loss_scale * loss).backward()
     for batch in batches:
         terms += _micro_batch(pair, kept or _trace(pair, batch, objective), scale, sampled, objective)
     if objective.loss_scale != 1:
@@ -93,7 +102,7 @@ def _micro_batch(
     # Each loss stops at a leaf of its own site; what arrives there goes through the sparse model once, at the end.
     leaves = [h.detach().requires_grad_(objective.train_sparse) for h in traces.sparse.residuals]
     cut = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
-    terms = torch.zeros(4 * n + 1, dtype=torch.float64)
+    terms = torch.zeros(5 * n + 1, dtype=torch.float64)
 
     def add(place: int, loss: Tensor, weight: float) -> None:
         terms[place] = loss.detach().double().cpu()
@@ -153,17 +162,19 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
 
 def _losses(pair: ModelPair, terms: Tensor, sampled: Sequence[int], objective: Objective, tokens: int) -> StepLosses:
     sites, n, weights = pair.bridge_set.sites, len(pair.bridge_set), objective.weights
-    encode, decode, to_sparse, to_dense = terms[:-1].view(4, n).tolist()
+    encode, decode, to_sparse, to_dense, interchange = terms[:-1].view(5, n).tolist()
     losses = StepLosses(
         nmse_encode=dict(zip(sites, encode, strict=True)),
         nmse_decode=dict(zip(sites, decode, strict=True)),
         kl_dense_to_sparse={sites[i]: to_sparse[i] for i in sampled},
         kl_sparse_to_dense={sites[i]: to_dense[i] for i in sampled},
+        interchange=dict(zip(sites, interchange, strict=True)) if weights.interchange else {},
         ce=terms[-1].item() if objective.train_sparse else None,
         tokens=tokens,
     )
     losses.loss = weights.nmse * (sum(encode) + sum(decode)) / n
     losses.loss += weights.kl_dense_to_sparse * sum(to_sparse) / len(sampled)
     losses.loss += weights.kl_sparse_to_dense * sum(to_dense) / len(sampled)
+    losses.loss += weights.interchange * sum(interchange) / n
     losses.loss += weights.ce * (losses.ce or 0.0)
     return losses

@@ -26,6 +26,7 @@ from bridges.training.checkpoint import (
 )
 from bridges.training.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.training.hybrid import ModelPair
+from bridges.training.interchange import Carried
 from bridges.training.step import Batch, Objective, StepLosses, Weights, step_gradients
 from bridges.training.support import Support
 from bridges.training.tracking import Tracker
@@ -93,6 +94,8 @@ class Trainer:
         self.pair, self.config, self.processes = pair, config, processes
         self.step = 0
         self.bridge_optimizer = torch.optim.AdamW(pair.bridge_set.parameters(), lr=config.lr, weight_decay=0.0)
+        self.carried: list[Carried] = []
+        """What the interchange loss asks of every site, found with the closed form; empty without that loss."""
         self._supports: dict[str, Tensor] | None = None
 
     @cached_property
@@ -127,11 +130,14 @@ class Trainer:
         """The loss weights and how gradients are made."""
         c = self.config
         return Objective(
-            Weights(c.nmse_weight, c.kl_dense_to_sparse_weight, c.kl_sparse_to_dense_weight, c.ce_weight),
+            Weights(c.nmse_weight, c.kl_dense_to_sparse_weight, c.kl_sparse_to_dense_weight, c.ce_weight)._replace(
+                interchange=c.interchange_weight
+            ),
             c.train_sparse,
             self.processes.reduce,
             self.processes.autocast,
             FP16_LOSS_SCALE if c.mixed_precision == "fp16" else 1.0,
+            self.carried if self.processes.main else (),  # gradients are summed over processes
         )
 
     def sampled_sites(self, step: int) -> list[int]:
@@ -174,6 +180,11 @@ class Trainer:
             "bridges": self.pair.bridge_set.tensors(),
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
         }
+        tensors["carried"] = {
+            f"{site}.{name}": tensor
+            for site, carried in zip(self.pair.bridge_set.sites, self.carried, strict=False)
+            for name, tensor in carried._asdict().items()
+        }
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
@@ -186,6 +197,9 @@ class Trainer:
         self.step = checkpoint.step
         for name, tensor in self.pair.bridge_set.tensors().items():
             tensor.copy_(checkpoint.tensors["bridges"][name])
+        if carried := checkpoint.tensors.get("carried"):
+            sites = self.pair.bridge_set.sites
+            self.carried = [Carried(carried[f"{s}.squares"], carried[f"{s}.products"]) for s in sites]
         restore_optimizer(self.bridge_optimizer, checkpoint.tensors.get("bridge_optimizer", {}))
         if self.config.train_sparse:
             for name, parameter in self.pair.sparse.model.named_parameters():

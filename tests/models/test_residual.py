@@ -53,6 +53,21 @@ def test_the_chain_composes(chain, tokens, padding):
     assert all(torch.equal(one, other) for one, other in zip(residuals, trace.residuals, strict=True))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_differentiable_trace_has_a_gradient_at_every_site_of_a_frozen_model(tiny, tokens, padding, family):
+    chain = as_residual(tiny(family).double().requires_grad_(False))
+    with torch.no_grad():
+        plain, trace = (chain.trace(tokens, padding, differentiable) for differentiable in (False, True))
+    assert not plain.logits.requires_grad and torch.equal(plain.logits, trace.logits)
+    with torch.enable_grad():
+        found = torch.autograd.grad(trace.logits[padding.bool()].sin().sum(), trace.residuals)
+        for site, gradient in enumerate(found):
+            stream = plain.residuals[site].clone().requires_grad_()
+            logits = chain.tail(site, stream, plain.context)
+            expected = torch.autograd.grad(logits[padding.bool()].sin().sum(), stream)[0]
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_dtype_and_device_are_the_models(tiny):
     chain = as_residual(tiny("gpt2").to(torch.bfloat16))
     assert (chain.dtype, chain.device) == (torch.bfloat16, torch.device("cpu"))
