@@ -15,7 +15,6 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
-from bridges.channels import check_search
 from bridges.circuits.tasks import TASKS
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
@@ -29,6 +28,7 @@ from bridges.intervention import At
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, load_model
 from bridges.prompts import Channels
+from bridges.search import check_search
 from bridges.sweep import STRENGTHS, sweep
 from bridges.training.identity import refuse_used_folder
 

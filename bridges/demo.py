@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.channels import CHOSEN_ON, MOST
+from bridges.channels import CHOSEN_ON, find
 from bridges.circuits.tasks import task_pairs
 from bridges.config import FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
@@ -21,6 +21,7 @@ from bridges.models.pair import Pair, load_pair
 from bridges.prompts import model_pair, prompts_of
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
+from bridges.search import MOST, search_text
 from bridges.sweep import STRENGTHS, Sweep, sweep_prompts
 
 SETTINGS = FitConfig(
@@ -30,7 +31,8 @@ SETTINGS = FitConfig(
     seq_len=128,
     ridge=1e-3,
     nmse_weight=0.25,
-    closed_form_tokens=200_000,
+    interchange_weight=0.05,
+    closed_form_tokens=160_000,
     sites_per_step=1,
 )
 TASK = "single_double_quote"
@@ -87,6 +89,8 @@ def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int, text: Tensor) 
     with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         chosen_on, reported = (prompts_of(models, rows) for rows in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
         others = other_tasks(TASK, pair.tokenizer)
-        one = sweep_prompts(models, chosen_on, reported, 1, STRENGTHS, text, others)
-        few = sweep_prompts(models, chosen_on, reported, MOST, STRENGTHS, text, others, by="both")
-    return one, few
+        elsewhere = search_text(models, seed=0)
+        one = find(models, chosen_on, elsewhere)
+        few = find(models, chosen_on, elsewhere, MOST, by="both")
+        sweeps = [sweep_prompts(models, chosen_on, reported, found, STRENGTHS, text, others) for found in (one, few)]
+    return sweeps[0], sweeps[1]

@@ -15,17 +15,19 @@ from bridges.bridge import BridgeSet
 from bridges.channels import CHOSEN_ON
 from bridges.circuits.tasks import TASKS, TaskPairs, probability, solved, task_pairs
 from bridges.edits import Edit
-from bridges.intervention import as_read, dense_addend, edited_logits, only, sparse_delta
-from bridges.models.residual import ResidualModel, Trace
+from bridges.intervention import as_read, edited_logits, only
+from bridges.models.residual import ResidualModel
 from bridges.ops.kl import kl_divergence
 from bridges.prompts import (
     Channels,
     Prompts,
     check_channels,
+    logits_off,
     logits_under,
     model_pair,
     pairs_of,
     prompts_of,
+    text_of,
 )
 from bridges.training.hybrid import ModelPair, Side
 
@@ -154,8 +156,8 @@ def side_effects(
     kl, kl_added, ce = 0.0, 0.0, 0.0
     for start in range(0, len(text), batch_size):
         ids = text[start : start + batch_size]
-        trace = pair.dense.trace(ids.to(pair.dense.device))
-        off = edited_logits(pair.dense, trace, site, _turned_off(pair, i, ids, None, chosen), chosen.at)
+        here = text_of(pair, ids)
+        trace, off = here.trace, logits_off(pair, here, chosen)
         kl += kl_divergence(trace.logits.flatten(0, 1), off.flatten(0, 1)).item()
         ce += _cross_entropy(off, ids) - _cross_entropy(trace.logits, ids)
         for dz in constants:
@@ -185,7 +187,7 @@ def other_tasks(task: str, tokenizer: Any) -> list[TaskPairs]:
 def _on_other_tasks(pair: ModelPair, chosen: Channels, others: Sequence[TaskPairs]) -> dict[str, Any]:
     kl, before, after, count = 0.0, 0, 0, 0
     for pairs in (one.to(pair.dense.device) for one in others):
-        plain, off = _with_and_without(pair, chosen, pairs, pair.dense.trace(pairs.input_ids, pairs.attention_mask))
+        plain, off = _with_and_without(pair, chosen, pairs)
         kl += kl_divergence(plain, off).item()
         before += int(solved(plain, pairs).sum())
         after += int(solved(off, pairs).sum())
@@ -194,26 +196,15 @@ def _on_other_tasks(pair: ModelPair, chosen: Channels, others: Sequence[TaskPair
 
 
 def _with_and_without(
-    pair: ModelPair, chosen: Channels, pairs: TaskPairs, trace: Trace
+    pair: ModelPair, chosen: Channels, pairs: TaskPairs
 ) -> tuple[Float[Tensor, "b vocab"], Float[Tensor, "b vocab"]]:
     """The dense model's logits at the answers of a task, unedited and with the channels off."""
-    i = pair.bridge_set.index(chosen.site)
-    addend = _turned_off(pair, i, pairs.input_ids, pairs.attention_mask, chosen)
-    off = edited_logits(pair.dense, trace, pair.site("dense", i), addend, chosen.at)
-    return trace.logits[:, -1], off[:, -1]
-
-
-def _turned_off(
-    pair: ModelPair, i: int, ids: Tensor, mask: Tensor | None, chosen: Channels
-) -> Float[Tensor, "b s d_dense"]:
-    """What setting the channels to 0 at every position adds to the dense read or stream: dn = 0 - v."""
-    here = [x if x is None else x.to(pair.sparse.device) for x in (ids, mask)]
-    reads = pair.sparse.reads(*here)[pair.site("sparse", i)]  # pyright: ignore[reportArgumentType]
-    return dense_addend(pair, i, only(sparse_delta(pair, i, -reads), chosen.channels), chosen.at)
+    here = text_of(pair, pairs.input_ids, pairs.attention_mask)
+    return here.trace.logits[:, -1], logits_off(pair, here, chosen)[:, -1]
 
 
 def _p_target_off(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
-    p = probability(_with_and_without(pair, chosen, prompts.pairs, prompts.traces.dense)[1], prompts.pairs.targets)
+    p = probability(_with_and_without(pair, chosen, prompts.pairs)[1], prompts.pairs.targets)
     sides = [p[prompts.pairs.direction == side] for side in (0, 1)]
     return max(one.mean().item() for one in sides if len(one))
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
@@ -15,7 +15,7 @@ from bridges.circuits.tasks import TaskPairs, probability, task_pairs
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import ResidualModel, Trace
 from bridges.models.sparse import SparseTransformer
 from bridges.training.hybrid import ModelPair, Side, Traces, trace_pair
 from bridges.training.support import multiplying_nonzeros
@@ -38,6 +38,15 @@ class Prompts(NamedTuple):
     """dn per bridged site, in read units."""
     streams: list[Float[Tensor, "b s d_sparse"]]
     """dz per bridged site, at strength 1."""
+
+
+class Text(NamedTuple):
+    """Tokens that have nothing to do with a task, and what turning channels off adds: computed once for every edit."""
+
+    trace: Trace
+    """The dense model's unedited run."""
+    off: list[Float[Tensor, "b s d_sparse"]]
+    """dz per bridged site that brings every channel's read to 0."""
 
 
 @contextmanager
@@ -91,6 +100,23 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     changed = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
     reads = [changed[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
     return Prompts(pairs, traces, reads, [sparse_delta(pair, i, dn) for i, dn in enumerate(reads)])
+
+
+@torch.no_grad()
+def text_of(pair: ModelPair, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Text:
+    """Run both models on tokens."""
+    traces = [x if x is None else x.to(pair.dense.device) for x in (input_ids, attention_mask)]
+    inside = [x if x is None else x.to(pair.sparse.device) for x in (input_ids, attention_mask)]
+    reads = pair.sparse.reads(*inside)  # pyright: ignore[reportArgumentType]
+    off = [sparse_delta(pair, i, -reads[pair.site("sparse", i)]) for i in range(len(pair.bridge_set))]
+    return Text(pair.dense.trace(*traces), off)  # pyright: ignore[reportArgumentType]
+
+
+def logits_off(pair: ModelPair, text: Text, chosen: Channels) -> Float[Tensor, "b s vocab"]:
+    """The dense model's logits with some channels turned off (set to 0) at every position."""
+    i = pair.bridge_set.index(chosen.site)
+    addend = dense_addend(pair, i, only(text.off[i], chosen.channels), chosen.at)
+    return edited_logits(pair.dense, text.trace, pair.site("dense", i), addend, chosen.at)
 
 
 def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bridges.baselines import dense_directions, mean_difference
 from bridges.bridge import BridgeSet
-from bridges.channels import CHOSEN_ON, By, check_search, find
+from bridges.channels import CHOSEN_ON, FoundChannels, find
 from bridges.circuits.tasks import TaskPairs, solved
 from bridges.data.sampled import sampled_text
 from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
@@ -34,6 +34,7 @@ from bridges.prompts import (
     tokenizer_of,
 )
 from bridges.report.plots import steering_plot
+from bridges.search import BUDGET, By, check_search, search_text
 from bridges.training.hybrid import ModelPair
 
 STRENGTHS = tuple(i / 10 for i in range(11))
@@ -144,6 +145,7 @@ def sweep(
     strengths: Sequence[float] = STRENGTHS,
     *,
     by: By = "dense",
+    budget: float = BUDGET,
     n: int = 200,
     tokenizer: Any = None,
     seed: int = 0,
@@ -153,11 +155,13 @@ def sweep(
     """Turn channels by their counterfactual edit and measure the dense model's answer, with every baseline beside it.
 
     `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
-    models' (`find_channels`). They and the dense model's own directions are chosen on 64 pairs of the task, the curves
-    are measured on `n` others. Side effects are measured on `text`, token rows that have nothing to do with the task
-    (None: sampled from the dense model), and with a tokenizer on the other tasks. P(target) is the full-vocabulary
-    probability of what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
+    models', within a budget of KL on other text (`find_channels`). They and the dense model's own directions are chosen
+    on 64 pairs of the task, the curves are measured on `n` others. Side effects are measured on `text`, token rows that
+    have nothing to do with the task (None: sampled from the dense model), and with a tokenizer on the other tasks.
+    P(target) is the full-vocabulary probability of what answers the counterfactual prompt. ValueError for an unknown
+    task, site or channel.
     """
+    check_search(channels if isinstance(channels, int) else 1, by, budget, name="channels")
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
     tokenizer = tokenizer_of(dense, tokenizer)
@@ -170,7 +174,11 @@ def sweep(
         if text is None:
             width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
             text = sampled_text(pair.dense, TEXT_ROWS, width, seed)
-        return sweep_prompts(pair, chosen_on, reported, channels, strengths, text, others, by)
+        chosen = channels
+        if not isinstance(chosen, Channels):
+            # The text of the search is not the one that side effects are reported on.
+            chosen = find(pair, chosen_on, search_text(pair, seed + 1), chosen or 1, by, budget)
+        return sweep_prompts(pair, chosen_on, reported, chosen, strengths, text, others)
 
 
 @torch.no_grad()
@@ -178,24 +186,16 @@ def sweep_prompts(
     pair: ModelPair,
     chosen_on: Prompts,
     reported: Prompts,
-    channels: Channels | int | None,
+    channels: Channels | FoundChannels,
     strengths: Sequence[float],
     text: Tensor | None = None,
     others: Sequence[TaskPairs] = (),
-    by: By = "dense",
 ) -> Sweep:
-    """`sweep` on prompts that were run."""
+    """`sweep` on prompts that were run, of channels that are given or were found."""
     if len(strengths) == 0 or not all(math.isfinite(strength) for strength in strengths):
         raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
-    ranking = None
-    most = 1 if channels is None or isinstance(channels, Channels) else channels
-    check_search(most, by, name="channels")
-    if isinstance(channels, Channels):
-        chosen = channels
-        check_channels(pair, chosen)
-    else:
-        found = find(pair, chosen_on, most, by)
-        chosen, ranking = found.best, found.agreement
+    chosen, ranking = (channels.best, channels.agreement) if isinstance(channels, FoundChannels) else (channels, None)
+    check_channels(pair, chosen)
     site, values = mean_difference(pair.dense, chosen_on)
     curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
         "p_target_mean_difference": _curve(pair.dense, reported.traces.dense, reported.pairs, site, values, strengths)

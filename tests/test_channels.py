@@ -6,9 +6,10 @@ from pairs import gpt2, join, sparse_model, toy_task, with_units
 from scipy.stats import spearmanr
 
 import bridges
-from bridges.channels import CONTROLS, Grown, _log_p, _Search, find, find_channels, predicted_effects
+from bridges.channels import find, find_channels
 from bridges.intervention import dense_addend, edited_logits, only, random_addends
 from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
+from bridges.search import CONTROLS, Grown, Search, log_p, predicted_effects, search_text
 from bridges.steer import steer
 
 
@@ -24,7 +25,7 @@ def prompts(pair):
 
 @pytest.mark.parametrize("at", ["read", "residual"])
 @pytest.mark.parametrize("site", range(5))
-def test_predicted_effects_are_the_derivative_of_log_p(pair, prompts, site, at):
+def test_predicted_effects_are_the_derivative_oflog_p(pair, prompts, site, at):
     """Against central differences, for three channels."""
     predicted = predicted_effects(pair, prompts)[site, at]
     where = pair.site("dense", site)
@@ -47,6 +48,23 @@ def test_p_target_sums_the_last_tokens_softmax_over_the_answers(prompts):
     assert torch.allclose(p_target(logits, prompts.pairs), torch.stack(expected))
 
 
+@pytest.fixture(scope="module")
+def text(pair):
+    return search_text(pair, seed=3)
+
+
+def kl_of_turning_off(pair, text, chosen):
+    """Nats per token, by `steer` on the text and the sum over the vocabulary written out."""
+    ids = text.trace.context.input_ids
+    edits = [bridges.Edit(chosen.site, channel, 0.0) for channel in chosen.channels]
+    dense, sparse = pair.dense.model, pair.sparse.model
+    with torch.no_grad():
+        plain = dense(ids).logits.log_softmax(-1)
+        with steer(dense, pair.bridge_set, edits, sparse=sparse, at=chosen.at):
+            off = dense(ids).logits.log_softmax(-1)
+    return (plain.exp() * (plain - off)).sum(-1).mean().item()
+
+
 def every_single_edit(pair, prompts):
     for site in pair.bridge_set.sites:
         for at in ("read", "residual"):
@@ -61,25 +79,60 @@ def under_random_directions(pair, prompts, chosen):
     return max(p_target(x, prompts.pairs).mean().item() for x in logits)
 
 
-def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts):
-    """At each place the channel of largest P(target) is taken, of those the one that beats its control by most."""
-    found = find(pair, prompts, candidates=12)  # every channel of the width 12
+@pytest.mark.parametrize("part", [0.3, 1.0])
+def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts, text, part):
+    """At each place the channel of largest P(target) within the budget, of those the one that beats its control by
+    most. The budget is such that a part of all channels keeps within it."""
+    with torch.no_grad():
+        costs = {one: kl_of_turning_off(pair, text, one) for one in every_single_edit(pair, prompts)}
+    budget = sorted(costs.values())[int(part * (len(costs) - 1))] * 1.0001
+    found = find(pair, prompts, text, budget=budget, candidates=12)  # every channel of the width 12
     with torch.no_grad():
         scored = {one: edited(pair, prompts, one).mean().item() for one in every_single_edit(pair, prompts)}
+        within = {one: p for one, p in scored.items() if costs[one] <= budget}
         places = {
-            (one.site, one.at): max((p, c) for c, p in scored.items() if (c.site, c.at) == (one.site, one.at))
-            for one in scored
+            (one.site, one.at): max((p, c) for c, p in within.items() if (c.site, c.at) == (one.site, one.at))
+            for one in within
         }
         margins = {c: p - under_random_directions(pair, prompts, c) for p, c in places.values()}
     assert found.best == max(margins, key=margins.get)
     assert found.sets[0].p_target == pytest.approx(scored[found.best])
     assert found.sets[0].margin("dense") == pytest.approx(max(margins.values()))
+    assert found.sets[0].kl_off == pytest.approx(costs[found.best], rel=1e-9)
     assert len(found.ranking) == len(scored)
     assert [one.p_target for one in found.ranking] == sorted(scored.values(), reverse=True)
 
 
-def test_the_ranking_tells_prediction_and_effect_and_how_they_agree(pair, prompts):
-    found = find(pair, prompts, candidates=3)
+def test_the_text_of_a_search_is_the_dense_models_own_and_none_of_another_seed(pair, text):
+    assert text.trace.context.input_ids.shape == (8, 12)  # as long as the model's context
+    assert torch.equal(text.trace.context.input_ids, search_text(pair, 3).trace.context.input_ids)
+    assert not torch.equal(text.trace.context.input_ids, search_text(pair, 4).trace.context.input_ids)
+
+
+def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):
+    with torch.no_grad():
+        free = find(pair, prompts, text, 4, budget=float("inf"), candidates=12)
+        budget = 0.7 * free.sets[-1].kl_off
+        found = find(pair, prompts, text, 4, budget=budget, candidates=12)
+    assert found.best != free.best
+    for one in found.sets:
+        assert one.kl_off == pytest.approx(kl_of_turning_off(pair, text, one.channels), rel=1e-9)
+        assert one.kl_off <= budget
+
+
+def test_a_budget_that_nothing_keeps_within_is_lifted(pair, prompts, text):
+    free = find(pair, prompts, text, 2, budget=float("inf"), candidates=12)
+    assert free.sets[-1].kl_off > 0
+    assert find(pair, prompts, text, 2, budget=0.0, candidates=12).sets == free.sets
+
+
+def test_channels_that_only_make_things_worse_are_told_too(pair, prompts, text, monkeypatch):
+    monkeypatch.setattr(Search, "unedited", lambda _: 2.0)
+    assert find(pair, prompts, text, 2, candidates=12).sets
+
+
+def test_the_ranking_tells_prediction_and_effect_and_how_they_agree(pair, prompts, text):
+    found = find(pair, prompts, text, candidates=3)
     assert len(found.ranking) == 3 * 2 * 5
     before = p_target(prompts.traces.dense.logits, prompts.pairs).log().mean()
     predicted = predicted_effects(pair, prompts)
@@ -103,9 +156,11 @@ def in_sparse(pair, prompts, chosen):
 
 
 @pytest.mark.parametrize("by", ["dense", "both"])
-def test_sets_grow_by_one_channel_and_by_what_it_adds(pair, prompts, by):
+def test_sets_grow_by_one_channel_and_by_what_it_adds(pair, prompts, text, by):
     with torch.no_grad():
-        found = find(pair, prompts, 2, by, candidates=24)  # by both, half of them: every channel again
+        found = find(
+            pair, prompts, text, 2, by, float("inf"), candidates=24
+        )  # by both, half of them: every channel again
         assert 1 <= len(found.sets) <= 2
 
         def score(chosen):
@@ -123,25 +178,25 @@ def test_sets_grow_by_one_channel_and_by_what_it_adds(pair, prompts, by):
 
 
 @pytest.mark.parametrize(("reached", "kept"), [((0.5, 0.9, 0.93, 0.94), 2), ((0.5, 0.6, 0.7, 0.8), 4), ((0.9, 0.5), 1)])
-def test_the_smallest_set_that_does_nearly_as_much_is_kept(pair, prompts, monkeypatch, reached, kept):
+def test_the_smallest_set_that_does_nearly_as_much_is_kept(pair, prompts, text, monkeypatch, reached, kept):
     """By what it does beyond random directions: here its own P(target) alone, since they do nothing."""
 
-    def grow(search, place, most):
+    def grow(search, place, most, budget, least):
         chosen = Channels(pair.bridge_set.sites[place[0]], tuple(range(len(reached))), place[1])
         strength = 1.0 if place == (2, "read") else 0.5  # the other places do less
         sets = [chosen._replace(channels=chosen.channels[: size + 1]) for size in range(len(reached))]
-        return [Grown(one, strength * p, 0.0, 0.0) for one, p in zip(sets, reached, strict=True)]
+        return [Grown(one, strength * p, 0.0, 0.0, 0.0) for one, p in zip(sets, reached, strict=True)]
 
-    monkeypatch.setattr(_Search, "grow", grow)
-    found = find(pair, prompts, candidates=8)  # one at most: sets are grown everywhere
+    monkeypatch.setattr(Search, "grow", grow)
+    found = find(pair, prompts, text, candidates=8)  # one at most: sets are grown everywhere
     assert found.best == Channels(pair.bridge_set.sites[2], tuple(range(kept)), "read")
     assert len(found.sets) == kept
 
 
 def test_a_probability_of_zero_leaves_predictions_finite():
     p = torch.tensor([0.0, 0.5], requires_grad=True)
-    _log_p(p).backward()
-    assert _log_p(p).isfinite() and p.grad.isfinite().all() and p.grad[1] == 1
+    log_p(p).backward()
+    assert log_p(p).isfinite() and p.grad.isfinite().all() and p.grad[1] == 1
 
 
 def test_predicted_effects_in_the_sparse_model_are_derivatives_too(pair, prompts):
@@ -171,13 +226,13 @@ def test_an_edit_here_is_what_steer_does_to_the_model(pair, prompts, at):
     assert addend_of(pair, prompts, chosen).abs().max() > 0.01
 
 
-def test_the_public_function_leaves_the_models_as_they_were(pair, prompts):
+def test_the_public_function_leaves_the_models_as_they_were(pair, prompts, text):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()  # with dropout, unless it is turned off inside
     found = find_channels(dense, sparse, pair.bridge_set, toy_task(), candidates=8)
     assert dense.training and all(p.requires_grad for p in dense.parameters())
     dense.eval()
-    assert found.ranking[0] == find(pair, prompts, candidates=8).ranking[0] and found.task == "toy"
+    assert found.ranking[0] == find(pair, prompts, text, candidates=8).ranking[0] and found.task == "toy"
 
 
 @pytest.mark.parametrize(

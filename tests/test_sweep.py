@@ -11,6 +11,7 @@ from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
 from bridges.channels import find
 from bridges.intervention import edited_logits
 from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
+from bridges.search import search_text
 from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, sweep, sweep_prompts
 
 MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
@@ -83,9 +84,13 @@ def test_bands_cover_the_middle_of_resampled_means():
 
 
 @pytest.mark.slow
-def test_channels_are_searched_for_on_the_first_prompts_alone(pair, prompts):
-    result = sweep_prompts(pair, *prompts, 2, (1.0,), by="both")
-    found = find(pair, prompts[0], 2, "both")
+def test_channels_are_searched_for_on_the_first_prompts_alone(pair, monkeypatch):
+    """And on text of another seed than that of the side effects."""
+    monkeypatch.setattr(MODULE, "CHOSEN_ON", 4)
+    models = pair.dense.model, pair.sparse.model, pair.bridge_set
+    task = toy_task(rows=12)
+    result = sweep(*models, task, 2, (1.0,), by="both", budget=0.3, seed=5)
+    found = find(pair, prompts_of(pair, task.rows(0, 4)), search_text(pair, 6), 2, "both", 0.3)
     assert result.chosen == found.best and result.ranking_agreement == found.agreement
 
 
@@ -125,9 +130,17 @@ def test_what_cannot_be_is_refused(pair, prompts, unchecked, chosen, message):
         sweep_prompts(pair, *prompts, chosen, (1.0,))
 
 
-def test_by_is_checked_where_channels_are_given_too(pair, prompts, unchecked):
-    with pytest.raises(ValueError, match="by='sparse' must be one of dense, both"):
-        sweep_prompts(pair, *prompts, CHOSEN, (1.0,), by="sparse")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "sparse"}, "by='sparse' must be one of dense, both"),
+        ({"budget": -0.1}, r"budget=-0\.1 must be 0 nats or more; float\('inf'\) takes any channel"),
+        ({"budget": float("nan")}, "budget=nan must be 0"),
+    ],
+)
+def test_how_to_search_is_checked_where_channels_are_given_too(pair, unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(pair.dense.model, pair.sparse.model, pair.bridge_set, toy_task(rows=12), CHOSEN, (1.0,), **options)
 
 
 @pytest.mark.parametrize(
