@@ -30,9 +30,9 @@ PLACES = 3
 """Sites and entries at which sets are grown, of those that promise most."""
 CONTROLS = 5
 """Random directions that a set is held against while it is chosen."""
-BUDGET = 0.04
+BUDGET = 0.03
 """KL that turning a set off may cost the dense model on other text, nats per token."""
-TEXT_ROWS, TEXT_TOKENS = 8, 128
+TEXT_ROWS, TEXT_TOKENS = 16, 128
 """Of the sampled text that this cost is measured on while channels are chosen."""
 SLACK = 0.05
 """How much less than the largest margin a set may have and still be kept for being smaller: a smaller edit moves less

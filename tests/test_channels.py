@@ -104,7 +104,7 @@ def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts, te
 
 
 def test_the_text_of_a_search_is_the_dense_models_own_and_none_of_another_seed(pair, text):
-    assert text.trace.context.input_ids.shape == (8, 12)  # as long as the model's context
+    assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
     assert torch.equal(text.trace.context.input_ids, search_text(pair, 3).trace.context.input_ids)
     assert not torch.equal(text.trace.context.input_ids, search_text(pair, 4).trace.context.input_ids)
 
