@@ -16,10 +16,9 @@ from torch import Tensor
 import bridges
 from bridges.channels import CHOSEN_ON, find
 from bridges.circuits.tasks import TASKS, task_pairs
-from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, TRAIN_DOCUMENTS, demo_rows
+from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.models.pair import Pair
-from bridges.prompts import model_pair, prompts_of
-from bridges.search import search_text
+from bridges.prompts import model_pair, prompts_of, text_of
 from bridges.training import interchange
 
 LOSSES = ("nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
@@ -42,14 +41,14 @@ def fitted(pair: Pair, weight: float, train: Tensor, heldout: Tensor) -> bridges
     return bridges.fit(pair.dense, pair.sparse, train, eval_data=heldout, config=SETTINGS.with_settings(settings))
 
 
-def line(pair: Pair, bridge_set: bridges.BridgeSet, name: str, tasks: list[str]) -> str:
+def line(pair: Pair, bridge_set: bridges.BridgeSet, name: str, text: Tensor, tasks: list[str]) -> str:
     assert bridge_set.report is not None, "fit always reports"
     p, random = [], []
     with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        text = search_text(models, seed=1)
+        elsewhere = text_of(models, text)
         for task in tasks:
             prompts = prompts_of(models, task_pairs(task, pair.tokenizer, CHOSEN_ON))
-            found = find(models, prompts, text).sets[-1]
+            found = find(models, prompts, elsewhere).sets[-1]
             p.append(found.p_target)
             random.append(found.p_target_random)
     turned = sum(one > 0.5 for one in p)
@@ -69,11 +68,16 @@ def main() -> None:
         for split, n in (("train", TRAIN_DOCUMENTS), ("heldout", HELDOUT_DOCUMENTS))
     )
     print(f"| weight | {' | '.join(LOSSES)} | tasks over 0.5 | mean P(target) | random directions |\n|{'---|' * 7}")
+
+    def show(weight: float, name: str) -> None:
+        bridge_set = fitted(pair, weight, train, heldout)
+        print(line(pair, bridge_set, name, train[:SIDE_EFFECT_ROWS], args.tasks), flush=True)
+
     for weight in args.weights:
-        print(line(pair, fitted(pair, weight, train, heldout), f"{weight:g}", args.tasks), flush=True)
+        show(weight, f"{weight:g}")
     interchange.chosen_channels = drawn(torch.Generator().manual_seed(0))
     weight = max(args.weights)
-    print(line(pair, fitted(pair, weight, train, heldout), f"{weight:g}, channels drawn", args.tasks), flush=True)
+    show(weight, f"{weight:g}, channels drawn")
 
 
 if __name__ == "__main__":

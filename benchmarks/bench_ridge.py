@@ -15,8 +15,7 @@ from bridges.circuits.tasks import task_pairs
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.demo import SETTINGS, TASK, TRAIN_DOCUMENTS, demo_rows
 from bridges.intervention import edited_logits, random_addends
-from bridges.prompts import addend_of, model_pair, p_target, prompts_of
-from bridges.search import search_text
+from bridges.prompts import addend_of, model_pair, p_target, prompts_of, text_of
 
 DIRECTIONS = 60
 EVALUATED_DOCUMENTS = 400
@@ -41,7 +40,7 @@ def main() -> None:
         mean = bridge_set.report.to_dict()["mean"]
         with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
             prompts = prompts_of(models, pairs)
-            found = find(models, prompts, search_text(models, seed))
+            found = find(models, prompts, text_of(models, train[:SIDE_EFFECT_ROWS]))
             site = models.site("dense", bridge_set.index(found.best.site))
             random = [
                 p_target(edited_logits(models.dense, prompts.traces.dense, site, addend, found.best.at), pairs).mean()

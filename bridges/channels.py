@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from scipy.stats import spearmanr
-from torch import nn
+from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs
 from bridges.intervention import At
 from bridges.models.residual import ResidualModel
-from bridges.prompts import Channels, Prompts, Text, edited, model_pair, p_target, pairs_of, prompts_of
+from bridges.prompts import Channels, Prompts, Text, edited, model_pair, p_target, pairs_of, prompts_of, text_of
 from bridges.search import (
     BUDGET,
     CANDIDATES,
@@ -24,7 +25,7 @@ from bridges.search import (
     largest,
     log_p,
     predicted_effects,
-    search_text,
+    sampled,
 )
 from bridges.training.hybrid import ModelPair
 
@@ -74,6 +75,7 @@ def find_channels(
     by: By = "dense",
     budget: float = BUDGET,
     candidates: int = CANDIDATES,
+    text: Int[Tensor, "rows seq"] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     check_models: bool = True,
@@ -85,13 +87,15 @@ def find_channels(
     Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
     geometric mean of both models', which finds channels that the sparse model itself decides by. At the site where a
     set does most beyond the strongest of a few random directions of its norm, the smallest set that does nearly as much
-    is kept. Only sets count whose turning off costs the dense model at most `budget` nats per token on text that is
-    sampled from it, if there are any such sets. Report on other prompts than these.
+    is kept. Only sets count whose turning off costs the dense model at most `budget` nats per token on `text`, token rows
+    that have nothing to do with the task (None: sampled from it), if there are any such sets. Report on other prompts
+    and text than these.
     """
     check_search(most, by, budget, candidates)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
-        return find(pair, prompts, search_text(pair, seed), most, by, budget, candidates)
+        elsewhere = text_of(pair, sampled(pair, seed) if text is None else text)
+        return find(pair, prompts, elsewhere, most, by, budget, candidates)
 
 
 @torch.no_grad()

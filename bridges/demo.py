@@ -18,10 +18,10 @@ from bridges.effects import other_tasks
 from bridges.files import write_json, write_text
 from bridges.fit import fit
 from bridges.models.pair import Pair, load_pair
-from bridges.prompts import model_pair, prompts_of
+from bridges.prompts import model_pair, prompts_of, text_of
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
-from bridges.search import MOST, search_text
+from bridges.search import MOST
 from bridges.sweep import STRENGTHS, Sweep, sweep_prompts
 
 SETTINGS = FitConfig(
@@ -58,7 +58,7 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     quality_plot(bridge_set.report, out / "quality.png")
     console.print("\nHeld-out figures, controls in brackets", style="bold")
     console.print(str(bridge_set.report), highlight=False, soft_wrap=True)
-    one, few = steer_quotes(pair, bridge_set, prompts, heldout[:SIDE_EFFECT_ROWS])
+    one, few = steer_quotes(pair, bridge_set, prompts, train[:SIDE_EFFECT_ROWS], heldout[:SIDE_EFFECT_ROWS])
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
@@ -83,13 +83,16 @@ def sources(pair: Pair) -> dict[str, dict[str, str]]:
     }
 
 
-def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int, text: Tensor) -> tuple[Sweep, Sweep]:
-    """The edit of the channel that does most to the dense model's answer, and of the few that turn both models."""
+def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int, seen: Tensor, text: Tensor) -> tuple[Sweep, Sweep]:
+    """The edit of the channel that does most to the dense model's answer, and of the few that turn both models.
+
+    Chosen within a budget on text that was `seen` in training, reported on `text`.
+    """
     pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts)
     with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         chosen_on, reported = (prompts_of(models, rows) for rows in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
         others = other_tasks(TASK, pair.tokenizer)
-        elsewhere = search_text(models, seed=0)
+        elsewhere = text_of(models, seen)
         one = find(models, chosen_on, elsewhere)
         few = find(models, chosen_on, elsewhere, MOST, by="both")
         sweeps = [sweep_prompts(models, chosen_on, reported, found, STRENGTHS, text, others) for found in (one, few)]

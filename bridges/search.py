@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.circuits.tasks import TaskPairs
@@ -14,7 +14,7 @@ from bridges.data.sampled import sampled_text
 from bridges.intervention import At, as_read_adjoint, edited_logits, random_addends
 from bridges.models.residual import ResidualModel
 from bridges.ops.kl import kl_divergence
-from bridges.prompts import Channels, Prompts, Text, addend_of, edited, inside, logits_off, p_target, text_of
+from bridges.prompts import Channels, Prompts, Text, addend_of, edited, inside, logits_off, p_target
 from bridges.training.hybrid import SIDES, ModelPair, Side
 
 By = Literal["dense", "both"]
@@ -33,7 +33,7 @@ CONTROLS = 5
 BUDGET = 0.03
 """KL that turning a set off may cost the dense model on other text, nats per token."""
 TEXT_ROWS, TEXT_TOKENS = 16, 128
-"""Of the sampled text that this cost is measured on while channels are chosen."""
+"""Of the text that is sampled to measure this cost on, where none is given."""
 SLACK = 0.05
 """How much less than the largest margin a set may have and still be kept for being smaller: a smaller edit moves less
 else."""
@@ -69,10 +69,10 @@ def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = C
         raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
 
-def search_text(pair: ModelPair, seed: int) -> Text:
-    """Text sampled from the dense model, to choose channels by what they cost elsewhere."""
+def sampled(pair: ModelPair, seed: int) -> Int[Tensor, "rows seq"]:
+    """Text sampled from the dense model, to measure on what edits cost elsewhere."""
     width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
-    return text_of(pair, sampled_text(pair.dense, TEXT_ROWS, width, seed))
+    return sampled_text(pair.dense, TEXT_ROWS, width, seed)
 
 
 def predicted_effects(

@@ -17,7 +17,6 @@ from bridges.baselines import dense_directions, mean_difference
 from bridges.bridge import BridgeSet
 from bridges.channels import CHOSEN_ON, FoundChannels, find
 from bridges.circuits.tasks import TaskPairs, solved
-from bridges.data.sampled import sampled_text
 from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
 from bridges.files import write_json
 from bridges.intervention import At, dense_addend, edited_logits, random_addends
@@ -31,17 +30,16 @@ from bridges.prompts import (
     p_target,
     pairs_of,
     prompts_of,
+    text_of,
     tokenizer_of,
 )
 from bridges.report.plots import steering_plot
-from bridges.search import BUDGET, By, check_search, search_text
+from bridges.search import BUDGET, TEXT_ROWS, By, check_search, sampled
 from bridges.training.hybrid import ModelPair
 
 STRENGTHS = tuple(i / 10 for i in range(11))
 RANDOM_DIRECTIONS = 20
 RESAMPLES = 1000
-TEXT_ROWS, TEXT_TOKENS = 16, 128
-"""Of the text that is sampled to measure side effects on, where none is given."""
 
 
 class Curve(NamedTuple):
@@ -157,7 +155,8 @@ def sweep(
     `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
     models', within a budget of KL on other text (`find_channels`). They and the dense model's own directions are chosen
     on 64 pairs of the task, the curves are measured on `n` others. Side effects are measured on `text`, token rows that
-    have nothing to do with the task (None: sampled from the dense model), and with a tokenizer on the other tasks.
+    have nothing to do with the task (None: sampled from the dense model; a search takes some of them for itself), and
+    with a tokenizer on the other tasks.
     P(target) is the full-vocabulary probability of what answers the counterfactual prompt. ValueError for an unknown
     task, site or channel.
     """
@@ -171,13 +170,12 @@ def sweep(
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
-        if text is None:
-            width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
-            text = sampled_text(pair.dense, TEXT_ROWS, width, seed)
-        chosen = channels
+        chosen, text = channels, sampled(pair, seed) if text is None else text
         if not isinstance(chosen, Channels):
             # The text of the search is not the one that side effects are reported on.
-            chosen = find(pair, chosen_on, search_text(pair, seed + 1), chosen or 1, by, budget)
+            rows = min(TEXT_ROWS, len(text) // 2)
+            elsewhere, text = (text[:rows], text[rows:]) if rows else (sampled(pair, seed + 1), text)
+            chosen = find(pair, chosen_on, text_of(pair, elsewhere), chosen or 1, by, budget)
         return sweep_prompts(pair, chosen_on, reported, chosen, strengths, text, others)
 
 

@@ -8,8 +8,8 @@ from scipy.stats import spearmanr
 import bridges
 from bridges.channels import find, find_channels
 from bridges.intervention import dense_addend, edited_logits, only, random_addends
-from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
-from bridges.search import CONTROLS, Grown, Search, log_p, predicted_effects, search_text
+from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of, text_of
+from bridges.search import CONTROLS, Grown, Search, log_p, predicted_effects, sampled
 from bridges.steer import steer
 
 
@@ -50,7 +50,7 @@ def test_p_target_sums_the_last_tokens_softmax_over_the_answers(prompts):
 
 @pytest.fixture(scope="module")
 def text(pair):
-    return search_text(pair, seed=3)
+    return text_of(pair, sampled(pair, seed=3))
 
 
 def kl_of_turning_off(pair, text, chosen):
@@ -103,10 +103,16 @@ def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts, te
     assert [one.p_target for one in found.ranking] == sorted(scored.values(), reverse=True)
 
 
-def test_the_text_of_a_search_is_the_dense_models_own_and_none_of_another_seed(pair, text):
+def test_where_no_text_is_given_it_is_sampled_from_the_dense_model(pair, text):
     assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
-    assert torch.equal(text.trace.context.input_ids, search_text(pair, 3).trace.context.input_ids)
-    assert not torch.equal(text.trace.context.input_ids, search_text(pair, 4).trace.context.input_ids)
+    assert torch.equal(text.trace.context.input_ids, sampled(pair, 3))
+    assert not torch.equal(text.trace.context.input_ids, sampled(pair, 4))
+    models = pair.dense.model, pair.sparse.model, pair.bridge_set
+    without, given, other = (
+        find_channels(*models, toy_task(), candidates=8, seed=3, text=rows)
+        for rows in (None, sampled(pair, 3), sampled(pair, 4))
+    )
+    assert without.sets == given.sets and given.sets[-1].kl_off != other.sets[-1].kl_off
 
 
 def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):

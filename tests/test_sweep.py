@@ -10,8 +10,8 @@ from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
 
 from bridges.channels import find
 from bridges.intervention import edited_logits
-from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of
-from bridges.search import search_text
+from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of, text_of
+from bridges.search import sampled
 from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, sweep, sweep_prompts
 
 MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
@@ -84,14 +84,18 @@ def test_bands_cover_the_middle_of_resampled_means():
 
 
 @pytest.mark.slow
-def test_channels_are_searched_for_on_the_first_prompts_alone(pair, monkeypatch):
-    """And on text of another seed than that of the side effects."""
+@pytest.mark.parametrize("rows", [None, 1, 5, 40])
+def test_channels_are_searched_for_on_the_first_prompts_and_on_text_of_their_own(pair, monkeypatch, rows):
     monkeypatch.setattr(MODULE, "CHOSEN_ON", 4)
     models = pair.dense.model, pair.sparse.model, pair.bridge_set
-    task = toy_task(rows=12)
-    result = sweep(*models, task, 2, (1.0,), by="both", budget=0.3, seed=5)
-    found = find(pair, prompts_of(pair, task.rows(0, 4)), search_text(pair, 6), 2, "both", 0.3)
+    task, text = toy_task(rows=12), None if rows is None else tokens(rows, 9)
+    result = sweep(*models, task, 2, (1.0,), by="both", budget=0.3, seed=5, text=text)
+    shared = sampled(pair, 5) if text is None else text
+    taken = {None: 8, 1: 0, 5: 2, 40: 16}[rows]
+    elsewhere = shared[:taken] if taken else sampled(pair, 6)
+    found = find(pair, prompts_of(pair, task.rows(0, 4)), text_of(pair, elsewhere), 2, "both", 0.3)
     assert result.chosen == found.best and result.ranking_agreement == found.agreement
+    assert result.effects.tokens == shared[taken:].numel()
 
 
 def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
