@@ -87,7 +87,7 @@ def find_channels(
     Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
     geometric mean of both models', which finds channels that the sparse model itself decides by. At the site where a
     set does most beyond the strongest of a few random directions of its norm, the smallest set that does nearly as much
-    is kept. Only sets count whose turning off costs the dense model at most `budget` nats per token on `text`, token rows
+    is kept. Only sets count whose turning off costs the dense model at most `budget` nats per token on `text`, rows
     that have nothing to do with the task (None: sampled from it), if there are any such sets. Report on other prompts
     and text than these.
     """

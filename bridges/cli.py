@@ -28,7 +28,7 @@ from bridges.intervention import At
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, load_model
 from bridges.prompts import Channels
-from bridges.search import check_search
+from bridges.search import BUDGET, check_search
 from bridges.sweep import STRENGTHS, sweep
 from bridges.training.identity import refuse_used_folder
 
@@ -127,6 +127,7 @@ def steer_command(
     at: Annotated[str, typer.Option(help="Where the edit of --channel enters: read or residual.")] = "residual",
     most: Annotated[int, typer.Option(help="How many channels to search for, 1 to 8.")] = 1,
     by: Annotated[str, typer.Option(help="Whose answer they are searched by: dense or both.")] = "dense",
+    budget: Annotated[float, typer.Option(help="KL, nats, that turning them off may cost other text.")] = BUDGET,
     strengths: Annotated[str, typer.Option(help="Strengths of the edit, as 0,0.5,1.")] = "",
     n: Annotated[int, typer.Option(min=2, help="Held-out prompts to measure on.")] = 200,
     dense: Annotated[str, typer.Option(help="The dense model, if not the one of the run.")] = "",
@@ -135,7 +136,7 @@ def steer_command(
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/steering if not given.")] = None,
 ) -> None:
     """Turn sparse channels on a task and measure the dense model's answer, with every baseline: JSON and PNG."""
-    check_search(most, by)
+    check_search(most, by, budget)
     bridge_set = BridgeSet.from_pretrained(run_dir)
     tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
     sources = _sources(run_dir, tables, dense, sparse)
@@ -145,7 +146,7 @@ def steer_command(
     chosen = Channels(site, _channels(channel), _entry(at)) if site or channel else most
     text = _heldout(tables, sources).input_ids if "fit" in tables else None
     models = load_model(sources["dense"]), load_model(sources["sparse"])
-    settings: dict[str, Any] = {"by": by, "n": n, "tokenizer": known, "text": text}
+    settings: dict[str, Any] = {"by": by, "budget": budget, "n": n, "tokenizer": known, "text": text}
     found = sweep(*models, bridge_set, task, chosen, _strengths(strengths), **settings)
     folder = run_dir / "steering" if out is None else out
     found.save(folder / f"{task}.json")
