@@ -150,6 +150,7 @@ def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys
         (("--at", "here", "--channel", "1"), "--at 'here' must be one of read, residual"),
         (("--most", "9", "--n", "2"), "most=9 must lie between 1 and 8"),
         (("--by", "sparse", "--n", "2"), "by='sparse' must be one of dense, both"),
+        (("--budget", "-1", "--n", "2"), "budget=-1.0 must be 0 nats or more"),
     ],
 )
 def test_steer_refuses_in_one_line(monkeypatch, capsys, bundled_run, arguments, message):
@@ -160,9 +161,24 @@ def test_steer_refuses_in_one_line(monkeypatch, capsys, bundled_run, arguments, 
 
 def test_steer_hands_on_how_to_search(monkeypatch, capsys, bundled_run):
     def asked(_dense, _sparse, _bridges, task, channels, strengths, **settings):
-        raise ValueError(f"{task}, {channels} channels, by {settings['by']}, {strengths}, n={settings['n']}")
+        raise ValueError(
+            f"{task}, {channels} channels, by {settings['by']}, {strengths}, n={settings['n']}, {settings['budget']}"
+        )
 
     monkeypatch.setattr(cli, "sweep", asked)
-    arguments = ("--task", "for_while", "--most", "3", "--by", "both", "--strengths", "0,1", "--n", "7")
+    arguments = (
+        "--task",
+        "for_while",
+        "--most",
+        "3",
+        "--by",
+        "both",
+        "--strengths",
+        "0,1",
+        "--n",
+        "7",
+        "--budget",
+        "0.2",
+    )
     status, _, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments)
-    assert (status, "for_while, 3 channels, by both, (0.0, 1.0), n=7" in err) == (2, True)
+    assert (status, "for_while, 3 channels, by both, (0.0, 1.0), n=7, 0.2" in err) == (2, True)
