@@ -75,6 +75,8 @@ def main() -> None:
 
     for weight in args.weights:
         show(weight, f"{weight:g}")
+    if max(args.weights) == 0:
+        return
     interchange.chosen_channels = drawn(torch.Generator().manual_seed(0))
     weight = max(args.weights)
     show(weight, f"{weight:g}, channels drawn")

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("bridges", nargs="?", default="runs/demo/bridges", help="a bridge folder of the bundled pair")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=32, help="rows of held-out text, half to choose on")
+    parser.add_argument("--rows", type=int, default=32, help="rows of held-out text, some to choose on")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", default=None, help="write every curve here as JSON")
     args = parser.parse_args()

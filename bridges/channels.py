@@ -13,11 +13,21 @@ from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs
 from bridges.intervention import At
 from bridges.models.residual import ResidualModel
-from bridges.prompts import Channels, Prompts, Text, edited, model_pair, p_target, pairs_of, prompts_of, text_of
+from bridges.prompts import (
+    Channels,
+    Prompts,
+    Text,
+    check_text,
+    edited,
+    model_pair,
+    p_target,
+    pairs_of,
+    prompts_of,
+    text_of,
+)
 from bridges.search import (
     BUDGET,
     CANDIDATES,
-    SLACK,
     By,
     Grown,
     Search,
@@ -31,6 +41,9 @@ from bridges.training.hybrid import ModelPair
 
 CHOSEN_ON = 64
 """Prompts that channels are chosen on, other ones than those reported."""
+SLACK = 0.05
+"""How much less than the largest margin a set may have and still be kept for being smaller: a smaller edit moves less
+else."""
 
 
 class RankedChannel(NamedTuple):
@@ -87,14 +100,14 @@ def find_channels(
     Sets grow greedily, to at most `most` channels at one site: by the dense model's P(target), or (`by="both"`) by the
     geometric mean of both models', which finds channels that the sparse model itself decides by. At the site where a
     set does most beyond the strongest of a few random directions of its norm, the smallest set that does nearly as much
-    is kept. Only sets count whose turning off costs the dense model at most `budget` nats per token on `text`, rows
-    that have nothing to do with the task (None: sampled from it), if there are any such sets. Report on other prompts
-    and text than these.
+    is kept. Only sets count that raise P(target) and whose turning off costs the dense model at most `budget` nats per
+    token on `text`, token rows that have nothing to do with the task (None: sampled from the dense model); a warning
+    tells where there are none. Report on other prompts and text than these.
     """
     check_search(most, by, budget, candidates)
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
-        elsewhere = text_of(pair, sampled(pair, seed) if text is None else text)
+        elsewhere = text_of(pair, sampled(pair, seed) if text is None else check_text(pair, text))
         return find(pair, prompts, elsewhere, most, by, budget, candidates)
 
 

@@ -59,7 +59,8 @@ class FitConfig(BaseModel):
     ce_weight: float = Field(default=1.0, ge=0)
     """w_ce: the sparse model's own next-token loss, where it trains."""
     interchange_weight: float = Field(default=0.0, ge=0)
-    """w_i of the interchange loss, which makes single channels carry what changes when a token does, for steering."""
+    """w_i of the interchange loss, which makes single channels carry what changes when a token does, for steering. In
+    the closed form its ratio to `nmse_weight` counts."""
     interchange_pairs: int = Field(default=512, ge=1)
     """Pairs of rows that the interchange loss is made from."""
 

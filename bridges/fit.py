@@ -158,26 +158,30 @@ class _Run:
 
     def _start(self, trainer: Trainer) -> None:
         """The closed form, or random maps drawn by the seed."""
-        if self.config.closed_form:
-            batches = self.data.closed_form_batches(self.config, self.processes.index, self.processes.count)
-            memory = self.config.moments_gib * 2**30
-            config, processes = self.config, self.processes
-            pairs = self.data.pair_batches(config, processes.index, processes.count)
+        config, processes = self.config, self.processes
+        if config.closed_form:
+            batches = self.data.closed_form_batches(config, processes.index, processes.count)
             with processes.autocast():
                 trainer.carried = solve_bridges(
                     self.pair,
                     lambda: batches,
                     config.ridge,
-                    memory,
+                    config.moments_gib * 2**30,
                     processes.reduce,
                     processes.main,
-                    (lambda: pairs) if config.interchange_weight else None,
-                    config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
+                    **self._interchange(),
                 )
         else:
-            generator = torch.Generator().manual_seed(self.config.seed)
+            generator = torch.Generator().manual_seed(config.seed)
             for bridge in self.pair.bridge_set:
                 bridge.randomize(generator)
+
+    def _interchange(self) -> dict[str, Any]:
+        """What the closed form needs for the interchange loss, nothing where that is off."""
+        if self.config.interchange_weight == 0:
+            return {}
+        pairs = self.data.pair_batches(self.config, self.processes.index, self.processes.count)
+        return {"pairs": lambda: pairs, "carried_weight": self.config.interchange_weight / self.config.nmse_weight}
 
     def _batches(self, step: int) -> list[Batch]:
         return self.data.step_batches(self.config, step, self.processes.index, self.processes.count)

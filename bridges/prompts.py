@@ -77,6 +77,20 @@ def check_channels(pair: ModelPair, chosen: Channels) -> None:
         raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
+def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
+    """The text; ValueError unless it is rows of the models' tokens, no longer than both contexts."""
+    if not isinstance(text, Tensor) or text.ndim != 2 or text.numel() == 0 or text.is_floating_point():
+        what = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
+        raise ValueError(f"text={what} must be a tensor of token ids [rows, seq], neither of them 0")
+    limit = min((m.context_length for m in pair[:2] if m.context_length is not None), default=text.shape[1])
+    if text.shape[1] > limit:
+        raise ValueError(f"text={tuple(text.shape)} is over the models' context of {limit} tokens; cut its rows")
+    vocab, low, high = min(m.vocab_size for m in pair[:2]), int(text.min()), int(text.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"text holds token {low if low < 0 else high}; the models know 0 to {vocab - 1}")
+    return text
+
+
 def tokenizer_of(dense: nn.Module | ResidualModel, given: Any) -> Any:
     """The one that was given, else the one that lies with the dense model, if there is one."""
     return find_tokenizer(dense.model if isinstance(dense, ResidualModel) else dense) if given is None else given
@@ -105,11 +119,13 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
 @torch.no_grad()
 def text_of(pair: ModelPair, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Text:
     """Run both models on tokens."""
-    traces = [x if x is None else x.to(pair.dense.device) for x in (input_ids, attention_mask)]
-    inside = [x if x is None else x.to(pair.sparse.device) for x in (input_ids, attention_mask)]
-    reads = pair.sparse.reads(*inside)  # pyright: ignore[reportArgumentType]
+
+    def on(model: ResidualModel) -> list[Any]:
+        return [x if x is None else x.to(model.device) for x in (input_ids, attention_mask)]
+
+    reads = pair.sparse.reads(*on(pair.sparse))
     off = [sparse_delta(pair, i, -reads[pair.site("sparse", i)]) for i in range(len(pair.bridge_set))]
-    return Text(pair.dense.trace(*traces), off)  # pyright: ignore[reportArgumentType]
+    return Text(pair.dense.trace(*on(pair.dense)), off)
 
 
 def logits_off(pair: ModelPair, text: Text, chosen: Channels) -> Float[Tensor, "b s vocab"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -34,9 +36,6 @@ BUDGET = 0.03
 """KL that turning a set off may cost the dense model on other text, nats per token."""
 TEXT_ROWS, TEXT_TOKENS = 16, 128
 """Of the text that is sampled to measure this cost on, where none is given."""
-SLACK = 0.05
-"""How much less than the largest margin a set may have and still be kept for being smaller: a smaller edit moves less
-else."""
 
 
 class Grown(NamedTuple):
@@ -63,16 +62,16 @@ def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = C
         raise ValueError(f"{name}={most} must lie between 1 and {MOST}")
     if candidates < 8:
         raise ValueError(f"candidates={candidates} must be at least 8")
-    if not budget >= 0:
-        raise ValueError(f"budget={budget} must be 0 nats or more; float('inf') takes any channel")
+    if not isinstance(budget, int | float) or not budget >= 0:
+        raise ValueError(f"budget={budget!r} must be 0 nats or more; infinity takes any channel")
     if by not in get_args(By):
         raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
 
-def sampled(pair: ModelPair, seed: int) -> Int[Tensor, "rows seq"]:
-    """Text sampled from the dense model, to measure on what edits cost elsewhere."""
+def sampled(pair: ModelPair, seed: int, search: bool = True) -> Int[Tensor, "rows seq"]:
+    """Text sampled from the dense model: what a `search` measures costs on, or, never the same, what is reported on."""
     width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
-    return sampled_text(pair.dense, TEXT_ROWS, width, seed)
+    return sampled_text(pair.dense, TEXT_ROWS, width, 2 * seed + search)
 
 
 def predicted_effects(
@@ -146,14 +145,24 @@ class Search:
             self.costs[chosen] = kl / plain[..., 0].numel()
         return self.costs[chosen]
 
+    def affordable(self, chosen: Channels, budget: float) -> bool:
+        """Whether turning the channels off keeps within a budget, measured only where there is one."""
+        return budget == math.inf or self.kl_off(chosen) <= budget
+
     def grown(self, most: int, budget: float) -> list[list[Grown]]:
-        """The sets at the places that promise most: within the budget those that help, else any that help, else any."""
-        unedited = self.unedited()
-        for limit, least in ((budget, unedited), (float("inf"), unedited), (float("inf"), -1.0)):
+        """The sets at the places that promise most: within the budget those that help, else any that help, else any.
+
+        A warning tells where the budget was lifted.
+        """
+        unedited, task = self.unedited(), self.prompts.pairs.task
+        for limit, least in ((budget, unedited), (math.inf, unedited), (math.inf, -1.0)):
             grown = [self.grow(place, most, limit, least) for place in self.places(most, limit)]
             if any(grown):
+                if limit > budget:
+                    what = f"budget={budget}: no channel raises P(target) of {task!r} within it; it was lifted"
+                    warnings.warn(what, stacklevel=2)
                 return [sets for sets in grown if sets]
-        raise AssertionError("without a limit every place has a set")
+        raise FloatingPointError(f"no edit's P(target) of {task!r} is a number; look for models or bridges with NaN")
 
     def unedited(self) -> float:
         """The score of no channels."""
@@ -168,8 +177,8 @@ class Search:
         def promise(place: tuple[int, At]) -> float:
             likely: tuple[int, ...] = ()
             for channel in largest(self.potential[place], 2 * most):
-                more = (*likely, channel)
-                likely = more if len(more) <= most and self.kl_off(self.channels(place, more)) <= budget else likely
+                if len(likely) < most and self.affordable(self.channels(place, (*likely, channel)), budget):
+                    likely = (*likely, channel)
             return self.score(self.channels(place, likely)) if likely else 0.0
 
         return sorted(self.potential, key=promise, reverse=True)[:PLACES]
@@ -197,7 +206,7 @@ class Search:
             larger = [self.channels(place, (*channels, c)) for c in tried if c not in channels]
             scored = {one: score for one in larger if (score := self.score(one)) > best}
             by_score = sorted(scored, key=scored.__getitem__, reverse=True)
-            chosen = next((one for one in by_score if self.kl_off(one) <= budget), None)
+            chosen = next((one for one in by_score if self.affordable(one, budget)), None)
             if chosen is None:
                 break
             channels, best = chosen.channels, scored[chosen]

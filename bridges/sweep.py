@@ -26,6 +26,7 @@ from bridges.prompts import (
     Prompts,
     addend_of,
     check_channels,
+    check_text,
     model_pair,
     p_target,
     pairs_of,
@@ -155,11 +156,11 @@ def sweep(
     `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
     models', within a budget of KL on other text (`find_channels`). They and the dense model's own directions are chosen
     on 64 pairs of the task, the curves are measured on `n` others. Side effects are measured on `text`, token rows that
-    have nothing to do with the task (None: sampled from the dense model; a search takes some of them for itself), and
-    with a tokenizer on the other tasks.
-    P(target) is the full-vocabulary probability of what answers the counterfactual prompt. ValueError for an unknown
-    task, site or channel.
+    have nothing to do with the task (None: sampled from the dense model; a search takes some of those given for
+    itself), and with a tokenizer on the other tasks. P(target) is the full-vocabulary probability of what answers the
+    counterfactual prompt. ValueError for an unknown task, site or channel.
     """
+    sampling = text is None
     check_search(channels if isinstance(channels, int) else 1, by, budget, name="channels")
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
@@ -170,11 +171,11 @@ def sweep(
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
-        chosen, text = channels, sampled(pair, seed) if text is None else text
+        chosen, text = channels, sampled(pair, seed, search=False) if text is None else check_text(pair, text)
         if not isinstance(chosen, Channels):
-            # The text of the search is not the one that side effects are reported on.
-            rows = min(TEXT_ROWS, len(text) // 2)
-            elsewhere, text = (text[:rows], text[rows:]) if rows else (sampled(pair, seed + 1), text)
+            # What a search measures costs on is not reported on: it takes rows that were given, or samples its own.
+            rows = 0 if sampling else min(TEXT_ROWS, len(text) // 2)
+            elsewhere, text = (text[:rows], text[rows:]) if rows else (sampled(pair, seed), text)
             chosen = find(pair, chosen_on, text_of(pair, elsewhere), chosen or 1, by, budget)
         return sweep_prompts(pair, chosen_on, reported, chosen, strengths, text, others)
 

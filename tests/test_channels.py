@@ -25,7 +25,7 @@ def prompts(pair):
 
 @pytest.mark.parametrize("at", ["read", "residual"])
 @pytest.mark.parametrize("site", range(5))
-def test_predicted_effects_are_the_derivative_oflog_p(pair, prompts, site, at):
+def test_predicted_effects_are_the_derivative_of_log_p(pair, prompts, site, at):
     """Against central differences, for three channels."""
     predicted = predicted_effects(pair, prompts)[site, at]
     where = pair.site("dense", site)
@@ -107,6 +107,7 @@ def test_where_no_text_is_given_it_is_sampled_from_the_dense_model(pair, text):
     assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
     assert torch.equal(text.trace.context.input_ids, sampled(pair, 3))
     assert not torch.equal(text.trace.context.input_ids, sampled(pair, 4))
+    assert not any(torch.equal(sampled(pair, seed), sampled(pair, 3, search=False)) for seed in range(6))
     models = pair.dense.model, pair.sparse.model, pair.bridge_set
     without, given, other = (
         find_channels(*models, toy_task(), candidates=8, seed=3, text=rows)
@@ -129,12 +130,44 @@ def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):
 def test_a_budget_that_nothing_keeps_within_is_lifted(pair, prompts, text):
     free = find(pair, prompts, text, 2, budget=float("inf"), candidates=12)
     assert free.sets[-1].kl_off > 0
-    assert find(pair, prompts, text, 2, budget=0.0, candidates=12).sets == free.sets
+    with pytest.warns(
+        UserWarning, match="budget=0.0: no channel raises P\\(target\\) of 'toy' within it; it was lifted"
+    ):
+        lifted = find(pair, prompts, text, 2, budget=0.0, candidates=12)
+    assert lifted.sets == free.sets
 
 
 def test_channels_that_only_make_things_worse_are_told_too(pair, prompts, text, monkeypatch):
     monkeypatch.setattr(Search, "unedited", lambda _: 2.0)
-    assert find(pair, prompts, text, 2, candidates=12).sets
+    with pytest.warns(UserWarning, match="it was lifted"):
+        assert find(pair, prompts, text, 2, candidates=12).sets
+
+
+def test_bridges_that_are_not_finite_are_named(prompts):
+    broken = with_units(join(gpt2(), sparse_model()))
+    with torch.no_grad():
+        for bridge in broken.bridge_set:
+            bridge.decoder_weight.fill_(float("nan"))
+        elsewhere = text_of(broken, sampled(broken, 0))
+    with pytest.raises(FloatingPointError, match="no edit's P\\(target\\) of 'toy' is a number"):
+        find(broken, prompts, elsewhere, candidates=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (torch.zeros(0, 5).long(), r"text=\(0, 5\) must be a tensor of token ids \[rows, seq\]"),
+        (torch.zeros(5).long(), r"text=\(5,\) must be"),
+        (torch.zeros(2, 5), r"text=\(2, 5\) must be"),
+        ([[1, 2]], "text=list must be"),
+        (torch.full((1, 3), 99), "text holds token 99; the models know 0 to 16"),
+        (torch.zeros(1, 13).long(), r"text=\(1, 13\) is over the models' context of 12 tokens"),
+    ],
+)
+def test_text_that_cannot_be_is_refused(pair, unchecked, text, message):
+    models = pair.dense.model, pair.sparse.model, pair.bridge_set
+    with pytest.raises(ValueError, match=message):
+        find_channels(*models, toy_task(), text=text)
 
 
 def test_the_ranking_tells_prediction_and_effect_and_how_they_agree(pair, prompts, text):

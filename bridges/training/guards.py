@@ -17,7 +17,7 @@ from bridges.training.step import StepLosses
 
 def refuse_not_finite(losses: StepLosses, step: int) -> None:
     """FloatingPointError, naming step, site and direction, where a loss is not finite."""
-    for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
+    for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange"):
         for site, value in getattr(losses, name).items():
             if not math.isfinite(value):
                 raise FloatingPointError(

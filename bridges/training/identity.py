@@ -39,10 +39,13 @@ class RunIdentity:
 def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
     """ValueError, naming both values, if a checkpoint is of a run with other settings, data or models."""
     for name, value in here.settings.items():
-        if stored["settings"].get(name) != value:
+        # A setting that came after the run was started had its default.
+        field = FitConfig.model_fields.get(name)
+        started = stored["settings"].get(name, None if field is None else field.default)
+        if started != value:
             raise ValueError(
-                f"resume=True with {name}={value!r}, but the run was started with {name}="
-                f"{stored['settings'].get(name)!r}; use that value, or another output_dir"
+                f"resume=True with {name}={value!r}, but the run was started with {name}={started!r}; "
+                "use that value, or another output_dir"
             )
     if stored["data"] != here.data:
         raise ValueError(

@@ -43,9 +43,10 @@ class Moments:
         self.n += len(x)
         self.x += x.sum(0, dtype=torch.float64)
         self.y += y.sum(0, dtype=torch.float64)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += y.T @ y
+        with torch.autocast(x.device.type, enabled=False):  # of a run in mixed precision
+            self.xx += x.T @ x
+            self.xy += x.T @ y
+            self.yy += y.T @ y
 
     def tensors(self) -> list[Tensor]:
         """The six sums, in place."""

@@ -130,8 +130,12 @@ class Trainer:
         """The loss weights and how gradients are made."""
         c = self.config
         return Objective(
-            Weights(c.nmse_weight, c.kl_dense_to_sparse_weight, c.kl_sparse_to_dense_weight, c.ce_weight)._replace(
-                interchange=c.interchange_weight
+            Weights(
+                c.nmse_weight,
+                c.kl_dense_to_sparse_weight,
+                c.kl_sparse_to_dense_weight,
+                c.ce_weight,
+                c.interchange_weight,
             ),
             c.train_sparse,
             self.processes.reduce,
@@ -180,11 +184,9 @@ class Trainer:
             "bridges": self.pair.bridge_set.tensors(),
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
         }
-        tensors["carried"] = {
-            f"{site}.{name}": tensor
-            for site, carried in zip(self.pair.bridge_set.sites, self.carried, strict=False)
-            for name, tensor in carried._asdict().items()
-        }
+        if self.carried:
+            sites = zip(self.pair.bridge_set.sites, self.carried, strict=True)
+            tensors["carried"] = {f"{s}.{name}": t for s, one in sites for name, t in one._asdict().items()}
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
@@ -198,8 +200,11 @@ class Trainer:
         for name, tensor in self.pair.bridge_set.tensors().items():
             tensor.copy_(checkpoint.tensors["bridges"][name])
         if carried := checkpoint.tensors.get("carried"):
-            sites = self.pair.bridge_set.sites
-            self.carried = [Carried(carried[f"{s}.squares"], carried[f"{s}.products"]) for s in sites]
+            device = self.pair.dense.device
+            stored = {name: tensor.to(device) for name, tensor in carried.items()}
+            names = [[f"{site}.{name}" for name in Carried._fields] for site in self.pair.bridge_set.sites]
+            self.carried = [Carried(*(stored[name] for name in of_site)) for of_site in names]
+            vars(self).pop("objective", None)
         restore_optimizer(self.bridge_optimizer, checkpoint.tensors.get("bridge_optimizer", {}))
         if self.config.train_sparse:
             for name, parameter in self.pair.sparse.model.named_parameters():

@@ -12,7 +12,9 @@ from bridges.training.guards import interruptible, refuse_not_finite, refuse_not
 from bridges.training.step import StepLosses
 
 
-@pytest.mark.parametrize("name", ["nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"])
+@pytest.mark.parametrize(
+    "name", ["nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_refused_by_step_name_and_site(name, value):
     losses = StepLosses(**{name: {"0.attn": 1.0, "1.mlp": value}})

@@ -36,6 +36,14 @@ def test_another_run_is_refused_and_both_values_are_named(other, message):
         refuse_other_run(identity().to_dict(), identity(**other))
 
 
+def test_a_setting_that_came_later_had_its_default():
+    stored = identity().to_dict()
+    stored["settings"] = {k: v for k, v in stored["settings"].items() if not k.startswith("interchange")}
+    refuse_other_run(stored, identity())
+    with pytest.raises(ValueError, match=r"interchange_weight=0\.5, but .* started with interchange_weight=0\.0"):
+        refuse_other_run(stored, identity(interchange_weight=0.5))
+
+
 def test_a_sparse_model_that_trains_may_have_other_weights():
     stored = identity(train_sparse=True)
     assert stored.sparse is None

@@ -87,11 +87,43 @@ def test_batches_and_processes_add_up():
     pair, ids = PAIRS["equal depth"](), tokens()
     whole = gather_carried(pair, [(ids, MASK, DRAWS)], [1, 3])
     parts = gather_carried(pair, [(ids[n : n + 1], MASK[n : n + 1], DRAWS[n : n + 1]) for n in range(4)], [1, 3])
-    doubled = gather_carried(pair, [(ids, MASK, DRAWS)], [1, 3], lambda tensor: 2 * tensor)
-    for one, *others in zip(whole, parts, doubled, strict=True):
+    elsewhere, together = [], []
+
+    def noted(sums):
+        elsewhere.append(sums.clone())
+        return sums
+
+    gather_carried(pair, [(ids[2:], MASK[2:], DRAWS[2:])], [1, 3], noted)
+    with_other = iter(elsewhere)
+    together = gather_carried(pair, [(ids[:2], MASK[:2], DRAWS[:2])], [1, 3], lambda sums: sums + next(with_other))
+    for one, *others in zip(whole, parts, together, strict=True):
         for other in others:
             torch.testing.assert_close(one.squares, other.squares, rtol=1e-10, atol=1e-14)
             torch.testing.assert_close(one.products, other.products, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("broken", ["dense", "sparse"])
+def test_a_model_that_is_not_finite_is_refused_by_name(broken):
+    pair = PAIRS["equal depth"]()
+    with torch.no_grad():
+        blocks = {"dense": pair.dense.model.transformer.h[1].mlp, "sparse": pair.sparse.model.transformer.h[1].mlp}
+        blocks[broken].c_proj.weight[0, 0] = float("nan")
+    message = {"dense": "the dense model's logits is not finite", "sparse": "at site .* is not finite"}[broken]
+    with pytest.raises(FloatingPointError, match=f"interchange loss: .*{message}"):
+        gather_carried(pair, [(tokens(), MASK, DRAWS)], range(5))
+
+
+def test_padding_may_hold_anything():
+    """Logits at padding that are not numbers: no token is drawn by them, a token behind a gap included."""
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0]])
+    logits = torch.randn(2, 6, 17, generator=torch.Generator().manual_seed(0))
+    logits[mask == 0] = float("nan")
+    seen = set()
+    for seed in range(30):
+        twin = twin_rows(logits, ids, mask, torch.rand(2, 2, generator=torch.Generator().manual_seed(seed)))
+        seen |= set(map(tuple, (twin.input_ids != ids).nonzero().tolist()))
+        assert twin.input_ids.max() < 17
+    assert seen == {(0, 3), (0, 4), (0, 5), (1, 3)}
 
 
 def test_nothing_is_asked_where_no_row_can_have_a_twin():

@@ -157,3 +157,12 @@ def test_the_other_processes_take_the_first_ones_shift_and_all_end_with_the_sum(
     found = gather([[(x[40:], y[40:])]], reduce, first=False)[0].solve(0.0)
     torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.bias, regress(x, y)[1], rtol=1e-10, atol=1e-12)
+
+
+def test_moments_keep_their_precision_in_a_run_of_mixed_precision():
+    x, y = rows(200, 3, 0).float(), rows(200, 2, 1).float()
+    plain, mixed = (Moments(torch.zeros(3), torch.zeros(2)) for _ in range(2))
+    plain.update(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed.update(x, y)
+    assert all(torch.equal(one, other) for one, other in zip(plain.tensors(), mixed.tensors(), strict=True))
