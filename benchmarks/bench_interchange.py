@@ -1,85 +1,152 @@
-"""What the interchange loss does, and a control of it: python benchmarks/bench_interchange.py [weights ...]
+"""What the interchange loss does, and its controls: python benchmarks/bench_interchange.py
 
-The demo's closed form, without gradient steps, at several weights of the interchange loss; the last row has the largest
-weight with channels drawn at random, pair by pair, among those that change, instead of those that do most. Losses are
-on held-out rows. For every task the single channel that does most is searched for; P(target) of the dense model is on
-the prompts that it was chosen on, beside random directions of its norm (the strongest of five).
+The demo's closed form, without gradient steps, without the loss and with it. For every task the single channel that
+does most to the dense model is searched for, as `bridges.sweep` does; P(target) of both models is on other prompts.
+Controls, each searched alike:
+
+- random columns: every decoder column in a random direction, its norm kept: what the search alone finds;
+- inert channels: pairs choose what has most effect on the dense model among channels that do not help the sparse one;
+- permuted sparse model: the entries of every matrix in another order. It knows nothing, so what it gains needs no
+  mechanism that two models share.
+
+`interchange` is the loss on its own pairs and on other ones; 1 is what no decoder at all leaves out.
 """
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import bridges
 from bridges.channels import CHOSEN_ON, find
-from bridges.circuits.tasks import TASKS, task_pairs
+from bridges.circuits.tasks import TASKS, solved, task_pairs
+from bridges.data.prepare import Prepared
+from bridges.data.rows import Rows
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.models.pair import Pair
-from bridges.prompts import model_pair, prompts_of, text_of
+from bridges.prompts import edited, model_pair, prompts_of, text_of
 from bridges.training import interchange
 
-LOSSES = ("nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
+COLUMNS = (
+    "| nmse_decode | kl_sparse_to_dense | interchange: own, other pairs | over 0.5 | both ways | mean P(target) "
+    "| in the sparse model | site of the channels |"
+)
+OTHER_PAIRS = 256
 CHOSEN = interchange.chosen_channels
 
 
-def drawn(generator: torch.Generator) -> Callable[..., tuple[Tensor, Tensor]]:
-    """In place of `chosen_channels`: any channel that changes."""
-
-    def channels(weight: Tensor, dz: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        found = CHOSEN(weight, dz, *gradients)[1]
-        changed = (dz != 0).any(1).double() + 1e-12
-        return torch.multinomial(changed, 1, generator=generator)[:, 0], found
-
-    return channels
+def inert(weight: Tensor, dz: Tensor, to_dense: Tensor, to_sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of `chosen_channels`: what helps the dense model most and the sparse one not."""
+    in_dense = torch.einsum("bsd,dc,bsc->bc", to_dense, weight.to(to_dense), dz)
+    in_dense = in_dense.masked_fill((to_sparse * dz).sum(1) > 0, -torch.inf)
+    return in_dense.argmax(1), CHOSEN(weight, dz, to_dense, to_sparse)[1]
 
 
-def fitted(pair: Pair, weight: float, train: Tensor, heldout: Tensor) -> bridges.BridgeSet:
+def permuted(pair: Pair) -> Pair:
+    """The pair with the entries of every sparse matrix in another order."""
+    sparse, generator = copy.deepcopy(pair.sparse), torch.Generator().manual_seed(0)
+    for parameter in sparse.parameters():
+        if parameter.ndim == 2:
+            flat = parameter.data.flatten()
+            parameter.data.copy_(flat[torch.randperm(len(flat), generator=generator)].view_as(parameter))
+    return pair._replace(sparse=sparse)
+
+
+def redrawn(bridge_set: bridges.BridgeSet) -> bridges.BridgeSet:
+    """Every decoder column in a random direction, its norm kept."""
+    generator, other = torch.Generator().manual_seed(0), copy.deepcopy(bridge_set)
+    for bridge in other:
+        weight = bridge.decoder_weight.data
+        direction = torch.randn(weight.shape, generator=generator).to(weight)
+        weight.copy_(direction / direction.norm(dim=0) * weight.norm(dim=0))
+    return other
+
+
+class Setting(NamedTuple):
+    """What every row shares."""
+
+    train: Tensor
+    heldout: Tensor
+    tasks: list[str]
+    prompts: int
+
+
+def fitted(pair: Pair, weight: float, setting: Setting) -> bridges.BridgeSet:
     settings: dict[str, Any] = {"steps": 0, "interchange_weight": weight, "progress": False}
-    return bridges.fit(pair.dense, pair.sparse, train, eval_data=heldout, config=SETTINGS.with_settings(settings))
+    config = SETTINGS.with_settings(settings)
+    return bridges.fit(pair.dense, pair.sparse, setting.train, eval_data=setting.heldout, config=config)
 
 
-def line(pair: Pair, bridge_set: bridges.BridgeSet, name: str, text: Tensor, tasks: list[str]) -> str:
-    assert bridge_set.report is not None, "fit always reports"
-    p, random = [], []
+def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, setting: Setting) -> str:
+    """The interchange loss, mean over sites, on the pairs that a fit takes and on pairs from held-out rows.
+
+    Their channels are chosen by the decoders of the plain fit, as a fit does.
+    """
+    means = []
+    for rows, n in ((setting.train, SETTINGS.interchange_pairs), (setting.heldout, OTHER_PAIRS)):
+        data = Prepared(Rows(rows, seed=SETTINGS.seed), Rows(rows[:1]))
+        batches = data.pair_batches(SETTINGS.with_settings({"interchange_pairs": n}), 0, 1)
+        with model_pair(pair.dense, pair.sparse, plain, check_models=False) as models:
+            asked = interchange.gather_carried(models, batches, range(len(plain)))
+        left = [one.loss(bridge.decoder_weight).item() for one, bridge in zip(asked, bridge_set, strict=True)]
+        means.append(sum(left) / len(left))
+    return f"{means[0]:.2f}, {means[1]:.2f}"
+
+
+def searched(pair: Pair, bridge_set: bridges.BridgeSet, setting: Setting) -> str:
+    """The single channel of every task that the dense model solves, on prompts that it was not chosen on."""
+    p_dense, p_sparse, both_ways, sites = [], [], 0, []
     with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        elsewhere = text_of(models, text)
-        for task in tasks:
-            prompts = prompts_of(models, task_pairs(task, pair.tokenizer, CHOSEN_ON))
-            found = find(models, prompts, elsewhere).sets[-1]
-            p.append(found.p_target)
-            random.append(found.p_target_random)
-    turned = sum(one > 0.5 for one in p)
-    mean = bridge_set.report.to_dict()["mean"]
-    losses = " | ".join(f"{mean[loss]:.3f}" for loss in LOSSES)
-    return f"| {name} | {losses} | {turned} | {sum(p) / len(p):.3f} | {sum(random) / len(random):.3f} |"
+        elsewhere = text_of(models, setting.train[:SIDE_EFFECT_ROWS])
+        for task in setting.tasks:
+            pairs = task_pairs(task, pair.tokenizer, CHOSEN_ON + setting.prompts)
+            reported = prompts_of(models, pairs.rows(CHOSEN_ON))
+            if solved(reported.traces.dense.logits[:, -1], reported.pairs).float().mean() < 0.9:
+                continue
+            chosen = find(models, prompts_of(models, pairs.rows(0, CHOSEN_ON)), elsewhere).best
+            p = edited(models, reported, chosen)
+            p_dense.append(p.mean().item())
+            p_sparse.append(edited(models, reported, chosen, side="sparse").mean().item())
+            both_ways += min(p[reported.pairs.direction == side].mean().item() for side in (0, 1)) > 0.5
+            sites.append(chosen.site)
+    n = len(p_dense)
+    where = ", ".join(f"{sites.count(site)} {site}" for site in bridge_set.sites if site in sites)
+    turned = sum(p > 0.5 for p in p_dense)
+    return f"{turned} of {n} | {both_ways} | {sum(p_dense) / n:.3f} | {sum(p_sparse) / n:.3f} | {where}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", nargs="*", type=float, default=[0.0, 0.02, 0.05, 0.15])
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--weight", type=float, default=SETTINGS.interchange_weight)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--prompts", type=int, default=64)
     args = parser.parse_args()
     pair = bridges.load_pair()
     train, heldout = (
         demo_rows(pair, split, n, SETTINGS.seq_len or 128, SETTINGS.seed)
         for split, n in (("train", TRAIN_DOCUMENTS), ("heldout", HELDOUT_DOCUMENTS))
     )
-    print(f"| weight | {' | '.join(LOSSES)} | tasks over 0.5 | mean P(target) | random directions |\n|{'---|' * 7}")
+    setting = Setting(train, heldout, args.tasks, args.prompts)
+    print(f"| decoder {COLUMNS}\n|{'---|' * (COLUMNS.count('|'))}", flush=True)
 
-    def show(weight: float, name: str) -> None:
-        bridge_set = fitted(pair, weight, train, heldout)
-        print(line(pair, bridge_set, name, train[:SIDE_EFFECT_ROWS], args.tasks), flush=True)
+    def row(name: str, of: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet | None) -> None:
+        mean = bridge_set.report.to_dict()["mean"]  # pyright: ignore[reportOptionalMemberAccess]
+        left = "" if plain is None else losses(of, bridge_set, plain, setting)
+        figures = " | ".join("" if plain is None else f"{mean[n]:.3f}" for n in ("nmse_decode", "kl_sparse_to_dense"))
+        print(f"| {name} | {figures} | {left} | {searched(of, bridge_set, setting)} |", flush=True)
 
-    for weight in args.weights:
-        show(weight, f"{weight:g}")
-    if max(args.weights) == 0:
-        return
-    interchange.chosen_channels = drawn(torch.Generator().manual_seed(0))
-    weight = max(args.weights)
-    show(weight, f"{weight:g}, channels drawn")
+    for name, of in (("", pair), (", permuted sparse model", permuted(pair))):
+        plain, with_loss = fitted(of, 0.0, setting), fitted(of, args.weight, setting)
+        row(f"without{name}", of, plain, plain)
+        row(f"with{name}", of, with_loss, plain)
+        if of is pair:
+            row("without, random columns", of, redrawn(plain), None)
+            row("with, random columns", of, redrawn(with_loss), None)
+            interchange.chosen_channels = inert
+            row("with, inert channels", of, fitted(of, args.weight, setting), plain)
+            interchange.chosen_channels = CHOSEN
 
 
 if __name__ == "__main__":

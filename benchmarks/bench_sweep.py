@@ -61,9 +61,10 @@ def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
     """How many of the tasks that the dense model solves are turned, and means over those and over all solved ones."""
     solved = [one for one in found if round(one.accuracy_dense, 4) >= SOLVED]  # it is float32's mean
     turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
-    one_way = sum(max(one.p_target_by_direction) > TURNED for one in solved)
+    one_way, both_ways = (sum(of(one.p_target_by_direction) > TURNED for one in solved) for of in (max, min))
     lines = [
-        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks, one way round on {one_way}"
+        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks, one way round on {one_way}, "
+        f"both ways on {both_ways}"
     ]
     for what, of in (("those turned", turned), ("all solved", solved)):
         if of:
