@@ -22,11 +22,14 @@ def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldou
     per_token = 2 * n_dense + (6 if trains else 2) * n_sparse + 6 * n_bridge + tails
     start_tokens = min(config.closed_form_tokens, rows * seq_len) if config.closed_form else 0
     closed = start_tokens * (2 * (n_dense + n_sparse) + n * 2 * _moment_size(pair))
+    pairs_of_rows = min(config.interchange_pairs, rows) if config.interchange_weight else 0
+    closed += pairs_of_rows * seq_len * 6 * (n_dense + n_sparse)  # both rows forward, one of them backward
     width = pair.dense.d_model + pair.sparse.d_model
     streams = 4 * config.batch_size * seq_len * (n * width + 4 * pair.dense.vocab_size)
     state = 4 * (4 * n_bridge + (4 * n_sparse if trains else 0))
     pairs = ", ".join(sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in pair.bridge_set.pairs)
     start = f"closed form from {_si(start_tokens)} tokens" if config.closed_form else "random start"
+    start += f" and {pairs_of_rows} pairs of rows" if pairs_of_rows else ""
     lines = [
         f"bridges: {n} sites ({pairs}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
         f"k = {pair.bridge_set[0].k}",

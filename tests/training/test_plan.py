@@ -32,13 +32,25 @@ def test_the_lines_say_what_was_counted_by_hand():
 def test_what_is_turned_off_or_all_is_said_so():
     steps = plan(closed_form=False, sites_per_step="all", steps=0)[3]
     assert steps == "random start, then 0 steps of 16 rows = 0 tokens, 5 of 5 sites a step"
-    assert plan(rows=30)[3].startswith("closed form from 300 tokens")
+    assert plan(rows=30)[3].startswith("closed form from 300 tokens, then")
+    started = "closed form from 300 tokens and 30 pairs of rows, then"
+    assert plan(rows=30, interchange_weight=0.1)[3].startswith(started)
 
 
 def test_a_sparse_model_that_trains_and_sites_of_other_names():
     lines = plan(join(neox(), sparse_model()), train_sparse=True)
     assert "3 sites (0.block=0.attn, 1.block=1.attn, final)" in lines[0]
     assert "sparse (training)" in lines[1]
+
+
+def test_the_pairs_of_the_interchange_loss_are_in_the_cost():
+    """At 40 pairs of 10 tokens: both rows forward, one of them backward, through both models."""
+    settings = {"steps": 0, "closed_form_tokens": 1000, "interchange_pairs": 40}
+    without, with_pairs = (
+        float(plan(**settings, interchange_weight=w)[5].split()[2].removesuffix("MFLOP")) for w in (0.0, 0.1)
+    )
+    flops = 40 * 10 * 6 * (count(gpt2()) + count(sparse_model()))
+    assert with_pairs - without == pytest.approx(flops / 1e6, rel=0.02)
 
 
 @pytest.mark.parametrize(("steps", "times"), [(1000, 10), (3000, 30)])
