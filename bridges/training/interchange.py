@@ -2,10 +2,11 @@
 
 Where sparse channels move together, many decoders reconstruct the dense stream equally well, and least squares spreads
 what one token means over all channels that go with it. Of those decoders this picks one whose single channels are
-stronger handles on the dense model; that says nothing of what the sparse model does with them. A row x and its twin x' differ in one token, drawn from the dense model. From there on they differ by dh in the
-dense stream and by dz in the sparse one, and the pair's channel c is the one whose change alone does most, to first
-order, to bring both models from their output on x to that on x'. Then, over tokens and the pairs that have a channel
-that helps both,
+stronger handles on the dense model. That says nothing of what the sparse model does with them.
+
+A row x and its twin x' differ in one token, drawn from the dense model. From there on they differ by dh in the dense
+stream and by dz in the sparse one, and the pair's channel c is the one whose change alone does most, to first order, to
+bring both models from their output on x to that on x'. Then, over tokens and the pairs that have such a channel,
 
     interchange[i] = sum |dh - W_dec[:, c] dz_c|^2 / sum |dh|^2
 
