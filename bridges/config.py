@@ -61,7 +61,7 @@ class FitConfig(BaseModel):
     interchange_weight: float = Field(default=0.0, ge=0)
     """w_i of the interchange loss, which makes single channels carry what changes when a token does, for steering. In
     the closed form its ratio to `nmse_weight` counts."""
-    interchange_pairs: int = Field(default=1024, ge=1)
+    interchange_pairs: int = Field(default=512, ge=1)
     """Pairs of rows that the interchange loss is made from."""
 
     train_sparse: bool = False

@@ -32,7 +32,7 @@ PLACES = 3
 """Sites and entries at which sets are grown, of those that promise most."""
 CONTROLS = 5
 """Random directions that a set is held against while it is chosen."""
-BUDGET = 0.03
+BUDGET = 0.04
 """KL that turning a set off may cost the dense model on other text, nats per token."""
 TEXT_ROWS, TEXT_TOKENS = 16, 128
 """Of the text that is sampled to measure this cost on, where none is given."""
