@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs, probability, task_pairs
+from bridges.data.prepare import refuse_foreign_tokens
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
@@ -85,9 +86,7 @@ def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
     limit = min((m.context_length for m in pair[:2] if m.context_length is not None), default=text.shape[1])
     if text.shape[1] > limit:
         raise ValueError(f"text={tuple(text.shape)} is over the models' context of {limit} tokens; cut its rows")
-    vocab, low, high = min(m.vocab_size for m in pair[:2]), int(text.min()), int(text.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(f"text holds token {low if low < 0 else high}; the models know 0 to {vocab - 1}")
+    refuse_foreign_tokens("text", text, min(m.vocab_size for m in pair[:2]))
     return text
 
 

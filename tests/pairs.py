@@ -7,9 +7,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from bridges.bridge import Bridge, BridgeSet
 from bridges.circuits.tasks import TaskPairs
+from bridges.edits import Edit
 from bridges.models.huggingface import as_residual
 from bridges.models.pairing import pair_sites
 from bridges.models.sparse import SparseConfig, SparseTransformer
+from bridges.steer import steer
 from bridges.training.hybrid import ModelPair
 
 VOCAB, CONTEXT = 17, 12
@@ -188,3 +190,15 @@ def naive_objective(pair, weights, ids, mask=None, sampled=None):
         hybrid = weights.kl_dense_to_sparse * to_sparse[i] + weights.kl_sparse_to_dense * to_dense[i]
         loss = loss + hybrid / len(sampled)
     return loss, ce
+
+
+def kl_of_turning_off(pair, text, chosen):
+    """Nats per token, by `steer` on the text and the sum over the vocabulary written out."""
+    ids = text.trace.context.input_ids
+    edits = [Edit(chosen.site, channel, 0.0) for channel in chosen.channels]
+    dense, sparse = pair.dense.model, pair.sparse.model
+    with torch.no_grad():
+        plain = dense(ids).logits.log_softmax(-1)
+        with steer(dense, pair.bridge_set, edits, sparse=sparse, at=chosen.at):
+            off = dense(ids).logits.log_softmax(-1)
+    return (plain.exp() * (plain - off)).sum(-1).mean().item()

@@ -88,7 +88,7 @@ def prepare(
     prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
     for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
         _refuse_too_long(f"{name} with seq_len", part.seq_len, limit)
-        _refuse_foreign_tokens(name, part, dense.vocab_size)
+        refuse_foreign_tokens(name, part.input_ids, dense.vocab_size)
         _refuse_single_tokens(name, part)
     return prepared
 
@@ -108,7 +108,7 @@ def heldout_rows(
         tokenizer = _one_tokenizer(tokenizer, sources)
     rows = load_rows(data, tokenizer, seq_len)
     _refuse_too_long("data with seq_len", rows.seq_len, limit)
-    _refuse_foreign_tokens("data", rows, min(dense.vocab_size, sparse.vocab_size))
+    refuse_foreign_tokens("data", rows.input_ids, min(dense.vocab_size, sparse.vocab_size))
     _refuse_single_tokens("data", rows)
     return rows
 
@@ -152,8 +152,9 @@ def _refuse_too_long(name: str, seq_len: int | None, limit: int | None) -> None:
         )
 
 
-def _refuse_foreign_tokens(name: str, rows: Rows, vocab_size: int) -> None:
-    low, high = int(rows.input_ids.min()), int(rows.input_ids.max())
+def refuse_foreign_tokens(name: str, input_ids: Tensor, vocab_size: int) -> None:
+    """ValueError unless every token is one of the models'."""
+    low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
 

@@ -29,11 +29,10 @@ def naive_carried(pair, ids, mask, draws):
         squares, products = squares.double(), products.double()
         for row, twin, real in zip(ids, twins, mask, strict=True):
             row, twin, real = row[None], twin[None], real[None]
-            places = [
-                (0, t) for _, t in real_places(row, real) if (row != twin).any() and t >= (row != twin)[0].nonzero()
-            ]
-            if not places:
+            replaced = (row != twin)[0].nonzero().flatten().tolist()
+            if not replaced:
                 continue
+            places = [(0, t) for _, t in real_places(row, real) if t >= replaced[0]]
             changes, towards = [], []
             for side in ("dense", "sparse"):
                 model, site = pair.model(side), pair.site(side, i)
