@@ -29,8 +29,8 @@ from bridges.ops.kl import kl_divergence
 from bridges.training.hybrid import SIDES, ModelPair, residuals_at, trace_pair
 from bridges.training.scale import Reduce, alone, predicting
 
-Draws = Float[Tensor, "b 2"]
-"""Two numbers in [0, 1) per row: which token is replaced, and by which."""
+Draws = Float[Tensor, "_ 2"]
+"""Two numbers in [0, 1) per row: which token is replaced, and by which. Batches need not have one size."""
 PairBatch = tuple[Tensor, Tensor | None, Draws]
 """input_ids and attention_mask, [batch, seq] each, and the draws."""
 
