@@ -4,14 +4,15 @@ A GPT-2 shape of 4 layers and width 256, a sparse model of width 2048, both rand
 """
 
 from contextlib import nullcontext
+from statistics import median
 
 import torch
-from timing import header, medians, row
+from timing import header, medians
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bridges
 
-VOCAB, NEW_TOKENS = 1024, 32
+VOCAB, NEW_TOKENS, ROUNDS = 1024, 32, 11
 
 
 def models():
@@ -42,7 +43,7 @@ def main() -> None:
         "from the sparse model": steered(scale, sparse=sparse),
     }
     print(f"{torch.get_num_threads()} threads, float32")
-    print(header("ms (speed relative to without)", list(how)))
+    print(header("ms (change against without)", list(how)))
     for batch in (1, 8):
         ids = torch.randint(VOCAB, (batch, 128))
         options = {
@@ -64,21 +65,25 @@ def main() -> None:
 
                 return context, run
 
-            print(row(label, medians_inside({name: timed(context) for name, context in how.items()})))
+            rounds = [rounds_inside({name: timed(context) for name, context in how.items()}) for _ in range(ROUNDS)]
+            print(f"| {label} | " + " | ".join(cell(name, rounds) for name in how) + " |")
 
 
-def medians_inside(candidates):
-    """Medians of the work alone: entering a context takes the model apart, once however long it stays."""
-    entered = {}
+def rounds_inside(candidates):
+    """Milliseconds of the work alone, one after another: entering takes the model apart, once however long one stays."""
+    taken = {}
     for name, (context, run) in candidates.items():
+        with context():
+            taken[name] = medians({"run": run}, rounds=3)["run"]
+    return taken
 
-        def several(context=context, run=run):
-            with context():
-                return medians({"run": run}, rounds=5)["run"]
 
-        entered[name] = several
-    rounds = [{name: several() for name, several in entered.items()} for _ in range(5)]
-    return {name: sorted(one[name] for one in rounds)[2] for name in candidates}
+def cell(name, rounds):
+    """The median, and the median and middle half of the change against no edit in the same round."""
+    change = sorted(100 * (one[name] / one["without"] - 1) for one in rounds)
+    quarter = len(change) // 4
+    spread = f" ({median(change):+.0f} %, {change[quarter]:+.0f} to {change[-1 - quarter]:+.0f})"
+    return f"{median(one[name] for one in rounds):.2f}" + (spread if name != "without" else "")
 
 
 if __name__ == "__main__":

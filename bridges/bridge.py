@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bridges.card import model_card
 from bridges.files import read_json, write_json, write_tensors, write_text
 from bridges.fingerprint import checked_fingerprint, fingerprint, same_model
-from bridges.ops.abs_topk import abs_topk
+from bridges.ops.abs_topk import abs_topk, abs_topk_at
 from bridges.quality import BridgeReport
 
 FORMAT_VERSION = 2
@@ -53,6 +53,12 @@ class Bridge(nn.Module):
     def encode(self, h: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
         """f(h): the sparse model's stream as read off the dense one, exactly k entries per token."""
         return abs_topk(F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias), self.k)
+
+    def encode_at(self, h: Float[Tensor, "*batch d_dense"], channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
+        """`encode(h)[..., channels]`, bit for bit and without a gradient, for less than the whole of f(h) costs."""
+        with torch.no_grad():
+            z = F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias)
+        return abs_topk_at(z, self.k, channels)
 
     def decode(self, z: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
         """g(z): the dense model's stream as read off the sparse one."""

@@ -104,6 +104,8 @@ class Place:
     edits: list[Edit]
     to_stream: Float[Tensor, "channels d_dense"]
     """What one read unit of each channel adds to the dense stream, strength included."""
+    read_unit: Float[Tensor, " channels"]
+    """gain_s / R_s: what one unit of each channel of the sparse stream is in a read."""
     reading: Float[Tensor, "b s channels"] | None = None
 
     @property
@@ -153,13 +155,14 @@ def place_of(
     channels = list(dict.fromkeys(edit.channel for edit in edits))
     bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
     with torch.no_grad():
-        dz = strength * bridge.rms_sparse.to(bridge.gain_sparse) / bridge.gain_sparse[channels]
-        unit = bridge.decoder_weight[:, channels].T * dz[:, None]
+        gain, rms = bridge.gain_sparse[channels], bridge.rms_sparse.to(bridge.gain_sparse)
+        to_stream = bridge.decoder_weight[:, channels].T * (strength * rms / gain)[:, None]
     return Place(
         i,
         dense.index(dense_site),
         None if sparse is None else sparse.index(sparse_site),
         channels,
         edits,
-        unit.detach(),
+        to_stream.detach(),
+        gain / rms,
     )

@@ -201,8 +201,8 @@ class _Steering:
     def _encode(self, place: Place, h: Tensor) -> None:
         """v = gain_s z / R_s with z = f(h): the encoder's reading of the unedited stream."""
         bridge = self.bridge_set[place.bridge]
-        z = bridge.encode(h.detach().to(bridge.encoder_weight.device))[..., place.channels]
-        place.reading = (z * bridge.gain_sparse[place.channels] / bridge.rms_sparse.to(z)).to(h.device)
+        z = bridge.encode_at(h.detach().to(bridge.encoder_weight.device), place.channels)
+        place.reading = (z * place.read_unit).to(h.device)
 
 
 class _Adding:

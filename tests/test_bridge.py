@@ -68,6 +68,13 @@ def test_encode_is_affine_and_keeps_k(bridge):
     assert (z != 0).sum(-1).unique().tolist() == [K]
 
 
+def test_some_channels_are_those_of_the_whole_encoding(bridge):
+    h = normal(2, 4, D_DENSE)
+    for channels in ([0], [6, 2, 2]):
+        assert torch.equal(bridge.encode_at(h, channels), bridge.encode(h).detach()[..., channels])
+    assert not bridge.encode_at(h, [1]).requires_grad
+
+
 def test_decode_is_affine_and_its_delta_has_no_bias(bridge):
     z, dz = normal(2, 4, D_SPARSE), normal(2, 4, D_SPARSE, seed=10)
     with torch.no_grad():

@@ -18,7 +18,8 @@ AFTER = Window(torch.tensor([[5], [3]]), torch.ones(2, 1).bool(), None, 5)
 
 
 def place(edits, channels=(3, 8), reading=None):
-    return Place(0, 0, 0, list(channels), edits, torch.eye(len(channels), dtype=torch.float64), reading)
+    units = torch.eye(len(channels), dtype=torch.float64), torch.ones(len(channels), dtype=torch.float64)
+    return Place(0, 0, 0, list(channels), edits, *units, reading)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -82,9 +83,12 @@ class Shadow:
         return own
 
 
+_signature = cache(inspect.signature)  # asked at every token
+
+
 def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
     """What a call of a Hugging Face model says; ValueError where it gives embeddings in place of tokens."""
-    given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
     if input_ids is None:

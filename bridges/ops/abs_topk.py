@@ -7,6 +7,7 @@ and seen rather than hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,35 @@ def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batc
     """`abs_topk` in torch operations alone: its twin, the oracle of its tests."""
     _check(x, k)
     return x if k >= x.shape[-1] else torch.where(abs_topk_mask_eager(x, k), x, 0)
+
+
+@torch.no_grad()
+def abs_topk_at(x: Float[Tensor, "*batch d"], k: int, channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
+    """`abs_topk(x, k)[..., channels]`, bit for bit and without a gradient, at the cost of a look at each row.
+
+    An entry is kept where fewer than k of its row come before it; no row's threshold has to be found for that.
+    ValueError for a channel outside the row.
+    """
+    _check(x, k)
+    if outside := [channel for channel in channels if not 0 <= channel < x.shape[-1]]:
+        raise ValueError(f"channels={outside} lie outside a row of {x.shape[-1]}")
+    if not has_kernel(x):
+        return torch.where(_kept_at_eager(x, k, channels), x[..., list(channels)], 0)
+    bits = _BITS[x.dtype]
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().view(bits.dtype).numpy()
+    at = torch.empty(*x.shape[:-1], len(channels), dtype=x.dtype)
+    out = at.view(len(rows), len(channels)).view(bits.dtype).numpy()
+    compiled(_at_kernel)(rows, k, bits.infinity, np.array(channels, np.int64), out)
+    return at
+
+
+def _kept_at_eager(x: Float[Tensor, "*batch d"], k: int, channels: Sequence[int]) -> Bool[Tensor, "*batch n"]:
+    keys = _keys(x)
+    kept = torch.empty(*x.shape[:-1], len(channels), dtype=torch.bool, device=x.device)
+    for i, channel in enumerate(channels):
+        own = keys[..., channel, None]
+        kept[..., i] = (keys > own).sum(-1) + (keys[..., :channel] == own).sum(-1) < k
+    return kept
 
 
 def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
@@ -166,6 +196,24 @@ def _mask_kernel(rows, k, infinity, mask):  # pragma: no cover - compiled
                 mask[i, j] = False
                 reached -= 1
             j -= 1
+
+
+def _at_kernel(rows, k, infinity, channels, at):  # pragma: no cover - compiled
+    """The entries at some channels, 0 where k entries of their row or more come before."""
+    n, d = rows.shape
+    integer = rows.dtype.type
+    sign_free, nan = integer(np.iinfo(rows.dtype).max), integer(infinity + 1)
+    for i in range(n):
+        for c in range(channels.size):
+            channel = channels[c]
+            own = min(integer(rows[i, channel] & sign_free), nan)
+            before = np.int32(0)
+            for j in range(d):  # the lower indices among equals come before
+                key = min(integer(rows[i, j] & sign_free), nan)
+                before = np.int32(before + np.int32(key > own))
+            for j in range(channel):
+                before = np.int32(before + np.int32(min(integer(rows[i, j] & sign_free), nan) == own))
+            at[i, c] = rows[i, channel] if before < k else 0
 
 
 def _keep_kernel(bits, mask, kept):  # pragma: no cover - compiled

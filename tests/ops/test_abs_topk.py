@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bridges.ops import compiled
-from bridges.ops.abs_topk import abs_topk, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
+from bridges.ops.abs_topk import abs_topk, abs_topk_at, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
 
 TWINS = [abs_topk, abs_topk_eager]
 MASKS = [abs_topk_mask, abs_topk_mask_eager]
@@ -99,6 +99,29 @@ def test_k_of_the_whole_row_returns_x_itself(function, k):
     x = seeded(2, 6)
     assert function(x, k) is x
     assert abs_topk_mask(x, k).all()
+
+
+@pytest.mark.parametrize("with_numba", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_channels_are_those_of_the_whole(with_numba, dtype, monkeypatch):
+    monkeypatch.setattr(compiled, "_HAS_NUMBA", with_numba and compiled._HAS_NUMBA)
+    x = (seeded(4, 15, 21) * 1.5).round().to(dtype)  # many ties
+    x[0, 0, ::3], x[0, 1, 4], x[0, 2, :9], x[0, 3] = INF, -INF, NAN, -0.0
+    x[1], x[2] = seeded(15, 21, dtype=dtype), torch.finfo(dtype).smallest_normal * x[2].to(dtype)
+    for k, channels in ((1, [0]), (5, [20, 3, 3]), (20, list(range(21))), (21, [7]), (99, [7, 0]), (4, [])):
+        assert torch.equal(  # bits: NaN is equal to itself, -0 is not 0
+            abs_topk_at(x, k, channels).view(torch.uint8), abs_topk(x, k)[..., channels].view(torch.uint8)
+        )
+    base = seeded(12, 10, 8, dtype=dtype)
+    for view in (base.transpose(0, 2), base[::2, 1:, ::3], base.mT, base[:0], base[0, 0], base.requires_grad_()):
+        assert torch.equal(abs_topk_at(view, 2, [2, 0]), abs_topk(view, 2)[..., [2, 0]])
+        assert not abs_topk_at(view, 2, [1]).requires_grad
+
+
+@pytest.mark.parametrize("channel", [-1, 8])
+def test_channels_outside_the_row_are_named(channel):
+    with pytest.raises(ValueError, match=rf"channels=\[{channel}\] lie outside a row of 8"):
+        abs_topk_at(torch.ones(2, 8), 3, [0, channel])
 
 
 @pytest.mark.parametrize("function", TWINS + MASKS)
