@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def rounds_inside(candidates):
-    """Milliseconds of the work alone, one after another: entering takes the model apart, once however long one stays."""
+    """Milliseconds of the work alone: entering takes the model apart, once however long one stays inside."""
     taken = {}
     for name, (context, run) in candidates.items():
         with context():
