@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,13 +21,22 @@ from bridges.models.shadow import Pass
 class Window:
     """Where a call's new tokens stand in their rows."""
 
-    place: Int[Tensor, "b s"]
-    """Index among the row's real tokens."""
-    real: Bool[Tensor, "b s"]
+    mask: Int[Tensor, "b t"]
+    """Over the tokens before the call and its own."""
     prompt: Int[Tensor, "b 1"] | None
     """Real tokens of the row's prompt, None where the prompt is over."""
     start: int
     """Column of the first new token, padding included."""
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "b s"]:
+        """True at the new tokens that are not padding."""
+        return self.mask[:, self.start :].bool()
+
+    @cached_property
+    def place(self) -> Int[Tensor, "b s"]:
+        """Each new token's index among its row's real ones."""
+        return position_ids(self.mask)[:, self.start :]
 
     def at(self, positions: tuple[int, ...]) -> Bool[Tensor, "b s"]:
         """True at the tokens that an edit's positions name."""
@@ -80,8 +90,7 @@ class Windows:
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        new = slice(call.past, None)
-        return Window(position_ids(mask)[:, new], mask[:, new].bool(), prompt, call.past)
+        return Window(mask, prompt, call.past)
 
     def _prompt_width(self, call: Pass) -> int:
         ids, known, before = call.input_ids, self._prompt, self._width
@@ -137,7 +146,7 @@ class Place:
 def _applied(edit: Edit, v: Tensor, window: Window) -> Tensor:
     if isinstance(edit.value, Tensor):
         return v + window.columns(edit.value).to(v)
-    changed = {"set": torch.full_like(v, edit.value), "add": v + edit.value, "scale": v * edit.value}[edit.mode]
+    changed = edit.value if edit.mode == "set" else v + edit.value if edit.mode == "add" else v * edit.value
     here = window.real if edit.positions is None else window.at(edit.positions)  # pyright: ignore[reportArgumentType]
     return torch.where(here.to(v.device), changed, v)
 

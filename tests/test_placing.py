@@ -8,13 +8,12 @@ from bridges.placing import Place, Window
 
 # Two rows: five real tokens, and two of padding before three real ones; the prompt is all of them.
 WHOLE = Window(
-    place=torch.tensor([[0, 1, 2, 3, 4], [1, 1, 0, 1, 2]]),
-    real=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool(),
+    mask=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]),
     prompt=torch.tensor([[5], [3]]),
     start=0,
 )
 # One token generated after each of them.
-AFTER = Window(torch.tensor([[5], [3]]), torch.ones(2, 1).bool(), None, 5)
+AFTER = Window(torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]), None, 5)
 
 
 def place(edits, channels=(3, 8), reading=None):
@@ -41,9 +40,9 @@ def test_values_per_token_end_with_the_prompt_and_repeat_for_beams():
     value = torch.tensor([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
     assert torch.equal(WHOLE.columns(value), value)
     assert AFTER.columns(value).tolist() == [[0], [0]]
-    longer = Window(torch.arange(6).repeat(2, 1), torch.ones(2, 6).bool(), None, 0)
+    longer = Window(torch.ones(2, 6).long(), None, 0)
     assert longer.columns(value).tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 10, 0]]
-    beams = Window(torch.arange(5).repeat(4, 1), torch.ones(4, 5).bool(), None, 0)
+    beams = Window(torch.ones(4, 5).long(), None, 0)
     assert torch.equal(beams.columns(value), value[[0, 0, 1, 1]])
 
 

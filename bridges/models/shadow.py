@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -83,13 +84,15 @@ class Shadow:
         return own
 
 
-_signature = cache(inspect.signature)  # asked at every token
+@cache  # asked at every token
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a method's parameters, without its self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
     """What a call of a Hugging Face model says; ValueError where it gives embeddings in place of tokens."""
-    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    given = {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
     input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
     if input_ids is None:
         raise ValueError("inputs_embeds: steer needs input_ids, to know the tokens that an edit is read from or put at")
