@@ -73,7 +73,7 @@ def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
                 [one.curves["p_target_sparse_model"].mean[-1] for one in of],
                 [one.agreement.r_squared for one in of],
                 [control(one) for one in of],
-                [one.effects.kl for one in of],  # pyright: ignore[reportOptionalMemberAccess]
+                [one.effects.kl for one in of],
             ]
             random, inside, r_squared, shuffled, off = (sum(column) / len(of) for column in columns)
             under, slight = sum(p < 0.1 for p in columns[0]), sum(kl < 0.05 for kl in columns[-1])

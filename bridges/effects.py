@@ -15,7 +15,7 @@ from bridges.bridge import BridgeSet
 from bridges.channels import CHOSEN_ON
 from bridges.circuits.tasks import TASKS, TaskPairs, probability, solved, task_pairs
 from bridges.edits import Edit
-from bridges.intervention import as_read, edited_logits, only
+from bridges.intervention import dense_addend, edited_logits, only
 from bridges.models.residual import ResidualModel
 from bridges.ops.kl import kl_divergence
 from bridges.prompts import (
@@ -99,7 +99,7 @@ def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) 
     dense, sparse = (_answer_changes(pair, prompts, chosen, side) for side in ("dense", "sparse"))
     slope, r_squared = _fit(sparse, dense)
     generator = torch.Generator().manual_seed(0)
-    changed = prompts.streams[pair.bridge_set.index(chosen.site)].flatten(0, 1).any(0)
+    changed = prompts.dz[pair.bridge_set.index(chosen.site)].flatten(0, 1).any(0)
     changed[list(chosen.channels)] = False
     others = changed.nonzero().squeeze(1).cpu()
     shuffled = []
@@ -152,7 +152,8 @@ def side_effects(
     the latter the mean over both ways round of the task. The first also on the prompts of `others`.
     """
     i = pair.bridge_set.index(chosen.site)
-    site, constants = pair.site("dense", i), constant_changes(prompts, i, chosen.channels)
+    site = pair.site("dense", i)
+    addends = [dense_addend(pair, i, dz, chosen.at) for dz in constant_changes(prompts, i, chosen.channels)]
     kl, kl_added, ce = 0.0, 0.0, 0.0
     for start in range(0, len(text), batch_size):
         ids = text[start : start + batch_size]
@@ -160,11 +161,9 @@ def side_effects(
         trace, off = here.trace, logits_off(pair, here, chosen)
         kl += kl_divergence(trace.logits.flatten(0, 1), off.flatten(0, 1)).item()
         ce += _cross_entropy(off, ids) - _cross_entropy(trace.logits, ids)
-        for dz in constants:
-            delta = pair.bridge_set[i].decode_delta(dz).expand(*ids.shape, -1)
-            addend = as_read(pair.dense.norm(site), pair.bridge_set[i].rms_dense, delta, chosen.at)
-            logits = edited_logits(pair.dense, trace, site, addend, chosen.at)
-            kl_added += kl_divergence(trace.logits.flatten(0, 1), logits.flatten(0, 1)).item() / len(constants)
+        for addend in addends:
+            logits = edited_logits(pair.dense, trace, site, addend.expand(*ids.shape, -1), chosen.at)
+            kl_added += kl_divergence(trace.logits.flatten(0, 1), logits.flatten(0, 1)).item() / len(addends)
     tokens = text.numel()
     before_answer = _kl_before_answer(pair, prompts, chosen)
     p_off = _p_target_off(pair, prompts, chosen)
@@ -211,7 +210,7 @@ def _p_target_off(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
 
 def constant_changes(prompts: Prompts, i: int, channels: Sequence[int]) -> Float[Tensor, "2 d_sparse"]:
     """dz of the channels as one number each, per way round: the mean over prompts of the change of largest size."""
-    dz = only(prompts.streams[i], channels)
+    dz = only(prompts.dz[i], channels)
     largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
     return torch.stack([largest[prompts.pairs.direction.to(dz.device) == side].mean(0) for side in (0, 1)])
 
@@ -238,7 +237,12 @@ def constant_edits(
         raise ValueError(f"direction={direction} must be 0 or 1, and n={n} at least 2, which holds both ways round")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         check_channels(pair, chosen)
-        prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
+        pairs = pairs_of(task, dense, tokenizer, n, seed)
+        if not (pairs.direction == direction).any():
+            raise ValueError(
+                f"direction={direction}: none of the task's {len(pairs.direction)} pairs is that way round"
+            )
+        prompts = prompts_of(pair, pairs)
         i = bridge_set.index(chosen.site)
         bridge = bridge_set[i]
         values = constant_changes(prompts, i, chosen.channels)[direction] * bridge.gain_sparse / bridge.rms_sparse

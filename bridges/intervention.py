@@ -43,15 +43,19 @@ def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -
 
     Channels whose gain is 0 give 0: they cannot be read, so no stream explains a change of theirs.
     """
-    gain = pair.sparse.norm(pair.site("sparse", site)).gain.to(dn)
-    dz = dn * pair.bridge_set[site].rms_sparse.to(dn) / gain
+    bridge = pair.bridge_set[site]
+    gain = bridge.gain_sparse.to(dn)
+    dz = dn * bridge.rms_sparse.to(dn) / gain
     return torch.where(gain == 0, 0, dz)
 
 
 def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
     """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
     bridge = pair.bridge_set[site]
-    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, bridge.decode_delta(dz), at)
+    delta = bridge.decode_delta(dz)
+    if at == "residual":
+        return delta
+    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, delta)
 
 
 def only(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
@@ -61,18 +65,14 @@ def only(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Ten
     return kept
 
 
-def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
-    """A change of the stream in the units of the read: gain C(delta) / R; unchanged at the residual."""
-    if at == "residual":
-        return delta
+def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """A change of the stream in the units of the read: gain C(delta) / R."""
     centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
     return norm.gain.to(delta) * centred / rms.to(delta)
 
 
-def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"], at: At) -> Float[Tensor, "*b d"]:
-    """The transpose of `as_read`: from a gradient where the edit enters to one with respect to the stream's change."""
-    if at == "residual":
-        return gradient
+def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """The transpose of `as_read`: from a gradient at the read to one with respect to the stream's change."""
     gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
     return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
 

@@ -25,6 +25,8 @@ class Window:
     """Over the tokens before the call and its own."""
     prompt: Int[Tensor, "b 1"] | None
     """Real tokens of the row's prompt, None where the prompt is over."""
+    prompt_width: int
+    """Columns of the last prompt."""
     start: int
     """Column of the first new token, padding included."""
 
@@ -53,12 +55,13 @@ class Window:
         rows, width = self.real.shape
         if rows % len(value):
             raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
-        if self.start == 0 and width < value.shape[1]:
-            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {(rows, width)}")
-        if self.start == 0 and width > value.shape[1] and not self.real[:, 0].all():
+        prompts = (rows, self.prompt_width)
+        if self.start == 0 and self.prompt_width < value.shape[1]:
+            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {prompts}")
+        if self.start == 0 and self.prompt_width > value.shape[1] and not self.real[:, 0].all():
             raise ValueError(
-                f"value={tuple(value.shape)} is shorter than the prompts, {(rows, width)}, which are padded on the "
-                "left; make it of the padded prompts"
+                f"value={tuple(value.shape)} is shorter than the prompts, {prompts}, which are padded on the left; "
+                "make it of the padded prompts"
             )
         here = value[:, self.start : self.start + width].to(self.real.device)
         here = F.pad(here, (0, width - here.shape[1]))
@@ -82,24 +85,23 @@ class Windows:
         """ValueError where an edit counts from the end of a prompt that was not seen."""
         ids, mask = call.input_ids, call.attention_mask
         mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
-        prompt = None
         if call.past == 0:
-            prompt = mask[:, : self._prompt_width(call)].sum(1, keepdim=True)
-        elif self._prompt is None and self._from_the_end is not None:
+            self._note_prompt(call)
+        width = 0 if self._prompt is None else self._prompt.shape[1]
+        if self._prompt is None and self._from_the_end is not None:
             raise ValueError(
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        return Window(mask, prompt, call.past)
+        prompt = mask[:, :width].sum(1, keepdim=True) if call.past == 0 else None
+        return Window(mask, prompt, width, call.past)
 
-    def _prompt_width(self, call: Pass) -> int:
+    def _note_prompt(self, call: Pass) -> None:
         ids, known, before = call.input_ids, self._prompt, self._width
         self._width = ids.shape[1]
         one_more = not call.cached and ids.shape[1] == before + 1
-        if one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known):
-            return known.shape[1]
-        self._prompt = ids.clone()
-        return ids.shape[1]
+        if not (one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known)):
+            self._prompt = ids.clone()
 
 
 @dataclass

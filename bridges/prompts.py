@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -18,7 +19,7 @@ from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
 from bridges.models.residual import ResidualModel, Trace
 from bridges.models.sparse import SparseTransformer
-from bridges.training.hybrid import ModelPair, Side, Traces, trace_pair
+from bridges.training.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
 from bridges.training.support import multiplying_nonzeros
 
 
@@ -35,10 +36,10 @@ class Prompts(NamedTuple):
 
     pairs: TaskPairs
     traces: Traces
-    reads: list[Float[Tensor, "b s d_sparse"]]
-    """dn per bridged site, in read units."""
-    streams: list[Float[Tensor, "b s d_sparse"]]
-    """dz per bridged site, at strength 1."""
+    dn: list[Float[Tensor, "b s d_sparse"]]
+    """Change of the sparse model's read per bridged site, in read units."""
+    dz: list[Float[Tensor, "b s d_sparse"]]
+    """The same as a change of its stream, at strength 1."""
 
 
 class Text(NamedTuple):
@@ -65,24 +66,45 @@ def model_pair(
         yield pair
 
 
+def entries(pair: ModelPair, i: int) -> tuple[At, ...]:
+    """Where an edit of a bridged site may enter here: not at a read that two modules take through norms of their own.
+
+    `steer` edits both; what is computed here has one addend per edit.
+    """
+    readers = [len(pair.model(side).read_modules(pair.site(side, i))) for side in SIDES]
+    return ("read", "residual") if readers == [1, 1] else ("residual",)
+
+
 def check_channels(pair: ModelPair, chosen: Channels) -> None:
-    """ValueError unless these channels stand at a bridged site, where their edit can enter."""
+    """ValueError unless these are channels of a bridged site, where their edit can enter."""
+    if not isinstance(chosen, Channels):
+        raise ValueError(
+            f"channels={chosen!r} must be bridges.Channels(site, channels, at), as find_channels(...).best"
+        )
     if chosen.site not in pair.bridge_set.sites:
         raise ValueError(f"site={chosen.site!r} has no bridge; there are {', '.join(pair.bridge_set.sites)}")
     if chosen.at not in get_args(At):
         raise ValueError(f"at={chosen.at!r} must be one of {', '.join(get_args(At))}")
-    width = pair.sparse.d_model
-    if not chosen.channels:
-        raise ValueError("channels=() names none; give at least one")
-    if wrong := [channel for channel in chosen.channels if not 0 <= channel < width]:
-        raise ValueError(f"channel={wrong[0]} must lie between 0 and {width - 1}, the sparse stream's channels")
+    if chosen.at not in entries(pair, pair.bridge_set.index(chosen.site)):
+        raise ValueError(f"at={chosen.at!r}: site={chosen.site!r} is read by two modules at once; use at='residual'")
+    width, channels = pair.sparse.d_model, chosen.channels
+    if not isinstance(channels, Sequence) or len(channels) != len(set(channels)) or not channels:
+        raise ValueError(f"channels={channels!r} must be a tuple of different channels, at least one")
+    if wrong := [c for c in channels if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < width]:
+        raise ValueError(f"channel={wrong[0]!r} must lie between 0 and {width - 1}, the sparse stream's channels")
 
 
 def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
     """The text; ValueError unless it is rows of the models' tokens, no longer than both contexts."""
-    if not isinstance(text, Tensor) or text.ndim != 2 or text.numel() == 0 or text.is_floating_point():
+    if (
+        not isinstance(text, Tensor)
+        or text.ndim != 2
+        or len(text) == 0
+        or text.shape[1] < 2
+        or text.is_floating_point()
+    ):
         what = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
-        raise ValueError(f"text={what} must be a tensor of token ids [rows, seq], neither of them 0")
+        raise ValueError(f"text={what} must be a tensor of token ids [rows, seq], rows of two tokens or more")
     limit = min((m.context_length for m in pair[:2] if m.context_length is not None), default=text.shape[1])
     if text.shape[1] > limit:
         raise ValueError(f"text={tuple(text.shape)} is over the models' context of {limit} tokens; cut its rows")
@@ -111,8 +133,8 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     pairs = pairs.to(pair.dense.device)
     traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
     changed = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    reads = [changed[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
-    return Prompts(pairs, traces, reads, [sparse_delta(pair, i, dn) for i, dn in enumerate(reads)])
+    dn = [changed[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
+    return Prompts(pairs, traces, dn, [sparse_delta(pair, i, one) for i, one in enumerate(dn)])
 
 
 @torch.no_grad()
@@ -141,7 +163,7 @@ def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tens
 
 def inside(prompts: Prompts, i: int, at: At) -> Float[Tensor, "b s d_sparse"]:
     """The change of every channel of the sparse model where an edit enters it."""
-    return (prompts.streams if at == "residual" else prompts.reads)[i]
+    return (prompts.dz if at == "residual" else prompts.dn)[i]
 
 
 def addend_of(pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side = "dense") -> Float[Tensor, "b s d"]:
@@ -149,7 +171,7 @@ def addend_of(pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side = 
     i = pair.bridge_set.index(chosen.site)
     if side == "sparse":
         return only(inside(prompts, i, chosen.at), chosen.channels)
-    return dense_addend(pair, i, only(prompts.streams[i], chosen.channels), chosen.at)
+    return dense_addend(pair, i, only(prompts.dz[i], chosen.channels), chosen.at)
 
 
 def logits_under(

@@ -16,14 +16,13 @@ from bridges.data.sampled import sampled_text
 from bridges.intervention import At, as_read_adjoint, edited_logits, random_addends
 from bridges.models.residual import ResidualModel
 from bridges.ops.kl import kl_divergence
-from bridges.prompts import Channels, Prompts, Text, addend_of, edited, inside, logits_off, p_target
+from bridges.prompts import Channels, Prompts, Text, addend_of, edited, entries, inside, logits_off, p_target
 from bridges.training.hybrid import SIDES, ModelPair, Side
 
 By = Literal["dense", "both"]
 """Whose answer channels are chosen by: the dense model's, or both models'."""
 Effects = dict[tuple[int, At], Tensor]
 """Per bridged site and entry a figure for every sparse channel."""
-ENTRIES: tuple[At, ...] = ("read", "residual")
 CANDIDATES = 16
 """Channels per site and entry whose edit is done after the prediction."""
 MOST = 8
@@ -58,10 +57,10 @@ class Grown(NamedTuple):
 
 def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = CANDIDATES, name: str = "most") -> None:
     """ValueError unless a set may grow so large (`name` is what the caller calls that), by what is named."""
-    if not 1 <= most <= MOST:
-        raise ValueError(f"{name}={most} must lie between 1 and {MOST}")
-    if candidates < 8:
-        raise ValueError(f"candidates={candidates} must be at least 8")
+    if not isinstance(most, int) or not 1 <= most <= MOST:
+        raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MOST}")
+    if not isinstance(candidates, int) or candidates < 8:
+        raise ValueError(f"candidates={candidates!r} must be a whole number, at least 8")
     if not isinstance(budget, int | float) or not budget >= 0:
         raise ValueError(f"budget={budget!r} must be 0 nats or more; infinity takes any channel")
     if by not in get_args(By):
@@ -86,14 +85,15 @@ def predicted_effects(
     effects: dict[tuple[int, At], Tensor] = {}
     for i, bridge in enumerate(pair.bridge_set):
         site = pair.site(side, i)
-        for at in ENTRIES:
+        for at in entries(pair, i):
             gradient = gradients[at][site]
             if side == "sparse":
                 effects[i, at] = torch.einsum("bsc,bsc->c", gradient, inside(prompts, i, at).to(gradient))
                 continue
-            back = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradient, at).to(prompts.streams[i])
-            weight = bridge.decoder_weight.detach().to(prompts.streams[i])
-            effects[i, at] = torch.einsum("bsd,dc,bsc->c", back, weight, prompts.streams[i])
+            if at == "read":
+                gradient = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradient)
+            weight = bridge.decoder_weight.detach().to(prompts.dz[i])
+            effects[i, at] = torch.einsum("bsd,dc,bsc->c", gradient.to(prompts.dz[i]), weight, prompts.dz[i])
     return effects
 
 

@@ -221,7 +221,8 @@ class _Adding:
         window = self.steering.window
         assert window is not None, "the model's own forward ran first"
         changes = self.place.changes(window)
-        return h + (changes @ self.unit.to(changes)).to(h)
+        added = (changes @ self.unit.to(changes)).to(h)
+        return h + added[:, -h.shape[1] :]  # the head reads the last tokens alone where logits_to_keep says so
 
 
 def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[tuple[nn.Module, Tensor]]:
@@ -232,7 +233,7 @@ def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[
         raise ValueError(
             f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
         )
-    return [(m, as_read(norm, rms, place.to_stream, "read")) for m, norm in zip(modules, norms, strict=True)]
+    return [(m, as_read(norm, rms, place.to_stream)) for m, norm in zip(modules, norms, strict=True)]
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

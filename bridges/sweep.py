@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +69,8 @@ class Sweep:
     accuracy_sparse: float
     mean_difference_site: str
     agreement: Agreement
-    effects: SideEffects | None = None
-    ranking_agreement: float | None = field(default=None)
+    effects: SideEffects
+    ranking_agreement: float | None = None
     """Rank correlation of predicted and done effects where the channels were searched for."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class Sweep:
             "accuracy_sparse": self.accuracy_sparse,
             "mean_difference_site": self.mean_difference_site,
             "agreement": self.agreement._asdict(),
-            "side_effects": None if self.effects is None else self.effects._asdict(),
+            "side_effects": self.effects._asdict(),
             "ranking_agreement": self.ranking_agreement,
         }
         return content
@@ -116,8 +117,9 @@ class Sweep:
             *(self._line(name, label) for name, label in BASELINES.items()),
             f"  at strength 1, presented either way round: {first:.3f} and {second:.3f}",
             f"  {self.agreement}",
+            f"  {self.effects}",
         ]
-        return "\n".join(lines if self.effects is None else [*lines, f"  {self.effects}"])
+        return "\n".join(lines)
 
     def _line(self, name: str, label: str) -> str:
         curve = self.curves[name]
@@ -140,7 +142,7 @@ def sweep(
     sparse: nn.Module | ResidualModel,
     bridge_set: BridgeSet,
     task: str | TaskPairs,
-    channels: Channels | int | None = None,
+    channels: Channels | FoundChannels | int | None = None,
     strengths: Sequence[float] = STRENGTHS,
     *,
     by: By = "dense",
@@ -153,31 +155,45 @@ def sweep(
 ) -> Sweep:
     """Turn channels by their counterfactual edit and measure the dense model's answer, with every baseline beside it.
 
-    `channels`: those to turn, or how many to search for at most (None: one), by the dense model's answer or by both
-    models', within a budget of KL on other text (`find_channels`). They and the dense model's own directions are chosen
-    on 64 pairs of the task, the curves are measured on `n` others. Side effects are measured on `text`, token rows that
-    have nothing to do with the task (None: sampled from the dense model; a search takes some of those given for
-    itself), and with a tokenizer on the other tasks. P(target) is the full-vocabulary probability of what answers the
-    counterfactual prompt. ValueError for an unknown task, site or channel.
+    `channels`: those to turn (what `find_channels` returned, too), or how many to search for at most (None: one), by
+    the dense model's answer or by both models', within a budget of KL on other text. They and the dense model's own
+    directions are chosen on 64 pairs of the task, the curves are measured on `n` others. Side effects are measured on
+    `text`, token rows that have nothing to do with the task (None: sampled from the dense model; a search takes some of
+    those given for itself), and with a tokenizer on the other tasks. P(target) is the full-vocabulary probability of
+    what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
     """
     sampling = text is None
-    check_search(channels if isinstance(channels, int) else 1, by, budget, name="channels")
+    if not isinstance(channels, Channels | FoundChannels | int | None):
+        raise ValueError(f"channels={channels!r} must be bridges.Channels, what find_channels returned, or how many")
+    most = channels if isinstance(channels, int) else 1
+    check_search(most, by, budget, name="channels")
+    check_strengths(strengths)
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
     tokenizer = tokenizer_of(dense, tokenizer)
     pairs = pairs_of(task, dense, tokenizer, n + CHOSEN_ON, seed)
     if len(pairs.input_ids) < CHOSEN_ON + 2:
         raise ValueError(f"task has {len(pairs.input_ids)} pairs; give {CHOSEN_ON} to choose channels on and 2 or more")
+    halves = pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)
+    if any(len(half.direction.unique()) < 2 for half in halves):
+        raise ValueError(f"task holds pairs of one way round among its first {CHOSEN_ON} or after them; mix them")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
-        chosen_on, reported = prompts_of(pair, pairs.rows(0, CHOSEN_ON)), prompts_of(pair, pairs.rows(CHOSEN_ON))
+        chosen_on, reported = (prompts_of(pair, half) for half in halves)
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
-        chosen, text = channels, sampled(pair, seed, search=False) if text is None else check_text(pair, text)
-        if not isinstance(chosen, Channels):
+        text = sampled(pair, seed, search=False) if text is None else check_text(pair, text)
+        if not isinstance(channels, Channels | FoundChannels):
             # What a search measures costs on is not reported on: it takes rows that were given, or samples its own.
             rows = 0 if sampling else min(TEXT_ROWS, len(text) // 2)
             elsewhere, text = (text[:rows], text[rows:]) if rows else (sampled(pair, seed), text)
-            chosen = find(pair, chosen_on, text_of(pair, elsewhere), chosen or 1, by, budget)
-        return sweep_prompts(pair, chosen_on, reported, chosen, strengths, text, others)
+            channels = find(pair, chosen_on, text_of(pair, elsewhere), most, by, budget)
+        return sweep_prompts(pair, chosen_on, reported, channels, strengths, text, others)
+
+
+def check_strengths(strengths: Any) -> None:
+    """ValueError unless these are finite numbers, at least one."""
+    listed = isinstance(strengths, Sequence | np.ndarray) and len(strengths) > 0
+    if not listed or not all(isinstance(s, Real) and math.isfinite(s) for s in strengths):
+        raise ValueError(f"strengths={strengths!r} must be a list of finite numbers, at least one")
 
 
 @torch.no_grad()
@@ -187,17 +203,17 @@ def sweep_prompts(
     reported: Prompts,
     channels: Channels | FoundChannels,
     strengths: Sequence[float],
-    text: Tensor | None = None,
+    text: Tensor,
     others: Sequence[TaskPairs] = (),
 ) -> Sweep:
     """`sweep` on prompts that were run, of channels that are given or were found."""
-    if len(strengths) == 0 or not all(math.isfinite(strength) for strength in strengths):
-        raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
     chosen, ranking = (channels.best, channels.agreement) if isinstance(channels, FoundChannels) else (channels, None)
     check_channels(pair, chosen)
     site, values = mean_difference(pair.dense, chosen_on)
     curves = _curves(pair, chosen_on, reported, chosen, strengths) | {
-        "p_target_mean_difference": _curve(pair.dense, reported.traces.dense, reported.pairs, site, values, strengths)
+        "p_target_mean_difference": _curve(
+            pair.dense, reported.traces.dense, reported.pairs, site, values(reported.pairs), strengths
+        )
     }
     at_one = _edit_curve(pair, reported, chosen.site, addend_of(pair, reported, chosen), chosen.at, [1.0])[0]
     dense_solves, sparse_solves = (
@@ -215,7 +231,7 @@ def sweep_prompts(
         accuracy_sparse=sparse_solves,
         mean_difference_site=pair.dense.sites[site],
         agreement=intervention_agreement(pair, reported, chosen),
-        effects=None if text is None else side_effects(pair, reported, chosen, text, others),
+        effects=side_effects(pair, reported, chosen, text, others),
         ranking_agreement=ranking,
     )
 
@@ -226,7 +242,7 @@ def _curves(
     """The edit's curve and those of everything that is added where it is added."""
     i, at = pair.bridge_set.index(chosen.site), chosen.at
     addend = addend_of(pair, reported, chosen)
-    everything = dense_addend(pair, i, reported.streams[i], at)
+    everything = dense_addend(pair, i, reported.dz[i], at)
     directions = dense_directions(pair, chosen_on, chosen)
     curves = {
         "p_target": _edit_curve(pair, reported, chosen.site, addend, at, strengths),
@@ -255,15 +271,13 @@ def _curve(
     trace: Trace,
     pairs: TaskPairs,
     site: int,
-    addend: Tensor | Callable[[TaskPairs], Tensor],
+    addend: Tensor,
     strengths: Sequence[float],
     at: At = "residual",
 ) -> Float[Tensor, "strengths prompts"]:
     """P(target) of every prompt at every strength of an addend."""
-    values = addend if isinstance(addend, Tensor) else addend(pairs)
-    return torch.stack(
-        [p_target(edited_logits(model, trace, site, strength * values, at), pairs) for strength in strengths]
-    )
+    logits = (edited_logits(model, trace, site, strength * addend, at) for strength in strengths)
+    return torch.stack([p_target(one, pairs) for one in logits])
 
 
 def _random_curve(

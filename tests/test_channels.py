@@ -107,8 +107,8 @@ def in_sparse(pair, prompts, chosen):
     """P(target) of the sparse model whose stream or read is changed at the channels, written out."""
     i = pair.bridge_set.index(chosen.site)
     site, trace = pair.site("sparse", i), prompts.traces.sparse
-    change = torch.zeros_like(prompts.streams[i])
-    whole = prompts.streams if chosen.at == "residual" else prompts.reads
+    change = torch.zeros_like(prompts.dz[i])
+    whole = prompts.dz if chosen.at == "residual" else prompts.dn
     for channel in chosen.channels:
         change[..., channel] = whole[i][..., channel]
     return p_target(edited_logits(pair.sparse, trace, site, change, chosen.at), prompts.pairs).mean().item()
@@ -179,9 +179,9 @@ def test_the_public_function_leaves_the_models_as_they_were(pair, prompts, text)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"most": 9}, "most=9 must lie between 1 and 8"),
+        ({"most": 9}, "most=9 must be a whole number between 1 and 8"),
         ({"by": "sparse"}, "by='sparse' must be one of dense, both"),
-        ({"candidates": 7}, "candidates=7 must be at least 8"),
+        ({"candidates": 7}, "candidates=7 must be a whole number, at least 8"),
         ({"task": "for_while"}, "task='for_while' needs tokenizer="),
     ],
 )

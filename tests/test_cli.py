@@ -148,7 +148,7 @@ def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys
         (("--site", "0.mlp", "--channel", "x"), "--channel 'x' is no number"),
         (("--strengths", "0,a"), "--strengths '0,a' are no numbers"),
         (("--at", "here", "--channel", "1"), "--at 'here' must be one of read, residual"),
-        (("--most", "9", "--n", "2"), "most=9 must lie between 1 and 8"),
+        (("--most", "9", "--n", "2"), "most=9 must be a whole number between 1 and 8"),
         (("--by", "sparse", "--n", "2"), "by='sparse' must be one of dense, both"),
         (("--budget", "-1", "--n", "2"), "budget=-1.0 must be 0 nats or more"),
     ],

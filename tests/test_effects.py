@@ -93,7 +93,7 @@ def test_the_constant_is_the_mean_of_the_largest_change(prompts):
     found = constant_changes(prompts, 2, (0, 3))
     for side in (0, 1):
         for channel in range(12):
-            rows = prompts.streams[2][side::2, :, channel]
+            rows = prompts.dz[2][side::2, :, channel]
             largest = [row[row.abs().argmax()].item() for row in rows]
             expected = np.mean(largest) if channel in (0, 3) else 0.0
             assert found[side, channel].item() == pytest.approx(expected)
@@ -119,9 +119,9 @@ def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts, a
     found = intervention_agreement(pair, prompts, CHOSEN._replace(at=at))
     ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
     edits = [counterfactual(pair.sparse.model, "1.attn", c, ids, other) for c in CHOSEN.channels]
-    change = torch.zeros_like(prompts.streams[2])
+    change = torch.zeros_like(prompts.dz[2])
     for c in CHOSEN.channels:
-        change[..., c] = (prompts.streams if at == "residual" else prompts.reads)[2][..., c]
+        change[..., c] = (prompts.dz if at == "residual" else prompts.dn)[2][..., c]
     dense, sparse = [], []
     with torch.no_grad():
         plain = [odds(model(ids).logits, prompts.pairs) for model in (pair.dense.model, pair.sparse.model)]
@@ -151,7 +151,7 @@ def test_the_control_edits_other_channels_that_the_prompts_change(pair, prompts,
     monkeypatch.setattr("bridges.effects._answer_changes", noted)
     intervention_agreement(pair, prompts, CHOSEN)
     controls = [channels for channels, side in drawn[2:] if side == "sparse"]
-    changed = {c for c in range(12) if prompts.streams[2][..., c].any()} - set(CHOSEN.channels)
+    changed = {c for c in range(12) if prompts.dz[2][..., c].any()} - set(CHOSEN.channels)
     assert len(controls) == SHUFFLES and all(len(set(one)) == 2 and set(one) <= changed for one in controls)
     assert len(set(controls)) > 1
 

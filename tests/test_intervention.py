@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import MASK, gpt2, join, neox, relative, sparse_model, tokens
+from pairs import MASK, gpt2, join, neox, relative, sparse_model, tokens, with_units
 
 from bridges.intervention import (
     as_read,
@@ -20,11 +20,7 @@ SITE = 2
 
 @pytest.fixture(params=[{"rms_norm": True}, {"rms_norm": False}], ids=["rms", "layernorm"])
 def pair(request):
-    pair = join(gpt2(), sparse_model(**request.param))
-    for i, bridge in enumerate(pair.bridge_set):
-        bridge.rms_dense.fill_(1.5 + i)
-        bridge.rms_sparse.fill_(0.5 + i)
-    return pair
+    return with_units(join(gpt2(), sparse_model(**request.param)))
 
 
 def prompts():
@@ -116,14 +112,13 @@ def test_the_adjoint_is_the_transpose(pair):
     generator = torch.Generator().manual_seed(1)
     one, two = torch.randn(2, 3, pair.dense.d_model, dtype=torch.float64, generator=generator)
     norm, rms = pair.dense.norm(SITE), pair.bridge_set[SITE].rms_dense
-    for at in ("read", "residual"):
-        forward = (as_read(norm, rms, one, at) * two).sum()
-        assert torch.allclose(forward, (one * as_read_adjoint(norm, rms, two, at)).sum(), rtol=1e-12)
+    forward = (as_read(norm, rms, one) * two).sum()
+    assert torch.allclose(forward, (one * as_read_adjoint(norm, rms, two)).sum(), rtol=1e-12)
 
 
 def test_channels_with_zero_gain_move_nothing(pair):
     with torch.no_grad():
-        pair.sparse.model.transformer.h[1].ln_1.weight[5] = 0
+        pair.bridge_set[SITE].gain_sparse[5] = 0
     dz = sparse_delta(pair, SITE, torch.ones(1, 1, pair.sparse.d_model, dtype=torch.float64))
     assert dz[0, 0, 5] == 0
     assert dz.isfinite().all()

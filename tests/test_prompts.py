@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, toy_task, with_units
+from pairs import gpt2, join, neox, sparse_model, toy_task, with_units
 
-from bridges.prompts import Channels, addend_of, edited, logits_under, model_pair, p_target, pairs_of, prompts_of
+from bridges.edits import counterfactual
+from bridges.prompts import (
+    Channels,
+    addend_of,
+    check_channels,
+    edited,
+    entries,
+    logits_under,
+    model_pair,
+    p_target,
+    pairs_of,
+    prompts_of,
+)
+from bridges.search import predicted_effects
+from bridges.steer import steer
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +43,45 @@ def test_both_models_are_frozen_inside_and_as_before_after(pair):
     dense.eval()
 
 
+def test_a_read_that_two_modules_take_is_no_entry():
+    """steer edits both reads of a parallel block; sets are measured by one addend, so at its stream alone."""
+    pair = with_units(join(neox(), sparse_model()))
+    prompts, chosen = prompts_of(pair, toy_task()), Channels("1.attn", (0, 3), "residual")
+    block = pair.bridge_set.index("1.attn")
+    assert entries(pair, block) == ("residual",)
+    assert (block, "read") not in predicted_effects(pair, prompts)
+    with pytest.raises(ValueError, match=r"at='read': site='1.attn' is read by two modules at once"):
+        check_channels(pair, chosen._replace(at="read"))
+    check_channels(pair, chosen)
+    ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
+    edits = [counterfactual(pair.sparse, "1.attn", c, ids, other) for c in chosen.channels]
+    with torch.no_grad(), steer(pair.dense, pair.bridge_set, edits, at="residual"):
+        steered = pair.dense.model(ids).logits
+    torch.testing.assert_close(logits_under(pair, prompts, chosen), steered, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"channels": (1, 1)}, r"channels=\(1, 1\) must be a tuple of different channels"),
+        ({"channels": 1}, "channels=1 must be a tuple"),
+        ({"channels": (1.5,)}, "channel=1.5 must lie between 0 and 11"),
+        ({"channels": (True,)}, "channel=True must lie"),
+    ],
+)
+def test_channels_that_are_none_are_refused(pair, unchecked, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        check_channels(pair, Channels("1.attn", (0,), "read")._replace(**wrong))
+    with pytest.raises(ValueError, match=r"channels=\(0, 1\) must be bridges.Channels"):
+        check_channels(pair, (0, 1))
+
+
 @pytest.mark.parametrize("at", ["read", "residual"])
 def test_an_edit_of_the_sparse_model_changes_its_channels_alone(pair, at):
     prompts = prompts_of(pair, toy_task())
     chosen = Channels("1.attn", (0, 3), at)
     addend = addend_of(pair, prompts, chosen, "sparse")
-    assert torch.equal(addend[..., [0, 3]], (prompts.reads if at == "read" else prompts.streams)[2][..., [0, 3]])
+    assert torch.equal(addend[..., [0, 3]], (prompts.dn if at == "read" else prompts.dz)[2][..., [0, 3]])
     assert addend.count_nonzero() == addend[..., [0, 3]].count_nonzero() > 0
     for side, trace in (("dense", prompts.traces.dense), ("sparse", prompts.traces.sparse)):
         assert torch.allclose(logits_under(pair, prompts, chosen, 0.0, side), trace.logits, atol=1e-12)

@@ -33,7 +33,7 @@ def test_predicted_effects_are_the_derivative_of_log_p(pair, prompts, site, at):
     where = pair.site("dense", site)
 
     def log_p(channel, strength):
-        addend = strength * dense_addend(pair, site, only(prompts.streams[site], [channel]), at)
+        addend = strength * dense_addend(pair, site, only(prompts.dz[site], [channel]), at)
         with torch.no_grad():
             logits = edited_logits(pair.dense, prompts.traces.dense, where, addend, at)
         return p_target(logits, prompts.pairs).log().mean()

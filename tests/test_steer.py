@@ -83,7 +83,7 @@ def written_out(pair, edits, ids, mask, strength, at, source, gains=None):
                     if at == "residual":
                         addend_stream += delta
                     else:
-                        addend_read += as_read(chain.norm(j), bridge.rms_dense, delta, "read")
+                        addend_read += as_read(chain.norm(j), bridge.rms_dense, delta)
             stream = stream + addend_stream
             with chain.reading({j: lambda read, addend=addend_read: read + addend}):
                 last = j == len(chain.sites) - 1
@@ -133,11 +133,12 @@ def test_a_counterfactual_gives_the_channel_its_other_reading(pair, at):
     bridge, place = pair.bridge_set[SITE], pair.dense.index(SITE)
     with torch.no_grad():
         dz = edit.value * bridge.rms_sparse / bridge.gain_sparse[CHANNEL]
-        delta = as_read(pair.dense.norm(place), bridge.rms_dense, dz[..., None] * bridge.decoder_weight[:, CHANNEL], at)
+        delta = dz[..., None] * bridge.decoder_weight[:, CHANNEL]
         trace = pair.dense.trace(ids)
         if at == "residual":
             expected = pair.dense.tail(place, trace.residuals[place] + delta, trace.context)
         else:
+            delta = as_read(pair.dense.norm(place), bridge.rms_dense, delta)
             with pair.dense.reading({place: lambda read: read + delta}):
                 expected = pair.dense.tail(place, trace.residuals[place], trace.context)
     with steered(pair, edit, at=at, sparse=None):
@@ -339,6 +340,34 @@ def test_a_counterfactual_acts_in_the_prompt_and_not_after_it(pair):
         short = logits(pair, longer)
     with steered(pair, padded):
         assert torch.equal(logits(pair, longer), short)
+
+
+def test_a_counterfactual_on_padded_prompts_needs_no_cache(pair):
+    ids = tokens()
+    edit = counterfactual(pair.sparse.model, SITE, CHANNEL, ids, ids.roll(1, 0), LEFT)
+    how = {"attention_mask": LEFT, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for use_cache in (True, False):
+        with steered(pair, edit, strength=3.0):
+            found.append(pair.dense.model.generate(ids, use_cache=use_cache, **how))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("source", ["sparse", "encoder"])
+@pytest.mark.parametrize("at", ["read", "residual"])
+@pytest.mark.parametrize("dense", [plain_gpt2, sparse_model])
+def test_an_edit_at_the_head_where_only_the_last_logits_are_kept(dense, at, source):
+    pair, ids = with_units(join(dense(), sparse_model(seed=7))), tokens()
+    with steered(pair, Edit("final", CHANNEL, 3.0), at=at, source=source):
+        whole = logits(pair, ids)
+        for kept in (1, 2):
+            with torch.no_grad():
+                last = pair.dense.model(ids, logits_to_keep=kept).logits
+            assert last.shape == (4, kept, VOCAB)
+            torch.testing.assert_close(last, whole[:, -kept:], rtol=0, atol=1e-12)
+        with pytest.raises(ValueError, match="logits_to_keep: inside steer"):
+            pair.dense.model(ids, logits_to_keep=torch.tensor([0, 2]))
+    assert (whole - logits(pair, ids)).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("source", ["sparse", "encoder"])

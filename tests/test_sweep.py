@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
 
-from bridges.channels import find
+from bridges.channels import find, find_channels
 from bridges.intervention import edited_logits
 from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of, text_of
 from bridges.search import sampled
@@ -16,6 +16,10 @@ from bridges.sweep import BASELINES, RANDOM_DIRECTIONS, _banded, sweep, sweep_pr
 
 MODULE = sys.modules["bridges.sweep"]  # the package's attribute of that name is the function
 CHOSEN = Channels("1.attn", (0, 3), "residual")
+
+
+TEXT = tokens()
+ONE_WAY = toy_task(rows=66)._replace(direction=torch.zeros(66).long())
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,18 @@ def prompts(pair):
     return prompts_of(pair, toy_task(seed=5)), prompts_of(pair, toy_task(seed=6))
 
 
+def test_what_was_found_is_taken_as_it_is(pair):
+    task = toy_task(rows=70)
+    found = find_channels(pair.dense, pair.sparse, pair.bridge_set, task, most=2, text=TEXT)
+    one, same = (
+        sweep(pair.dense, pair.sparse, pair.bridge_set, task, given, (1.0,), text=TEXT) for given in (found, found.best)
+    )
+    assert one.chosen == found.best and one.ranking_agreement == found.agreement
+    assert one.curves == same.curves and same.ranking_agreement is None
+
+
 def test_every_curve_starts_at_the_unedited_model(pair, prompts):
-    result = sweep_prompts(pair, *prompts, CHOSEN, (0.0, 0.5, 1.0))
+    result = sweep_prompts(pair, *prompts, CHOSEN, (0.0, 0.5, 1.0), TEXT)
     reported = prompts[1]
     plain = p_target(reported.traces.dense.logits, reported.pairs).mean().item()
     inside = p_target(reported.traces.sparse.logits, reported.pairs).mean().item()
@@ -56,7 +70,7 @@ def test_baselines_have_the_edits_norm_at_every_token(pair, prompts, at, monkeyp
 
     monkeypatch.setattr(MODULE, "edited_logits", noted)
     chosen = CHOSEN._replace(at=at)
-    sweep_prompts(pair, *prompts, chosen, (1.0,))
+    sweep_prompts(pair, *prompts, chosen, (1.0,), TEXT)
     norm = addend_of(pair, prompts[1], chosen).norm(dim=-1)
     equal = [n for model, n in added if model is pair.dense and n.shape == norm.shape and torch.allclose(n, norm)]
     assert len(equal) >= 1 + RANDOM_DIRECTIONS + 2  # the edit, random directions, mean difference, probe
@@ -65,8 +79,8 @@ def test_baselines_have_the_edits_norm_at_every_token(pair, prompts, at, monkeyp
 def test_all_channels_at_the_last_site_is_one_affine_push(pair, prompts):
     """At `final` there is nothing after the edit but the head, so the curve can be computed by hand."""
     reported = prompts[1]
-    result = sweep_prompts(pair, *prompts, Channels("final", (1,), "residual"), (1.0,))
-    stream = reported.traces.dense.residuals[-1] + reported.streams[4] @ pair.bridge_set[4].decoder_weight.T
+    result = sweep_prompts(pair, *prompts, Channels("final", (1,), "residual"), (1.0,), TEXT)
+    stream = reported.traces.dense.residuals[-1] + reported.dz[4] @ pair.bridge_set[4].decoder_weight.T
     model = pair.dense.model
     with torch.no_grad():
         logits = model.lm_head(model.transformer.ln_f(stream))
@@ -125,13 +139,13 @@ def test_it_saves_draws_and_prints_what_it_found(pair, tmp_path, monkeypatch):
     [
         (CHOSEN._replace(site="9.attn"), r"site='9\.attn' has no bridge; there are 0\.attn"),
         (CHOSEN._replace(channels=(2, 12)), "channel=12 must lie between 0 and 11"),
-        (CHOSEN._replace(channels=()), r"channels=\(\) names none"),
+        (CHOSEN._replace(channels=()), r"channels=\(\) must be a tuple of different channels"),
         (CHOSEN._replace(at="foo"), "at='foo' must be one of read, residual"),
     ],
 )
 def test_what_cannot_be_is_refused(pair, prompts, unchecked, chosen, message):
     with pytest.raises(ValueError, match=message):
-        sweep_prompts(pair, *prompts, chosen, (1.0,))
+        sweep_prompts(pair, *prompts, chosen, (1.0,), TEXT)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +165,19 @@ def test_how_to_search_is_checked_where_channels_are_given_too(pair, unchecked, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strengths": ()}, r"strengths=\[\] must be finite numbers"),
-        ({"strengths": (float("nan"),)}, r"strengths=\[nan\] must be finite"),
+        ({"strengths": ()}, r"strengths=\(\) must be a list of finite numbers"),
+        ({"strengths": (float("nan"),)}, r"strengths=\(nan,\) must be a list of finite"),
+        ({"strengths": 0.5}, "strengths=0.5 must be a list"),
+        ({"channels": "0.mlp"}, "channels='0.mlp' must be bridges.Channels, what find_channels returned, or how many"),
+        ({"channels": (("0.mlp", 1),)}, "must be bridges.Channels"),
+        ({"channels": 9}, "channels=9 must be a whole number between 1 and 8"),
+        ({"text": torch.zeros(4, 1).long()}, r"text=\(4, 1\) must be a tensor of token ids"),
+        ({"task": ONE_WAY}, "task holds pairs of one way round among its first 64 or after them"),
         ({"n": 0}, "n=0 must be at least 2 prompts"),
         ({"task": toy_task(rows=12)}, "task has 12 pairs; give 64 to choose channels on and 2 or more"),
     ],
 )
-def test_what_is_not_enough_is_refused(pair, options, message):
+def test_what_is_not_enough_is_refused(pair, unchecked, options, message):
     options = {"task": toy_task(rows=66), "channels": CHOSEN, **options}
     with pytest.raises(ValueError, match=message):
         sweep(pair.dense.model, pair.sparse.model, pair.bridge_set, **options)

@@ -104,6 +104,8 @@ def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
     past = 0 if cache is None else int(cache.get_seq_length())
     use_cache = given.get("use_cache")
     use_cache = getattr(model.config, "use_cache", False) if use_cache is None else use_cache  # pyright: ignore
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise ValueError("logits_to_keep: inside steer() give a number of last tokens, not indices")
     if mask is not None and mask.ndim != 2:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must be [batch, seq]: steer counts real tokens by it")
     if mask is not None and mask.shape[1] != past + input_ids.shape[1]:

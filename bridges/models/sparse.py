@@ -141,7 +141,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
             residual = block.attention(residual, positions, allowed, past_key_values)
             residual = block.feed_forward(residual, positions)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.unembed(residual[:, kept], input_ids[:, kept])
+        logits = self.unembed(residual, input_ids, kept)
         output = CausalLMOutputWithPast(
             loss=None if labels is None else _next_token_loss(logits, labels),
             logits=logits,
@@ -190,11 +190,14 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         return self.transformer.drop(positions) if self.config.dropout_cat_pos_emb else positions
 
     def unembed(
-        self, residual: Float[Tensor, "b s d_model"], input_ids: Int[Tensor, "b s"]
-    ) -> Float[Tensor, "b s vocab"]:
-        """Logits from the stream at `final`; `input_ids` choose the rows of the bigram table."""
-        logits = self.lm_head(self.transformer.ln_f(residual)) + self.final_logits_bias
-        return logits if self.bigram_table is None else logits + F.embedding(input_ids, self.bigram_table)
+        self,
+        residual: Float[Tensor, "b s d_model"],
+        input_ids: Int[Tensor, "b s"],
+        kept: slice | Tensor = slice(None),
+    ) -> Float[Tensor, "b kept vocab"]:
+        """Logits from the stream at `final`, of the tokens kept; `input_ids` choose the rows of the bigram table."""
+        logits = self.lm_head(self.transformer.ln_f(residual[:, kept])) + self.final_logits_bias
+        return logits if self.bigram_table is None else logits + F.embedding(input_ids[:, kept], self.bigram_table)
 
     def residual_model(self) -> ResidualModel:
         """This model as a chain of sublayers on one stream, sharing its parameters."""
