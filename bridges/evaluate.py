@@ -30,7 +30,7 @@ from bridges.training.hybrid import (
     squared_errors,
     trace_pair,
 )
-from bridges.training.scale import Reduce, Scale, Share, alone, counted_tokens, scale_of
+from bridges.training.scale import Reduce, Scale, alone, counted_tokens, scale_of
 from bridges.training.step import Batch
 
 
@@ -64,29 +64,12 @@ def measure(
 ) -> BridgeReport:
     """The report from this process's batches; sums are taken over all processes. Both models in evaluation mode."""
     with evaluation(pair.dense.model), evaluation(pair.sparse.model):
-        scale, means = _scale_and_means(pair, batches, reduce)
-        sums = reduce(sum_terms(pair, batches, means))
+        scale = scale_of([share_of(pair, trace_pair(pair, *batch)) for batch in batches], reduce)
+        sums = reduce(sum_terms(pair, batches, scale.means))
     return _report(pair, sums, scale, settings or {})
 
 
-def _scale_and_means(
-    pair: ModelPair, batches: Iterable[Batch], reduce: Reduce
-) -> tuple[Scale, list[tuple[Tensor, ...]]]:
-    """What to divide by, and each site's mean residual over counted tokens, for mean ablation."""
-    shares = [share_of(pair, trace_pair(pair, *batch)) for batch in batches]
-    count = reduce(torch.tensor(float(sum(share.count for share in shares)), dtype=torch.float64))
-    means = []
-    for i in range(len(pair.bridge_set)):
-        sums = [sum(_weighted(share, i, side) for share in shares) for side in (0, 1)]
-        means.append(tuple(reduce(total) / count.to(total.device) for total in sums))  # pyright: ignore
-    return scale_of(shares, reduce), means
-
-
-def _weighted(share: Share, site: int, side: int) -> Tensor:
-    return share.count * share.means[site][side]
-
-
-def sum_terms(pair: ModelPair, batches: Iterable[Batch], means: list[tuple[Tensor, ...]]) -> Tensor:
+def sum_terms(pair: ModelPair, batches: Iterable[Batch], means: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Numerators of every figure, [n_sites + 1, 12]; the last row holds the models' own."""
     n = len(pair.bridge_set)
     sums = torch.zeros(n + 1, 12, dtype=torch.float64)
@@ -116,7 +99,7 @@ def _reconstruction(pair: ModelPair, traces: Traces, i: int, mean: Tensor) -> li
     return [term.double().item() for term in (encode, floor, decode, from_mean)]
 
 
-def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, ...]) -> list[float]:
+def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, Tensor]) -> list[float]:
     """Numerators of both KLs, both under mean ablation, then of both cross-entropies and those under mean ablation."""
     n = len(pair.bridge_set)
     bridged = [run_path(pair, traces, crossing(n, i, start)) for start in ("dense", "sparse")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +24,8 @@ class Window:
 
     mask: Int[Tensor, "b t"]
     """Over the tokens before the call and its own."""
-    prompt: Int[Tensor, "b 1"] | None
-    """Real tokens of the row's prompt, None where the prompt is over."""
+    prompt: Int[Tensor, "b 1"]
+    """Real tokens of the row's prompt."""
     prompt_width: int
     """Columns of the last prompt."""
     start: int
@@ -46,7 +47,7 @@ class Window:
         for position in positions:
             if position >= 0:
                 here |= self.place == position
-            elif self.prompt is not None:
+            else:
                 here |= self.place == self.prompt + position
         return here & self.real
 
@@ -71,8 +72,8 @@ class Window:
 class Windows:
     """Where each call's new tokens stand; it remembers the last prompt, since a call does not say what that is.
 
-    The prompt is what the first call of a cache is given. Without a cache a call of one token more carries on from the
-    last one, any other is a prompt of its own.
+    The prompt is what `generate` was given. Of other calls it is what the first of a cache is given; without a cache a
+    call of one token more carries on from the last one, any other is a prompt of its own.
     """
 
     def __init__(self, edits: Sequence[Edit]):
@@ -80,20 +81,33 @@ class Windows:
         self._from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
         self._prompt: Tensor | None = None
         self._width = 0
+        self._told = self._started = False
+
+    @contextmanager
+    def generating(self, prompt: Int[Tensor, "b s"]) -> Iterator[None]:
+        """Inside, calls belong to a `generate` of this prompt, in whatever pieces it comes."""
+        self._prompt, self._told = prompt, True
+        try:
+            yield
+        finally:
+            self._told = False
 
     def of(self, call: Pass) -> Window:
         """ValueError where an edit counts from the end of a prompt that was not seen."""
         ids, mask = call.input_ids, call.attention_mask
         mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
         if call.past == 0:
-            self._note_prompt(call)
-        width = 0 if self._prompt is None else self._prompt.shape[1]
-        if self._prompt is None and self._from_the_end is not None:
+            self._started = True
+            if not self._told:
+                self._note_prompt(call)
+        if not self._started and self._from_the_end is not None:
             raise ValueError(
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        prompt = mask[:, :width].sum(1, keepdim=True) if call.past == 0 else None
+        width = 0 if self._prompt is None else self._prompt.shape[1]
+        seen = mask[:, :width]
+        prompt = seen.sum(1, keepdim=True) + width - seen.shape[1]  # what is yet to come of a prompt is no padding
         return Window(mask, prompt, width, call.past)
 
     def _note_prompt(self, call: Pass) -> None:

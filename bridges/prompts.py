@@ -17,7 +17,7 @@ from bridges.data.prepare import refuse_foreign_tokens
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
-from bridges.models.residual import ResidualModel, Trace
+from bridges.models.residual import ResidualModel, Trace, context_limit
 from bridges.models.sparse import SparseTransformer
 from bridges.training.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
 from bridges.training.support import multiplying_nonzeros
@@ -105,8 +105,8 @@ def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
     ):
         what = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
         raise ValueError(f"text={what} must be a tensor of token ids [rows, seq], rows of two tokens or more")
-    limit = min((m.context_length for m in pair[:2] if m.context_length is not None), default=text.shape[1])
-    if text.shape[1] > limit:
+    limit = context_limit(pair.dense, pair.sparse)
+    if limit is not None and text.shape[1] > limit:
         raise ValueError(f"text={tuple(text.shape)} is over the models' context of {limit} tokens; cut its rows")
     refuse_foreign_tokens("text", text, min(m.vocab_size for m in pair[:2]))
     return text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import RLock
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -16,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from bridges.bridge import BridgeSet
 from bridges.edits import Edit, check_edits, edits_of
+from bridges.installed import Steering, installed, listed, lock
 from bridges.intervention import At, as_read
 from bridges.models.huggingface import as_residual
 from bridges.models.probing import base_model, evaluation
@@ -45,8 +44,8 @@ def steer(
     that every later layer sees it. Edits that set or scale need the channel's reading: of the `sparse` model, which
     runs beside the dense one on the same tokens, or (`source="encoder"`) of the encoder on the unedited dense stream.
     Readings carry no gradient. Edits of one channel compose in order; contexts nest. Strength 0 or no edits change no
-    bit. The prompt is what the first call of a cache is given, or without a cache a call that is not the last one and
-    one token more.
+    bit. The prompt is what `generate` is given; of other calls the first of a cache, or without a cache one that is not
+    the last call and a token more.
 
     The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
     other than those the bridges were fitted to (unless `check_models` is False).
@@ -59,9 +58,11 @@ def steer(
     if not edits or strength == 0:
         yield
         return
-    with _steering(dense).paused():  # so that taking the model apart meets no outer edit
-        chain = as_residual(dense)
-        beside = None if sparse is None else as_residual(sparse)
+    with installed(dense).paused():  # so that taking the model apart meets no outer edit
+        chain, beside = as_residual(dense), None
+        if sparse is not None:
+            with lock(sparse):
+                beside = as_residual(sparse)
         if check_models:
             bridge_set.check_models(chain.model, None if beside is None else beside.model)
         steering = _Steering(chain, beside, bridge_set, edits, strength, at, source)
@@ -69,7 +70,7 @@ def steer(
         yield
 
 
-class _Steering:
+class _Steering(Steering):
     """One `steer()`: what it hooks into the model, and what it knows of the call at hand."""
 
     def __init__(
@@ -108,7 +109,7 @@ class _Steering:
 
         Later sites, and all of them where another steer() is active, need an unedited run of their own.
         """
-        first = self.reading[:1] == self.places[:1] and list(_steering(self.dense)) == [self]
+        first = self.reading[:1] == self.places[:1] and list(installed(self.dense)) == [self]
         return self.reading[:1] if self.source == "encoder" and first else []
 
     @contextmanager
@@ -125,7 +126,7 @@ class _Steering:
                     handles.append(base.register_forward_pre_hook(self._refuse_alone))
                 for handle in handles:
                     stack.callback(handle.remove)
-            stack.enter_context(_listed(model, self))
+            stack.enter_context(listed(model, self))
             for place in self.places:
                 for context in self._hooks(place):
                     stack.enter_context(context)
@@ -160,7 +161,7 @@ class _Steering:
         if self.apart:
             assert self.beside is not None
             itself = self.beside.model is model
-            with _lock(self.beside.model), _steering(model).paused() if itself else evaluation(self.beside.model):
+            with lock(self.beside.model), installed(model).paused() if itself else evaluation(self.beside.model):
                 self._read(call)
 
     def _refuse_alone(self, base: nn.Module, _args: tuple) -> None:
@@ -234,44 +235,3 @@ def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[
             f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
         )
     return [(m, as_read(norm, rms, place.to_stream)) for m, norm in zip(modules, norms, strict=True)]
-
-
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-
-def _lock(model: nn.Module) -> Any:
-    """Held while readings are taken from a model: threads that steer two dense models may share one sparse model."""
-    return _LOCKS.setdefault(model, RLock())
-
-
-class _Active(list):
-    """The steerings that are installed in a model, innermost last."""
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, the model runs as if none were."""
-        before = [steering.idle for steering in self]
-        try:
-            for steering in self:
-                steering.idle = True
-            yield
-        finally:
-            for steering, idle in zip(self, before, strict=True):
-                steering.idle = idle
-
-
-def _steering(dense: nn.Module | ResidualModel) -> _Active:
-    model = dense.model if isinstance(dense, ResidualModel) else dense
-    return vars(model).get("_steering", _Active())
-
-
-@contextmanager
-def _listed(model: nn.Module, steering: _Steering) -> Iterator[None]:
-    active = vars(model).setdefault("_steering", _Active())
-    active.append(steering)
-    try:
-        yield
-    finally:
-        active.remove(steering)
-        if not active:
-            del vars(model)["_steering"]

@@ -14,7 +14,7 @@ WHOLE = Window(
     start=0,
 )
 # One token generated after each of them.
-AFTER = Window(torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]), None, 5, 5)
+AFTER = Window(torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]), torch.tensor([[5], [3]]), 5, 5)
 
 
 def place(edits, channels=(3, 8), reading=None):
@@ -41,9 +41,9 @@ def test_values_per_token_end_with_the_prompt_and_repeat_for_beams():
     value = torch.tensor([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
     assert torch.equal(WHOLE.columns(value), value)
     assert AFTER.columns(value).tolist() == [[0], [0]]
-    longer = Window(torch.ones(2, 6).long(), None, 6, 0)
+    longer = Window(torch.ones(2, 6).long(), torch.tensor([[6], [6]]), 6, 0)
     assert longer.columns(value).tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 10, 0]]
-    beams = Window(torch.ones(4, 5).long(), None, 5, 0)
+    beams = Window(torch.ones(4, 5).long(), torch.full((4, 1), 5), 5, 0)
     assert torch.equal(beams.columns(value), value[[0, 0, 1, 1]])
 
 
@@ -54,8 +54,8 @@ def test_values_that_do_not_fit_are_refused():
         WHOLE.columns(torch.zeros(2, 6))
     padded = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match=r"value=\(2, 5\) is shorter than the prompts, \(2, 6\), which are padded"):
-        Window(padded, None, 6, 0).columns(torch.zeros(2, 5))
-    grown = Window(padded, None, 5, 0)  # without a cache: the prompt of five and one token more
+        Window(padded, padded.sum(1, keepdim=True), 6, 0).columns(torch.zeros(2, 5))
+    grown = Window(padded, torch.tensor([[4], [5]]), 5, 0)  # without a cache: the prompt of five and one token more
     assert grown.columns(torch.ones(2, 5)).tolist() == [[1, 1, 1, 1, 1, 0]] * 2
 
 

@@ -604,6 +604,49 @@ def test_positions_from_the_end_of_a_prompt_that_began_outside_are_refused(pair)
             pair.dense.model(ids[:, 5:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("edit", ["from the end", "per token"])
+@pytest.mark.parametrize("source", ["sparse", "encoder"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prefill_chunk_size": 3},
+        pytest.param({"prefill_chunk_size": 1, "use_cache": True}, marks=pytest.mark.slow),
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant": True},
+    ],
+    ids=str,
+)
+def test_the_prompt_is_what_generate_is_given_in_whatever_pieces(pair, how, source, edit):
+    """A first pass of a part of the prompt, or of the prompt and tokens that are guessed to follow."""
+    ids = tokens(rows=1)[:, [0, 1, 2, 3, 0, 1, 2]]  # repeats, so that a lookup finds guesses in the first pass
+    edits = {
+        "from the end": [Edit("final", CHANNEL, 4.0, "set", (-1,)), Edit("0.mlp", 2, 4.0, "set", (-3, 1))],
+        "per token": counterfactual(pair.sparse.model, "final", CHANNEL, ids, ids.flip(1)),
+    }[edit]
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    how = {"assistant_model": plain_gpt2()} if "assistant" in how else how
+    with steered(pair, edits, source=source, strength=-20.0, at="residual"):
+        plain = pair.dense.model.generate(ids, **given)
+        assert torch.equal(pair.dense.model.generate(input_ids=ids, **given, **how), plain)
+    assert not torch.equal(pair.dense.model.generate(ids, **given), plain)
+    assert "generate" not in vars(pair.dense.model)
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+@pytest.mark.parametrize("site", ["0.mlp", "1.attn"])
+def test_contexts_may_be_left_in_any_order(pair, site, at):
+    ids, plain = tokens(), logits(pair, tokens())
+    first, second = (steered(pair, Edit(site, c, 4.0), at=at) for c in (CHANNEL, 5))
+    with steered(pair, Edit(site, 5, 4.0), at=at):
+        expected = logits(pair, ids)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(pair, ids), expected)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(pair, ids), plain)
+
+
 def test_the_base_model_alone_is_refused_inside(pair):
     ids = tokens()
     with steered(pair, EDITS["several"]):
@@ -622,18 +665,20 @@ def test_a_value_of_an_unpadded_prompt_is_refused_on_a_padded_one(pair):
         logits(pair, tokens())
 
 
-def test_threads_may_share_a_sparse_model():
-    """Two dense models, different prompts, one sparse model that is hooked and read in both."""
-    sparse, before = sparse_model(), sys.getswitchinterval()
+@pytest.mark.parametrize("sparse", [sparse_model, lambda: gpt2(width=12, seed=2)], ids=["sparse", "gpt2"])
+def test_threads_may_share_a_sparse_model(sparse):
+    """Two dense models, different prompts, one sparse model that is taken apart, hooked and read in both."""
+    sparse, before = sparse(), sys.getswitchinterval()
     pairs = [with_units(join(plain_gpt2(), sparse)) for _ in range(2)]
-    prompts, expected, wrong = [tokens(seed=seed) for seed in (1, 2)], [], []
+    prompts, expected, right = [tokens(seed=seed) for seed in (1, 2)], [], []
     for pair, ids in zip(pairs, prompts, strict=True):
         with steered(pair, EDITS["several"]):
             expected.append(logits(pair, ids))
 
     def loop(i):
-        with steered(pairs[i], EDITS["several"]):
-            wrong.extend(1 for _ in range(40) if not torch.equal(logits(pairs[i], prompts[i]), expected[i]))
+        for _ in range(10):
+            with steered(pairs[i], EDITS["several"]):
+                right.extend(i for _ in range(4) if torch.equal(logits(pairs[i], prompts[i]), expected[i]))
 
     threads = [threading.Thread(target=loop, args=(i,)) for i in range(2)]
     try:
@@ -644,7 +689,7 @@ def test_threads_may_share_a_sparse_model():
             thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert not wrong
+    assert sorted(right) == [0] * 40 + [1] * 40
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from bridges.data.rows import Rows
 from bridges.data.sampled import sampled_text
 from bridges.data.sources import Wanted, load_rows
 from bridges.models.loading import find_tokenizer
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import ResidualModel, context_limit
 
 HELDOUT = 0.05
 """Part of the rows set aside where there is no `eval_data`."""
@@ -75,21 +75,21 @@ def prepare(
 ) -> Prepared:
     """Load or sample the rows of a run; ValueError, naming both values, where data and models do not fit together."""
     tokenizer = _one_tokenizer(tokenizer, sources)
-    limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
+    limit = context_limit(dense, sparse)
     _refuse_too_long("seq_len", config.seq_len, limit)
     seq_len = config.seq_len
     if data is None or isinstance(data, str | PathLike):
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if data is None:
-        return _sampled(dense, seq_len or DEFAULT_SEQ_LEN, eval_data, tokenizer, config)
-    n_rows = config.steps * config.batch_size * config.gradient_accumulation_steps * processes
-    wanted = Wanted(math.ceil(n_rows / (1 - HELDOUT)) + 1, math.ceil(config.closed_form_tokens / (1 - HELDOUT)))
-    rows = load_rows(data, tokenizer, seq_len, wanted, config.seed)
-    prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
+        prepared = _sampled(dense, seq_len or DEFAULT_SEQ_LEN, eval_data, tokenizer, config)
+    else:
+        n_rows = config.steps * config.batch_size * config.gradient_accumulation_steps * processes
+        n_rows = max(n_rows, config.interchange_pairs if config.interchange_weight else 0)
+        wanted = Wanted(math.ceil(n_rows / (1 - HELDOUT)) + 1, math.ceil(config.closed_form_tokens / (1 - HELDOUT)))
+        rows = load_rows(data, tokenizer, seq_len, wanted, config.seed)
+        prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
     for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
-        _refuse_too_long(f"{name} with seq_len", part.seq_len, limit)
-        refuse_foreign_tokens(name, part.input_ids, dense.vocab_size)
-        _refuse_single_tokens(name, part)
+        _check_rows(name, part, dense, sparse)
     return prepared
 
 
@@ -102,14 +102,12 @@ def heldout_rows(
     seq_len: int | None,
 ) -> Rows:
     """`data` as rows to measure on, with the checks that `prepare` makes."""
-    limit = min((m.context_length for m in (dense, sparse) if m.context_length is not None), default=None)
+    limit = context_limit(dense, sparse)
     if isinstance(data, str | PathLike):
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
         tokenizer = _one_tokenizer(tokenizer, sources)
     rows = load_rows(data, tokenizer, seq_len)
-    _refuse_too_long("data with seq_len", rows.seq_len, limit)
-    refuse_foreign_tokens("data", rows.input_ids, min(dense.vocab_size, sparse.vocab_size))
-    _refuse_single_tokens("data", rows)
+    _check_rows("data", rows, dense, sparse)
     return rows
 
 
@@ -145,6 +143,15 @@ def _one_tokenizer(given: Any, sources: tuple[Any, Any]) -> Any:
     return next((t for t in (given, dense, sparse) if t is not None), None)
 
 
+def _check_rows(name: str, rows: Rows, dense: ResidualModel, sparse: ResidualModel) -> None:
+    """ValueError unless both models can read the rows and something is predicted and counted in them."""
+    _refuse_too_long(f"{name} with seq_len", rows.seq_len, context_limit(dense, sparse))
+    refuse_foreign_tokens(name, rows.input_ids, min(dense.vocab_size, sparse.vocab_size))
+    most = rows.seq_len if rows.attention_mask is None else int(rows.attention_mask.sum(1).max())
+    if most < 2:
+        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")
+
+
 def _refuse_too_long(name: str, seq_len: int | None, limit: int | None) -> None:
     if seq_len is not None and limit is not None and seq_len > limit:
         raise ValueError(
@@ -157,9 +164,3 @@ def refuse_foreign_tokens(name: str, input_ids: Tensor, vocab_size: int) -> None
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
-
-
-def _refuse_single_tokens(name: str, rows: Rows) -> None:
-    most = rows.seq_len if rows.attention_mask is None else int(rows.attention_mask.sum(1).max())
-    if most < 2:
-        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")

@@ -56,8 +56,7 @@ class Rows:
     def split(self, heldout_rows: int) -> tuple[Rows, Rows]:
         """All but the last rows, and the last rows."""
         cut, mask = len(self) - heldout_rows, self.attention_mask
-        first = Rows(self.input_ids[:cut], None if mask is None else mask[:cut], self.seed)
-        return first, Rows(self.input_ids[cut:], None if mask is None else mask[cut:], self.seed)
+        return self.first(cut), Rows(self.input_ids[cut:], None if mask is None else mask[cut:], self.seed)
 
     def fingerprint(self) -> str:
         """A hash of the tokens and the mask."""

@@ -156,17 +156,25 @@ class HuggingFaceResidual(ResidualModel):
 
     @contextmanager
     def _in_the_middle(self, index: int, visitor: Visitor) -> Iterator[None]:
-        """Inside, a layer runs as its two halves with the visitor between; hooks around the layer still run once."""
+        """Inside, a layer runs as its two halves with the visitor between; hooks around the layer still run once.
+
+        The last visitor to leave makes the layer whole again, whoever came first.
+        """
         layer = self.layers[self._parts[index].layer]
-        visitors: list[Visitor] = vars(layer).setdefault("_middle_visitors", [])
+        own = vars(layer)
+        if "_middle" not in own:
+            visitors, halves = [], ExitStack()
+            halves.enter_context(attribute(layer, "forward", self._halves(index, visitors)))
+            own["_middle"] = visitors, halves
+        visitors, halves = own["_middle"]
         visitors.append(visitor)
         try:
-            with nullcontext() if len(visitors) > 1 else attribute(layer, "forward", self._halves(index, visitors)):
-                yield
+            yield
         finally:
             visitors.remove(visitor)
             if not visitors:
-                del vars(layer)["_middle_visitors"]
+                halves.close()
+                del own["_middle"]
 
     def _halves(self, index: int, visitors: list[Visitor]) -> Callable[..., Any]:
         number = self._parts[index].layer

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from bridges.models.openai import RELEASE_CONFIG
 from bridges.models.probing import evaluation
@@ -35,14 +36,17 @@ def load_model(source: nn.Module | str | Path, device: torch.device | None = Non
 
 
 def find_tokenizer(source: nn.Module | str | Path) -> Any:
-    """The tokenizer that lies with a model (or with the folder an object was loaded from), None without one."""
+    """The tokenizer that lies with a model (or in the folder an object was loaded from), None without one.
+
+    Its files are looked for first, on the hub too: without them transformers makes an empty tokenizer of a kind that it
+    guesses.
+    """
     place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
-    folder = Path(place or ".")
-    local = isinstance(source, nn.Module) or folder.is_dir()
-    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    if local and not (place and any(file.is_file() for file in files)):
+    if not place or (isinstance(source, nn.Module) and not Path(place).is_dir()):
         return None
-    return AutoTokenizer.from_pretrained(str(place))
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    there = (cached_file(str(place), name, **lenient) for name in ("tokenizer.json", "tokenizer_config.json"))
+    return AutoTokenizer.from_pretrained(str(place)) if any(there) else None
 
 
 @contextmanager

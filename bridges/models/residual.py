@@ -214,6 +214,11 @@ def on_input(visitor: Visitor, d_model: int) -> Callable[..., Any]:
     return hook
 
 
+def context_limit(*models: ResidualModel) -> int | None:
+    """The most tokens that a row of all models may have, None where none sets a limit."""
+    return min((m.context_length for m in models if m.context_length is not None), default=None)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go in: where the first parameter lies, or where accelerate brings it when it is offloaded."""
     module, parameter = next((m, p) for m in model.modules() for p in m.parameters(recurse=False))

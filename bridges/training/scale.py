@@ -28,6 +28,8 @@ class Scale(NamedTuple):
     variance_dense: Float[Tensor, " n_sites"]
     """sum |t - mean(t)|^2 over counted tokens and channels."""
     variance_sparse: Float[Tensor, " n_sites"]
+    means: list[tuple[Tensor, Tensor]]
+    """Each bridged site's mean (dense, sparse) stream over counted tokens."""
 
 
 class Share(NamedTuple):
@@ -100,7 +102,8 @@ def scale_of(shares: Sequence[Share], reduce: Reduce = alone) -> Scale:
                 off = share.means[i][side].to(device) - overall[2 * i + side]
                 squares[i, side] += share.squares[i][side].to(device) + share.count * off.square().sum()
     squares = reduce(squares)
-    return Scale(total[0], total[1], squares[:, 0], squares[:, 1])
+    means = list(zip(overall[::2], overall[1::2], strict=True))
+    return Scale(total[0], total[1], squares[:, 0], squares[:, 1], means)
 
 
 def _mean_and_square(h: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
