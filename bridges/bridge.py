@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +18,7 @@ from bridges.files import read_json, write_json, write_tensors, write_text
 from bridges.fingerprint import checked_fingerprint, fingerprint, same_model
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
 from bridges.quality import BridgeReport
+from bridges.stored import check_tensors, read_keys, read_safetensors
 
 FORMAT_VERSION = 2
 
@@ -176,7 +175,7 @@ class BridgeSet(nn.Module):
                 raise OSError(f"path={str(path)!r} is no folder here, and the hub did not give it: {reason}") from error
         if not (folder / "config.json").is_file():
             raise OSError(f"path={str(path)!r} has no config.json: not a bridge folder")
-        config = read_json(folder / "config.json")
+        config = read_keys(folder / "config.json")
         bridge_set = cls._from_config(config, folder)
         bridge_set._load(folder / "bridges.safetensors")
         if (folder / "report.json").is_file():
@@ -228,22 +227,17 @@ class BridgeSet(nn.Module):
             raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}: it is not a bridge folder's")
         if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
             raise ValueError(f"{folder / 'config.json'}: dtype={config['dtype']!r} is no dtype of torch")
-        shape = (config["d_dense"], config["d_sparse"], config["k"], getattr(torch, config["dtype"]))
-        pairs = [(dense, sparse) for dense, sparse in config["pairs"]]
+        pairs, *sizes = (config[name] for name in own[1:5])
+        named = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        if not named or not pairs or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"{folder / 'config.json'}: pairs, d_dense, d_sparse or k is none; fetch it again")
+        d_dense, d_sparse, k = sizes
+        dtype, pairs = getattr(torch, config["dtype"]), [(dense, sparse) for dense, sparse in pairs]
         provenance = {key: value for key, value in config.items() if key not in own}
-        return cls(pairs, [Bridge(*shape) for _ in pairs], provenance)
+        return cls(pairs, [Bridge(d_dense, d_sparse, k, dtype) for _ in pairs], provenance)
 
     def _load(self, path: Path) -> None:
-        if not path.is_file():
-            raise OSError(f"{path} is missing")
-        try:
-            stored = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read ({error}); it was cut short or is no safetensors file") from None
-        wanted = self.tensors()
-        if wrong := sorted(wanted.keys() ^ stored.keys()):
-            raise ValueError(f"{path}: tensor {wrong[0]!r} is {'missing' if wrong[0] in wanted else 'unexpected'}")
+        stored, wanted = read_safetensors(path), self.tensors()
+        check_tensors(stored, wanted, path)
         for name, tensor in wanted.items():
-            if stored[name].shape != tensor.shape:
-                raise ValueError(f"{path}: {name!r} is {list(stored[name].shape)}, not {list(tensor.shape)}")
             tensor.data.copy_(stored[name])

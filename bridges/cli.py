@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import tomli_w
 import torch
 import typer
+from torch import nn
 from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
@@ -31,6 +32,7 @@ from bridges.prompts import Channels
 from bridges.search import BUDGET, check_search
 from bridges.sweep import STRENGTHS, sweep
 from bridges.training.identity import refuse_used_folder
+from bridges.training.trainer import Processes
 
 app = typer.Typer(
     help="Linear bridges between a dense language model and a weight-sparse, readable one.",
@@ -50,7 +52,7 @@ def main() -> None:
     try:
         app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (Abort, KeyboardInterrupt):
-        _stop("stopped; the same command with --fit.resume true carries on", 130)
+        _stop("stopped", 130)
     except TyperException as error:
         _stop(error.format_message() if hasattr(error, "format_message") else str(error), 2)  # pyright: ignore
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
@@ -88,7 +90,11 @@ def fit_command(
         refuse_used_folder(settings.output_dir)
     dense, sparse = (_source(tables, side) for side in ("dense", "sparse"))
     data = _data(tables.get("data", {}))
-    print(fit(dense, sparse, **data, config=settings).report)
+    try:
+        print(fit(dense, sparse, **data, config=settings).report)
+    except KeyboardInterrupt:
+        saved = settings.output_dir is not None
+        _stop("stopped; the same command with --fit.resume true carries on" if saved else "stopped", 130)
     if settings.output_dir is not None:  # what `bridges evaluate` finds the models and the data by
         write_text(settings.output_dir / RUN_FILE, tomli_w.dumps(_absolute(tables, settings)))
 
@@ -99,6 +105,7 @@ def evaluate_command(
     dense: Annotated[str, typer.Option(help="The dense model, if not the one of the run.")] = "",
     sparse: Annotated[str, typer.Option(help="The sparse model, if not the one of the run.")] = "",
     data: Annotated[str, typer.Option(help="Text files to measure on, if not the run's held-out rows.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Its folder or hub id, if not with the models.")] = "",
     seq_len: Annotated[int, typer.Option(help="Tokens per row of --data.")] = 128,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON too.")] = None,
 ) -> None:
@@ -106,13 +113,12 @@ def evaluate_command(
     bridge_set = BridgeSet.from_pretrained(run_dir)
     tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
     sources = _sources(run_dir, tables, dense, sparse)
-    if data:
-        rows = load_rows(data, find_tokenizer(sources["dense"]) or find_tokenizer(sources["sparse"]), seq_len)
-    elif "fit" not in tables:
+    known = _tokenizer(tables, sources, tokenizer)
+    if not data and "fit" not in tables:
         raise ValueError(f"RUN_DIR={str(run_dir)!r} does not say what data it was fitted on; pass --data")
-    else:
-        rows = _heldout(tables, sources)
-    report = evaluate(load_model(sources["dense"]), load_model(sources["sparse"]), bridge_set, rows)
+    models = _loaded(sources)
+    rows = load_rows(data, known, seq_len) if data else _heldout(tables, sources, models)
+    report = evaluate(*models, bridge_set, rows)
     if out is not None:
         report.save(out)
     print(report)
@@ -140,12 +146,10 @@ def steer_command(
     bridge_set = BridgeSet.from_pretrained(run_dir)
     tables = _read(run_dir / RUN_FILE) if (run_dir / RUN_FILE).is_file() else {}
     sources = _sources(run_dir, tables, dense, sparse)
-    if tokenizer:
-        tables["data"] = tables.get("data", {}) | {"tokenizer": tokenizer}
-    known = _data(tables.get("data", {})).get("tokenizer") or find_tokenizer(sources["dense"])
-    chosen = Channels(site, _channels(channel), _entry(at)) if site or channel else most
-    text = _heldout(tables, sources).input_ids if "fit" in tables else None
-    models = load_model(sources["dense"]), load_model(sources["sparse"])
+    known = _tokenizer(tables, sources, tokenizer)
+    chosen = Channels(site, _channels(site, channel), _entry(at)) if site or channel else most
+    models = _loaded(sources)
+    text = _heldout(tables, sources, models).input_ids if "fit" in tables else None
     settings: dict[str, Any] = {"by": by, "budget": budget, "n": n, "tokenizer": known, "text": text}
     found = sweep(*models, bridge_set, task, chosen, _strengths(strengths), **settings)
     folder = run_dir / "steering" if out is None else out
@@ -166,9 +170,24 @@ def _sources(run_dir: Path, tables: dict[str, Any], dense: str, sparse: str) -> 
     return sources
 
 
-def _channels(text: str) -> tuple[int, ...]:
-    if not text:
-        raise ValueError("--site goes with --channel; without both, channels are searched for")
+def _loaded(sources: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Both models, on the device that a fit would use."""
+    with Processes() as processes:
+        dense, sparse = (load_model(source, processes.device) for source in sources.values())
+    return dense, sparse
+
+
+def _tokenizer(tables: dict[str, Any], sources: dict[str, Any], given: str) -> Any:
+    """The tokenizer that is given, else the run's, else the one that lies with a model; None where there is none."""
+    if given:
+        tables["data"] = tables.get("data", {}) | {"tokenizer": given}
+    places = (found for found in map(find_tokenizer, sources.values()) if found is not None)
+    return _data(tables.get("data", {})).get("tokenizer") or next(places, None)
+
+
+def _channels(site: str, text: str) -> tuple[int, ...]:
+    if not text or not site:
+        raise ValueError("--site and --channel go together; without both, channels are searched for")
     if not all(part.isdecimal() for part in text.split(",")):
         raise ValueError(f"--channel {text!r} is no number; give channels with commas between")
     return tuple(int(part) for part in text.split(","))
@@ -187,11 +206,11 @@ def _entry(at: str) -> At:
     return at  # pyright: ignore[reportReturnType]
 
 
-def _heldout(tables: dict[str, Any], sources: dict[str, Any]) -> Rows:
+def _heldout(tables: dict[str, Any], sources: dict[str, Any], models: tuple[nn.Module, nn.Module]) -> Rows:
     """The held-out rows of the run that the tables describe."""
     settings = FitConfig.of(tables["fit"])
     given = _data(tables.get("data", {}))
-    dense, sparse = (as_residual(load_model(sources[side])) for side in ("dense", "sparse"))
+    dense, sparse = (as_residual(model) for model in models)
     data = given.get("data"), given.get("eval_data"), given.get("tokenizer")
     rows = prepare(dense, sparse, *data, (sources["dense"], sources["sparse"]), settings).heldout
     return rows.first(math.ceil(settings.eval_tokens / rows.seq_len))
@@ -213,7 +232,8 @@ def _source(tables: dict[str, Any], side: str) -> Any:
     dtype = arguments.get("dtype", "auto")
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"[{side}] dtype={dtype!r} is none of torch's; give float32, bfloat16, float16 or auto")
-    return load_model(path, **arguments) if arguments else path
+    with Processes() as processes:
+        return load_model(path, processes.device, **arguments) if arguments else path
 
 
 def _absolute(tables: dict[str, Any], settings: FitConfig) -> dict[str, Any]:
@@ -273,5 +293,8 @@ def _data(table: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"[data] {unknown[0]}={table[unknown[0]]!r} is unknown; known are {', '.join(known)}")
     arguments = {known[name]: value for name, value in table.items()}
     if "tokenizer" in arguments:
-        arguments["tokenizer"] = find_tokenizer(arguments["tokenizer"])
+        place, found = arguments["tokenizer"], find_tokenizer(arguments["tokenizer"])
+        if found is None:
+            raise ValueError(f"tokenizer={place!r} holds none; give a folder with tokenizer.json, or a hub id")
+        arguments["tokenizer"] = found
     return arguments

@@ -137,7 +137,10 @@ class FitConfig(BaseModel):
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
-        return cls.of(values.get("fit", values))
+        table = values.get("fit", values)
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} has fit={table!r}; [fit] must be a table")
+        return cls.of(table)
 
     def to_file(self, path: str | Path) -> None:
         """Write TOML with the table `[fit]`; settings that are None are left out."""

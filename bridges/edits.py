@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from bridges.files import read_json, write_json
 from bridges.intervention import changed_reads
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import frozen
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import ResidualModel, check_tokens
 
 Mode = Literal["set", "add", "scale"]
 NAMES = ("site", "channel", "value", "mode", "positions")
@@ -46,19 +47,22 @@ class Edit:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} must be one of {', '.join(get_args(Mode))}")
-        if isinstance(self.channel, Integral) and not isinstance(self.channel, bool):
-            object.__setattr__(self, "channel", int(self.channel))  # numpy's integers are no int
-        if isinstance(self.channel, bool) or not isinstance(self.channel, int) or self.channel < 0:
+        if not isinstance(self.site, str):
+            raise ValueError(f"site={self.site!r} must be the name of a sparse site, as '1.attn'")
+        if isinstance(self.channel, bool) or not isinstance(self.channel, Integral) or self.channel < 0:
             raise ValueError(f"channel={self.channel!r} must be an index of the sparse stream, 0 or more")
+        object.__setattr__(self, "channel", int(self.channel))  # numpy's integers are no int
         if isinstance(self.value, Tensor):
             self._check_tensor(self.value)
-        elif not isinstance(self.value, int | float) or not math.isfinite(self.value):
+        elif isinstance(self.value, bool) or not isinstance(self.value, Real) or not math.isfinite(self.value):
             raise ValueError(f"value={self.value!r} must be a finite number or a tensor [batch, seq]")
+        elif not isinstance(self.value, int | float):
+            object.__setattr__(self, "value", float(self.value))
         if self.positions is not None:
-            positions = [self.positions] if isinstance(self.positions, int | float) else list(self.positions)
-            if not all(isinstance(p, int) and not isinstance(p, bool) for p in positions):
+            positions = np.atleast_1d(np.asarray(self.positions))
+            if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
                 raise ValueError(f"positions={self.positions!r} must be integers or None")
-            object.__setattr__(self, "positions", tuple(positions))
+            object.__setattr__(self, "positions", tuple(positions.tolist()))
 
     def _check_tensor(self, value: Tensor) -> None:
         if value.ndim != 2 or not value.is_floating_point() or not value.isfinite().all():
@@ -90,7 +94,8 @@ class Edit:
 
 def _tensor(rows: list) -> Float[Tensor, "batch seq"]:
     """float32 where that holds every number, else float64."""
-    if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+    equal = all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+    if not equal or not all(isinstance(number, int | float) for row in rows for number in row):
         raise ValueError(f"value={str(rows)[:40]}... must be one number, or rows of numbers that are equally long")
     wide = torch.tensor(rows, dtype=torch.float64)
     return narrow if torch.equal((narrow := wide.float()).double(), wide) else wide
@@ -98,7 +103,7 @@ def _tensor(rows: list) -> Float[Tensor, "batch seq"]:
 
 def edits_of(edits: Edit | Sequence[Edit]) -> list[Edit]:
     """A list, of one edit too."""
-    return [edits] if isinstance(edits, Edit) else list(edits)
+    return list(edits) if isinstance(edits, Iterable) else [edits]
 
 
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
@@ -112,7 +117,10 @@ def load_edits(path: str | Path) -> list[Edit]:
     found = content.get("edits") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(values, dict) for values in found):
         raise ValueError(f"{path} holds no edits; it must be JSON with a list of objects under 'edits'")
-    return [Edit.from_dict(values) for values in found]
+    try:
+        return [Edit.from_dict(values) for values in found]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_edits(bridge_set: BridgeSet, edits: Sequence[Edit], strength: float = 1.0) -> None:
@@ -153,8 +161,12 @@ def counterfactual(
     """
     chain = as_residual(sparse)
     index = chain.index(site)
-    if not 0 <= channel < chain.d_model:
-        raise ValueError(f"channel={channel} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels")
+    if not isinstance(channel, Integral) or not 0 <= channel < chain.d_model:
+        raise ValueError(
+            f"channel={channel!r} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels"
+        )
+    for name, ids in (("input_ids", input_ids), ("counterfactual_ids", counterfactual_ids)):
+        check_tokens(name, ids, None, chain)
     with frozen(chain.model), torch.no_grad():
         dn = changed_reads(chain, input_ids, counterfactual_ids, attention_mask)[index]
     return Edit(site, channel, dn[..., channel], "add")

@@ -33,6 +33,8 @@ from bridges.training.hybrid import ModelPair, Side
 
 AGREEMENT_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SHUFFLES = 4
+STILL = 1e-6
+"""An answer that changes by no more, nats, did not move: such changes are rounding."""
 OTHER_PROMPTS = 16
 """Prompts of each other task that side effects are measured on."""
 
@@ -97,6 +99,7 @@ class SideEffects(NamedTuple):
 def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Agreement:
     """Turn the same channels in both models at several strengths; other channels in the sparse one as a control."""
     dense, sparse = (_answer_changes(pair, prompts, chosen, side) for side in ("dense", "sparse"))
+    moved = sparse.abs() > STILL
     slope, r_squared = _fit(sparse, dense)
     generator = torch.Generator().manual_seed(0)
     changed = prompts.dz[pair.bridge_set.index(chosen.site)].flatten(0, 1).any(0)
@@ -107,7 +110,6 @@ def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) 
         drawn = others[torch.randperm(len(others), generator=generator)[: len(chosen.channels)]].tolist()
         elsewhere = _answer_changes(pair, prompts, chosen._replace(channels=tuple(drawn)), "sparse")
         shuffled.append(_fit(elsewhere, dense)[1])
-    moved = sparse.abs() > 1e-6
     sign = (sparse[moved].sign() == dense[moved].sign()).double().mean().item() if moved.any() else None
     return Agreement(slope, r_squared, sign, sum(shuffled) / len(shuffled) if shuffled else None)
 
@@ -131,7 +133,7 @@ def _answer(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tenso
 def _fit(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Slope and R squared of the least-squares line of y on x; nothing is explained by an x that does not vary."""
     x, y = x.flatten() - x.mean(), y.flatten() - y.mean()
-    if x.square().sum() == 0 or y.square().sum() == 0:
+    if x.abs().max() <= STILL or y.abs().max() <= STILL:
         return 0.0, 0.0
     slope = (x @ y) / (x @ x)
     return slope.item(), ((x @ y).square() / ((x @ x) * (y @ y))).item()

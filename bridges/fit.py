@@ -61,6 +61,8 @@ def fit(
     sparse model that trains. ValueError for input that cannot be, before anything is computed or written;
     FloatingPointError if a loss is not finite.
     """
+    if not isinstance(config, FitConfig | None):
+        raise ValueError(f"config={config!r} must be a FitConfig; single settings are given by name: fit(..., steps=0)")
     config = (config or FitConfig()).with_settings(settings)
     if not config.resume:
         refuse_used_folder(config.output_dir)

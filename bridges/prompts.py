@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs, probability, task_pairs
-from bridges.data.prepare import refuse_foreign_tokens
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import find_tokenizer, frozen
-from bridges.models.residual import ResidualModel, Trace, context_limit
+from bridges.models.residual import ResidualModel, Trace, check_tokens, refuse_foreign_tokens
 from bridges.models.sparse import SparseTransformer
 from bridges.training.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
 from bridges.training.support import multiplying_nonzeros
@@ -96,19 +95,7 @@ def check_channels(pair: ModelPair, chosen: Channels) -> None:
 
 def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
     """The text; ValueError unless it is rows of the models' tokens, no longer than both contexts."""
-    if (
-        not isinstance(text, Tensor)
-        or text.ndim != 2
-        or len(text) == 0
-        or text.shape[1] < 2
-        or text.is_floating_point()
-    ):
-        what = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
-        raise ValueError(f"text={what} must be a tensor of token ids [rows, seq], rows of two tokens or more")
-    limit = context_limit(pair.dense, pair.sparse)
-    if limit is not None and text.shape[1] > limit:
-        raise ValueError(f"text={tuple(text.shape)} is over the models' context of {limit} tokens; cut its rows")
-    refuse_foreign_tokens("text", text, min(m.vocab_size for m in pair[:2]))
+    check_tokens("text", text, None, pair.dense, pair.sparse)
     return text
 
 
@@ -129,7 +116,15 @@ def pairs_of(task: str | TaskPairs, dense: nn.Module | ResidualModel, tokenizer:
 
 @torch.no_grad()
 def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
-    """Run both models on the presented prompts, the sparse one on their counterfactuals too."""
+    """Run both models on the presented prompts, the sparse one on their counterfactuals too.
+
+    ValueError for prompts or answers that are none of the models' tokens, or prompts longer than a context.
+    """
+    what = f"task={pairs.task!r} with this tokenizer"
+    for ids in (pairs.input_ids, pairs.counterfactual_ids):
+        check_tokens(what, ids, None, pair.dense, pair.sparse)
+    for tokens in (pairs.answers, pairs.targets):
+        refuse_foreign_tokens(what, tokens.clamp(min=0), pair.dense, pair.sparse)
     pairs = pairs.to(pair.dense.device)
     traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
     changed = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)

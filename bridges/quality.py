@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bridges.files import read_json, write_json
+from bridges.files import write_json
+from bridges.stored import read_keys
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class BridgeReport:
     def load(cls, path: str | Path) -> BridgeReport:
         """Read `report.json`."""
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(read_keys(Path(path)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a report of bridges: {error}") from None
 

@@ -209,27 +209,31 @@ def edit_config(folder, **changes):
 
 TENSORS, CONFIG = "bridges.safetensors", "config.json"
 DAMAGES = {
-    "cut": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-20]), rf"{TENSORS} cannot be read"),
-    "empty": (lambda f: (f / TENSORS).write_bytes(b""), rf"{TENSORS} cannot be read"),
-    "no safetensors": (lambda f: (f / TENSORS).write_text("x" * 99), rf"{TENSORS} cannot be read"),
-    "gone": (lambda f: (f / TENSORS).unlink(), rf"{TENSORS} is missing"),
+    "cut": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-20]), rf"{TENSORS} is not a whole safe"),
+    "empty": (lambda f: (f / TENSORS).write_bytes(b""), rf"{TENSORS} is empty"),
+    "no safetensors": (lambda f: (f / TENSORS).write_text("x" * 99), rf"{TENSORS} is not a whole safe"),
+    "gone": (lambda f: (f / TENSORS).unlink(), rf"{TENSORS} does not exist"),
     "one missing": (
         lambda f: rewrite(f / TENSORS, lambda t: t.pop("final.decoder_bias")),
-        "tensor 'final.decoder_bias' is missing",
+        "tensor final.decoder_bias is missing",
     ),
     "one too many": (
         lambda f: rewrite(f / TENSORS, lambda t: t.update({"0.mlp.decoder_bias": torch.ones(2)})),
-        "tensor '0.mlp.decoder_bias' is unexpected",
+        "tensor 0.mlp.decoder_bias is not expected",
     ),
     "misshapen": (
         lambda f: rewrite(f / TENSORS, lambda t: t.update({"final.decoder_bias": torch.ones(2)})),
-        r"'final.decoder_bias' is \[2\], not \[5\]",
+        r"tensor final.decoder_bias has shape \[2\], not \[5\]",
     ),
     "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json: not a bridge folder"),
     "torn config": (lambda f: (f / CONFIG).write_text('{"k": '), "config.json is not valid JSON"),
     "another version": (lambda f: edit_config(f, format_version=1), r"config.json: format_version=1, .* reads 2"),
     "no width": (lambda f: edit_config(f, d_dense=None), "config.json lacks 'd_dense'"),
     "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is no dtype"),
+    "a list for a config": (lambda f: (f / CONFIG).write_text("[]"), "config.json does not hold a JSON object"),
+    "odd pairs": (lambda f: edit_config(f, pairs=[["0.attn"]]), "config.json: pairs, d_dense, d_sparse or k is none"),
+    "odd width": (lambda f: edit_config(f, d_dense="5"), "config.json: pairs, d_dense, d_sparse or k is none"),
+    "a list for a report": (lambda f: (f / "report.json").write_text("[]"), "report.json does not hold a JSON object"),
     "torn report": (lambda f: (f / "report.json").write_text("{"), "report.json is not valid JSON"),
     "odd report": (lambda f: (f / "report.json").write_text("{}"), "report.json is not a report"),
     "torn history": (lambda f: (f / "history.json").write_text("["), "history.json is not valid JSON"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -116,6 +117,15 @@ def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     assert status == 2
 
 
+def test_evaluate_reads_text_with_the_runs_tokenizer_or_another(monkeypatch, capsys, bundled_run, tmp_path):
+    text = ("--data", Path(__file__), "--seq-len", "64", "--out", tmp_path / "report.json")
+    status, printed, err = run(monkeypatch, capsys, "evaluate", bundled_run, *text)
+    assert status == 0, err
+    assert "nmse_decode" in printed and json.loads((tmp_path / "report.json").read_text())["tokens"] > 64
+    status, _, err = run(monkeypatch, capsys, "evaluate", bundled_run, *text, "--tokenizer", tmp_path)
+    assert status == 2 and "holds none" in err
+
+
 @pytest.fixture(scope="module")
 def bundled_run(tmp_path_factory):
     """A run folder of the bundled pair, as the demo leaves one."""
@@ -143,11 +153,13 @@ def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys
     ("arguments", "message"),
     [
         (("--task", "swap"), "task='swap' is unknown"),
-        (("--site", "0.mlp"), "--site goes with --channel"),
+        (("--site", "0.mlp"), "--site and --channel go together"),
+        (("--channel", "3"), "--site and --channel go together"),
+        (("--tokenizer", "nowhere"), "tokenizer='nowhere' holds none"),
         (("--site", "9.mlp", "--channel", "1", "--n", "2"), "site='9.mlp' has no bridge"),
         (("--site", "0.mlp", "--channel", "x"), "--channel 'x' is no number"),
         (("--strengths", "0,a"), "--strengths '0,a' are no numbers"),
-        (("--at", "here", "--channel", "1"), "--at 'here' must be one of read, residual"),
+        (("--at", "here", "--site", "0.mlp", "--channel", "1"), "--at 'here' must be one of read, residual"),
         (("--most", "9", "--n", "2"), "most=9 must be a whole number between 1 and 8"),
         (("--by", "sparse", "--n", "2"), "by='sparse' must be one of dense, both"),
         (("--budget", "-1", "--n", "2"), "budget=-1.0 must be 0 nats or more"),

@@ -38,6 +38,9 @@ REFUSED = {
     "per token, set": (dict(value=torch.ones(1, 2)), "mode='set' takes one number"),
     "per token, positions": (dict(value=torch.ones(1, 2), mode="add", positions=1), "exclude each other"),
     "positions": (dict(positions=[0.5]), r"positions=\[0.5\] must be integers or None"),
+    "a table of positions": (dict(positions=[[1, 2]]), r"positions=\[\[1, 2\]\] must be integers or None"),
+    "true or false": (dict(value=True), "value=True must be a finite number"),
+    "site": (dict(site=3), "site=3 must be the name of a sparse site"),
 }
 
 
@@ -54,6 +57,10 @@ DAMAGED = {
     "a key too many": (
         json.dumps({"edits": [EDITS[0].to_dict() | {"strength": 2}]}),
         "'strength' is unknown or missing",
+    ),
+    "text in a table": (
+        json.dumps({"edits": [EDITS[2].to_dict() | {"value": [[1, "a"], [2, 3]]}]}),
+        r"edits\.json: value=\[\[1, 'a'\], \[2, 3\]\]... must be one number, or rows of numbers",
     ),
     "a key too few": (json.dumps({"edits": [{"site": "0.attn"}]}), "'channel' is unknown or missing"),
 }
@@ -88,6 +95,13 @@ def test_files_of_something_else_are_refused(tmp_path, content, message):
     (tmp_path / "e.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_edits(tmp_path / "e.json")
+
+
+@pytest.mark.parametrize("one", [np.int64(3), np.array(3), torch.tensor(3), [np.int32(3)], torch.tensor([3])])
+def test_other_libraries_numbers_are_numbers(one, unchecked):
+    edit = Edit("0.attn", np.int64(2), np.float32(0.5), positions=one)
+    assert edit.positions == (3,) and type(edit.positions[0]) is int
+    assert type(edit.value) is float and json.dumps(edit.to_dict())
 
 
 def test_numpys_integers_are_channels_and_fractions_are_no_positions(unchecked):

@@ -184,7 +184,7 @@ def test_models_are_evaluated_without_dropout_and_left_in_their_modes():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (tokens(4, 12), "data with seq_len=12 is over the models' context of 9"),
+        (tokens(4, 12), "data has rows of 12 tokens, over the models' context of 9"),
         (tokens(4, 8) + 17, "data holds token"),
         (tokens(4, 1), "rows of 1 real token"),
     ],
@@ -192,6 +192,12 @@ def test_models_are_evaluated_without_dropout_and_left_in_their_modes():
 def test_data_that_cannot_be_is_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*join(gpt2(context=9), sparse_model()), rows)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0])
+def test_an_impossible_batch_size_is_refused(size, unchecked):
+    with pytest.raises(ValueError, match=f"batch_size={size} must be a whole number"):
+        evaluate(*join(gpt2(), sparse_model()), tokens(), batch_size=size)
 
 
 def test_rows_that_never_vary_have_no_nmse():

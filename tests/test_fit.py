@@ -360,11 +360,23 @@ def two_tokenizers(folder):
     return {"dense": folder / "dense", "sparse": folder / "sparse"}
 
 
+def test_a_config_is_no_dict(unchecked):
+    with pytest.raises(ValueError, match="config={'steps': 0} must be a FitConfig"):
+        run(config={"steps": 0})
+
+
 REFUSED = {
     "other vocabulary": (lambda _: {"dense": shallow(vocab=19)}, "19 and 17 tokens"),
     "other tokenizer": (two_tokenizers, "different tokenizers"),
     "seq_len over the context": (lambda _: {"seq_len": 13}, "seq_len=13 is over the models' context of 12"),
-    "rows over the context": (lambda _: {"data": tokens(4, 14)}, "seq_len=14 is over the models' context of 12"),
+    "rows over the context": (
+        lambda _: {"data": tokens(4, 14)},
+        "data has rows of 14 tokens, over the models' context of 12",
+    ),
+    "foreign tokens beside sampled ones": (
+        lambda _: {"data": None, "eval_data": DATA + 1},
+        "eval_data holds token 17; the models know 0 to 16",
+    ),
     "unknown setting": (lambda _: {"learning_rate": 1}, "learning_rate=1 is no setting of fit"),
     "impossible setting": (lambda _: {"steps": -1}, "steps=-1"),
     "foreign tokens": (lambda _: {"data": DATA + 1}, "data holds token 17; the models know 0 to 16"),

@@ -33,6 +33,24 @@ def test_pairs_that_are_given_are_taken_and_names_need_a_tokenizer(pair):
         pairs_of("for_while", pair.dense, None, 3, 0)
 
 
+@pytest.mark.parametrize("field", ["input_ids", "counterfactual_ids", "answers", "targets"])
+def test_prompts_of_another_tokenizer_are_refused(pair, field):
+    task = toy_task()
+    wrong = getattr(task, field).clone()
+    wrong[2, -1] = 17
+    with pytest.raises(
+        ValueError, match=f"task='{task.task}' with this tokenizer holds token 17; the models know 0 to 16"
+    ):
+        prompts_of(pair, task._replace(**{field: wrong}))
+
+
+def test_prompts_longer_than_a_context_are_refused(pair):
+    task = toy_task()
+    longer = {name: getattr(task, name).repeat(1, 3) for name in ("input_ids", "counterfactual_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=r"has rows of \d+ tokens, over the models' context of 12; cut them"):
+        prompts_of(pair, task._replace(**longer))
+
+
 def test_both_models_are_frozen_inside_and_as_before_after(pair):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()

@@ -696,6 +696,7 @@ def test_threads_may_share_a_sparse_model(sparse):
     ("edits", "options", "message"),
     [
         (["x"], {}, "edits holds 'x'; it must be an Edit or a list of them"),
+        (None, {}, "edits holds None; it must be an Edit or a list of them"),
         (Edit(SITE, 1, 1.0, "add"), {"strength": "1"}, "strength='1' must be a finite number"),
     ],
 )

@@ -57,8 +57,10 @@ def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int
     """
     if task not in EXAMPLES:
         raise ValueError(f"task={task!r} is unknown; tasks are {', '.join(TASKS)}")
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1 pair")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n={n!r} must be a whole number of pairs, at least 1")
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(f"tokenizer={tokenizer!r} cannot encode text; pass a Hugging Face tokenizer")
     rng, broken = random.Random(f"{task} {seed}"), Counter[str]()
     pairs: list[_Encoded] = []
     drawn: set[tuple[int, ...]] = set()

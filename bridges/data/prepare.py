@@ -14,7 +14,7 @@ from bridges.data.rows import Rows
 from bridges.data.sampled import sampled_text
 from bridges.data.sources import Wanted, load_rows
 from bridges.models.loading import find_tokenizer
-from bridges.models.residual import ResidualModel, context_limit
+from bridges.models.residual import ResidualModel, check_tokens, context_limit
 
 HELDOUT = 0.05
 """Part of the rows set aside where there is no `eval_data`."""
@@ -76,8 +76,9 @@ def prepare(
     """Load or sample the rows of a run; ValueError, naming both values, where data and models do not fit together."""
     tokenizer = _one_tokenizer(tokenizer, sources)
     limit = context_limit(dense, sparse)
-    _refuse_too_long("seq_len", config.seq_len, limit)
     seq_len = config.seq_len
+    if seq_len is not None and limit is not None and seq_len > limit:
+        raise ValueError(f"seq_len={seq_len} is over the models' context of {limit} tokens; pass {limit} or less")
     if data is None or isinstance(data, str | PathLike):
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if data is None:
@@ -89,7 +90,7 @@ def prepare(
         rows = load_rows(data, tokenizer, seq_len, wanted, config.seed)
         prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
     for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
-        _check_rows(name, part, dense, sparse)
+        check_tokens(name, part.input_ids, part.attention_mask, dense, sparse)
     return prepared
 
 
@@ -107,7 +108,7 @@ def heldout_rows(
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
         tokenizer = _one_tokenizer(tokenizer, sources)
     rows = load_rows(data, tokenizer, seq_len)
-    _check_rows("data", rows, dense, sparse)
+    check_tokens("data", rows.input_ids, rows.attention_mask, dense, sparse)
     return rows
 
 
@@ -141,26 +142,3 @@ def _one_tokenizer(given: Any, sources: tuple[Any, Any]) -> Any:
             "bridges need one tokenizer for both"
         )
     return next((t for t in (given, dense, sparse) if t is not None), None)
-
-
-def _check_rows(name: str, rows: Rows, dense: ResidualModel, sparse: ResidualModel) -> None:
-    """ValueError unless both models can read the rows and something is predicted and counted in them."""
-    _refuse_too_long(f"{name} with seq_len", rows.seq_len, context_limit(dense, sparse))
-    refuse_foreign_tokens(name, rows.input_ids, min(dense.vocab_size, sparse.vocab_size))
-    most = rows.seq_len if rows.attention_mask is None else int(rows.attention_mask.sum(1).max())
-    if most < 2:
-        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")
-
-
-def _refuse_too_long(name: str, seq_len: int | None, limit: int | None) -> None:
-    if seq_len is not None and limit is not None and seq_len > limit:
-        raise ValueError(
-            f"{name}={seq_len} is over the models' context of {limit} tokens; pass seq_len={limit} or less"
-        )
-
-
-def refuse_foreign_tokens(name: str, input_ids: Tensor, vocab_size: int) -> None:
-    """ValueError unless every token is one of the models'."""
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from bridges.models.checkpoint import read_keys, read_safetensors_folder, read_torch_file
 from bridges.models.sparse_config import SparseConfig
+from bridges.stored import read_keys, read_safetensors_folder, read_torch_file
 
 RELEASE_CONFIG = "beeg_config.json"
 RELEASE_WEIGHTS = "final_model.pt"

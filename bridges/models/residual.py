@@ -214,6 +214,29 @@ def on_input(visitor: Visitor, d_model: int) -> Callable[..., Any]:
     return hook
 
 
+def check_tokens(name: str, input_ids: Any, attention_mask: Tensor | None, *models: ResidualModel) -> None:
+    """ValueError, naming what is wrong, unless all models can read these rows of tokens."""
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not len(input_ids):
+        what = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"{name}={what} must be a tensor of token ids [rows, seq]")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape {tuple(input_ids.shape)}")
+    limit, width = context_limit(*models), input_ids.shape[1]
+    if limit is not None and width > limit:
+        raise ValueError(f"{name} has rows of {width} tokens, over the models' context of {limit}; cut them to that")
+    refuse_foreign_tokens(name, input_ids, *models)
+    most = width if attention_mask is None else int(attention_mask.sum(1).max())
+    if most < 2:
+        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")
+
+
+def refuse_foreign_tokens(name: str, input_ids: Tensor, *models: ResidualModel) -> None:
+    """ValueError unless all models know every token."""
+    low, high, vocab_size = int(input_ids.min()), int(input_ids.max()), min(model.vocab_size for model in models)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
+
+
 def context_limit(*models: ResidualModel) -> int | None:
     """The most tokens that a row of all models may have, None where none sets a limit."""
     return min((m.context_length for m in models if m.context_length is not None), default=None)

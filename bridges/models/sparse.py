@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bridges.models.checkpoint import check_tensors
 from bridges.models.residual import ResidualModel, position_ids
 from bridges.models.sparse_blocks import Block, RMSNorm, Sink, Trunk, Write, attention_pattern, sinusoids
 from bridges.models.sparse_config import SparseConfig
 from bridges.models.sparse_file import write_nonzeros
 from bridges.models.sparse_folder import DOWNLOAD, NONZEROS, locate, read_folder, remove_other_weights
+from bridges.stored import check_tensors
 
 __all__ = ["SparseConfig", "SparseTransformer"]
 

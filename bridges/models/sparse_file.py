@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bridges.files import write_tensors
-from bridges.models.checkpoint import read_safetensors
+from bridges.stored import read_safetensors
 
 METADATA_KEY = "nonzeros"
 _GAP_TYPES = (torch.uint8, torch.uint16, torch.uint32, torch.int64)

@@ -9,9 +9,9 @@ import huggingface_hub
 from torch import Tensor
 
 from bridges.models import openai
-from bridges.models.checkpoint import INDEX, SINGLE, read_keys, read_safetensors_folder
 from bridges.models.sparse_config import SparseConfig
 from bridges.models.sparse_file import read_nonzeros
+from bridges.stored import INDEX, SINGLE, read_keys, read_safetensors_folder
 
 NONZEROS = "sparse_model.safetensors"
 """The weights of a folder written with `save_pretrained(path, sparse=True)`."""

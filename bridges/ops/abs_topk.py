@@ -8,6 +8,7 @@ and seen rather than hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,7 +126,7 @@ def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tens
 
 
 def _check(x: Tensor, k: int) -> None:
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
     if x.dtype not in _BITS:
         raise ValueError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")

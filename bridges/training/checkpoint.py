@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bridges.files import read_json, replacing, write_json, write_tensors
-from bridges.models.checkpoint import read_safetensors
+from bridges.stored import read_safetensors
 
 KEPT = 2
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bridges.bridge import BridgeSet
 from bridges.models.huggingface import as_residual
 from bridges.models.loading import frozen
-from bridges.models.residual import ResidualModel, Trace
+from bridges.models.residual import ResidualModel, Trace, check_tokens
 from bridges.ops.kl import kl_divergence
 from bridges.training.scale import Share, counted_tokens, predicting, scale_of, share_of_streams
 
@@ -174,6 +174,9 @@ def hybrid_losses(
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
+    check_tokens("input_ids", input_ids, attention_mask, pair.dense, pair.sparse)
+    if sites is not None and not len(sites):
+        raise ValueError(f"sites={sites!r} names none; leave it out for all")
     with frozen(pair.dense.model):  # the dense model is a fixed target: no dropout, no gradient
         return _losses(pair, input_ids, attention_mask, sites)
 

@@ -201,7 +201,9 @@ class Joining(Characters):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("for_while", Characters(), 0), "n=0 must be at least 1 pair"),
+        (("for_while", Characters(), 0), "n=0 must be a whole number of pairs, at least 1"),
+        (("for_while", Characters(), 2.5), "n=2.5 must be a whole number"),
+        (("for_while", None, 2), "tokenizer=None cannot encode text"),
         (("swap", Characters(), 2), "task='swap' is unknown; tasks are single_double_quote, "),
         (
             ("single_double_quote", Joining(), 2),
@@ -210,7 +212,7 @@ class Joining(Characters):
         (("class_init", Characters(), 2, 0, 20), "because (the prompts are over max_tokens=20|its two prompts differ)"),
     ],
 )
-def test_what_cannot_be_made_is_refused_with_the_rule(arguments, message):
+def test_what_cannot_be_made_is_refused_with_the_rule(arguments, message, unchecked):
     with pytest.raises(ValueError, match=message):
         task_pairs(*arguments)
 

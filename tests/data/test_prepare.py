@@ -75,6 +75,8 @@ def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
     prepared = ready(endless(one), **settings)
     assert len(prepared.train) >= 60 and len(one) <= 17  # 10 x 3 x 2 rows and a twentieth of them more
     assert len(ready(endless(two), processes=2, **settings).train) >= 120 and len(two) > len(one)
+    asked = {"steps": 0, "closed_form_tokens": 1, "interchange_pairs": 50}
+    assert len(ready(endless([]), interchange_weight=0.1, **asked).train) >= 50 > len(ready(endless([]), **asked).train)
     tokens = ready(endless([]), steps=0, closed_form_tokens=600).train
     assert 600 <= tokens.input_ids.numel() <= 660
 
@@ -99,10 +101,22 @@ def test_sampling_beside_eval_data(ready):
     assert len(prepared.train) == 4 and torch.equal(prepared.heldout.input_ids, data(6, 5))
 
 
+@pytest.mark.parametrize(
+    ("eval_data", "message"),
+    [
+        (torch.full((2, 5), 70), "eval_data holds token 70"),
+        (torch.zeros(2, 1).long(), r"eval_data has rows of 1 real token\(s\)"),
+    ],
+)
+def test_eval_data_beside_sampled_rows_is_checked_too(ready, eval_data, message):
+    with pytest.raises(ValueError, match=message):
+        ready(None, eval_data=eval_data, sampled_rows=4, seq_len=5)
+
+
 def test_the_refusals_name_both_values(ready):
-    with pytest.raises(ValueError, match=r"seq_len=33 is over the models' context of 32 tokens; pass seq_len=32"):
+    with pytest.raises(ValueError, match=r"seq_len=33 is over the models' context of 32 tokens; pass 32 or less"):
         ready(data(), seq_len=33)
-    with pytest.raises(ValueError, match=r"data with seq_len=40 is over the models' context of 32"):
+    with pytest.raises(ValueError, match=r"data has rows of 40 tokens, over the models' context of 32"):
         ready(data(4, 40))
     with pytest.raises(ValueError, match=r"data holds token 70; the models know 0 to 60"):
         ready(torch.full((4, 5), 70))

@@ -60,6 +60,17 @@ def test_a_tokenizer_is_found_where_the_model_lies(tiny):
     assert len({len(tokenizer) for tokenizer in found}) == 1 and found[0].eos_token == "<|endoftext|>"
 
 
+def test_a_hub_id_without_a_tokenizer_has_none(monkeypatch):
+    """transformers would make an empty one of a kind that it guesses from the model's."""
+    asked = []
+    monkeypatch.setattr(loading, "cached_file", lambda place, name, **_: asked.append((place, name)))
+    assert loading.find_tokenizer("me/model") is None
+    assert asked == [("me/model", "tokenizer.json"), ("me/model", "tokenizer_config.json")]
+    monkeypatch.setattr(loading, "cached_file", lambda place, name, **_: name)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda place: f"that of {place}")
+    assert loading.find_tokenizer("me/model") == "that of me/model"
+
+
 def test_a_folder_without_a_tokenizer_has_none(tiny, tmp_path):
     assert loading.find_tokenizer(tmp_path) is None
     model = tiny("gpt2")

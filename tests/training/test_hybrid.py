@@ -86,6 +86,23 @@ def test_models_themselves_do_as_well_as_their_chains(ids):
     assert all(torch.equal(one, two) for one, two in zip(chains, models, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": torch.full((2, 4), 99)}, "input_ids holds token 99; the models know 0 to 16"),
+        ({"input_ids": torch.zeros(2, 40).long()}, "input_ids has rows of 40 tokens, over the models' context of 12"),
+        ({"input_ids": torch.zeros(4).long()}, r"input_ids=\(4,\) must be a tensor of token ids"),
+        ({"input_ids": torch.zeros(2, 1).long()}, r"input_ids has rows of 1 real token\(s\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask \(1, 3\) must have the shape \(2, 4\)"),
+        ({"sites": []}, r"sites=\[\] names none"),
+    ],
+)
+def test_tokens_and_sites_that_cannot_be_are_refused(given, message, unchecked):
+    pair = join(gpt2(), sparse_model())
+    with pytest.raises(ValueError, match=message):
+        hybrid_losses(*pair, **({"input_ids": torch.zeros(2, 4).long()} | given))
+
+
 def test_other_models_are_refused_unless_the_caller_insists(ids):
     pair = PAIRS["equal depth"]()
     pair.bridge_set.remember(pair.dense.model, pair.sparse.model)

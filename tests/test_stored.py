@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bridges.models.checkpoint import (
+from bridges.stored import (
     INDEX,
     check_tensors,
     read_keys,
