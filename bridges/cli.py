@@ -72,7 +72,7 @@ def demo_command(
     steps: Annotated[int, typer.Option(help="Gradient steps after the closed form.")] = SETTINGS.steps,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts to steer.")] = 200,
 ) -> None:
-    """Fit bridges for the bundled pair, measure them held-out, steer one channel, and draw it all."""
+    """Fit bridges for the bundled pair, measure them held-out, steer by one channel and by a few, and draw it all."""
     demo(out, SETTINGS.with_settings({"steps": steps}), prompts)
 
 

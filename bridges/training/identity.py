@@ -10,6 +10,9 @@ from bridges.config import FitConfig
 from bridges.fingerprint import fingerprint, same_model
 from bridges.training.hybrid import ModelPair
 
+RESOURCES = ("checkpoint_every", "moments_gib")
+"""Settings that say what a run may take, not what it computes: another value carries it on as well."""
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -29,7 +32,8 @@ class RunIdentity:
     ) -> RunIdentity:
         """The identity of a run about to start."""
         sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
-        return cls({**config.recorded(), "processes": processes}, data, fingerprint(pair.dense.model), sparse, versions)
+        settings = {name: value for name, value in config.recorded().items() if name not in RESOURCES}
+        return cls({**settings, "processes": processes}, data, fingerprint(pair.dense.model), sparse, versions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a checkpoint."""

@@ -13,6 +13,7 @@ def identity(dense=None, sparse=None, data="d1", versions=None, **settings):
 def test_the_same_run_may_continue_shown_elsewhere_and_with_other_versions(tmp_path):
     stored = identity().to_dict()
     refuse_other_run(stored, identity(output_dir=tmp_path, resume=True, progress=False, report_to="wandb"))
+    refuse_other_run(stored, identity(checkpoint_every=3, moments_gib=0.5))
     refuse_other_run(stored, identity(versions={"torch": "2"}))
 
 
