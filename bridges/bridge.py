@@ -67,6 +67,11 @@ class Bridge(nn.Module):
         """W_dec dz: what a change of the sparse stream means to the dense one; no bias, no cancellation."""
         return F.linear(dz.to(self.decoder_weight), self.decoder_weight)
 
+    def read_columns(self, channels: Sequence[int]) -> Float[Tensor, "n d_dense"]:
+        """W_dec[:, c] R_s / gain_s: a read unit of each channel, in the dense stream (method, section 4)."""
+        units = self.rms_sparse.to(self.gain_sparse) / self.gain_sparse[list(channels)]
+        return (self.decoder_weight[:, list(channels)].T * units[:, None]).detach()
+
     def randomize(self, generator: torch.Generator) -> None:
         """Normal weights of variance 1 / fan-in, zero biases: where gradient steps start without a closed form."""
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""bridges demo: fit fresh bridges for the bundled pair, measure them, and steer the dense model by one channel and by a few."""
+"""bridges demo: fit bridges for the bundled pair, measure them, steer the dense model by one channel and by a few."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ def directions(
                 "a fixed direction"
             )
         bridge, (dense_site, _) = bridge_set[edit.site], bridge_set.pairs[bridge_set.index(edit.site)]
-        dz = strength * edit.value * bridge.rms_sparse / bridge.gain_sparse[edit.channel]
-        delta = (bridge.decoder_weight[:, edit.channel] * dz).detach().to(bridge.decoder_weight.dtype)
+        delta = strength * edit.value * bridge.read_columns([edit.channel])[0]
         found[dense_site] = found[dense_site] + delta if dense_site in found else delta
     return found
 

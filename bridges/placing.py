@@ -179,15 +179,12 @@ def place_of(
     i = bridge_set.index(site)
     channels = list(dict.fromkeys(edit.channel for edit in edits))
     bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
-    with torch.no_grad():
-        gain, rms = bridge.gain_sparse[channels], bridge.rms_sparse.to(bridge.gain_sparse)
-        to_stream = bridge.decoder_weight[:, channels].T * (strength * rms / gain)[:, None]
     return Place(
         i,
         dense.index(dense_site),
         None if sparse is None else sparse.index(sparse_site),
         channels,
         edits,
-        to_stream.detach(),
-        gain / rms,
+        strength * bridge.read_columns(channels),
+        bridge.gain_sparse[channels] / bridge.rms_sparse.to(bridge.gain_sparse),
     )

@@ -85,6 +85,15 @@ def test_decode_is_affine_and_its_delta_has_no_bias(bridge):
         assert torch.equal(bridge.decode_delta(dz * 0), torch.zeros(2, 4, D_DENSE).double())
 
 
+def test_a_read_units_column_is_the_formula(bridge):
+    bridge.rms_sparse.fill_(1.5)
+    bridge.gain_sparse.copy_(normal(D_SPARSE, seed=4))
+    columns = bridge.read_columns([6, 2, 2])
+    for row, c in zip(columns, (6, 2, 2), strict=True):
+        torch.testing.assert_close(row, bridge.decoder_weight[:, c].detach() * 1.5 / bridge.gain_sparse[c])
+    assert not columns.requires_grad
+
+
 def test_streams_of_another_dtype_are_raised_to_the_bridges_own(bridge):
     low = normal(3, D_DENSE).bfloat16()
     with torch.no_grad():
