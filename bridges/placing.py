@@ -24,8 +24,8 @@ class Window:
 
     mask: Int[Tensor, "b t"]
     """Over the tokens before the call and its own."""
-    prompt: Int[Tensor, "b 1"]
-    """Real tokens of the row's prompt."""
+    prompt: Int[Tensor, "b 1"] | None
+    """Real tokens of the row's prompt, None where the prompt is over."""
     prompt_width: int
     """Columns of the last prompt."""
     start: int
@@ -47,7 +47,7 @@ class Window:
         for position in positions:
             if position >= 0:
                 here |= self.place == position
-            else:
+            elif self.prompt is not None:
                 here |= self.place == self.prompt + position
         return here & self.real
 
@@ -105,9 +105,10 @@ class Windows:
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        width = 0 if self._prompt is None else self._prompt.shape[1]
-        seen = mask[:, :width]
-        prompt = seen.sum(1, keepdim=True) + width - seen.shape[1]  # what is yet to come of a prompt is no padding
+        width, prompt = 0 if self._prompt is None else self._prompt.shape[1], None
+        if self._told or call.past == 0:  # else another cache than that of the last prompt may go on
+            seen = mask[:, :width]
+            prompt = seen.sum(1, keepdim=True) + width - seen.shape[1]  # what is yet to come of a prompt is no padding
         return Window(mask, prompt, width, call.past)
 
     def _note_prompt(self, call: Pass) -> None:

@@ -361,7 +361,7 @@ def two_tokenizers(folder):
 
 
 def test_a_config_is_no_dict(unchecked):
-    with pytest.raises(ValueError, match="config={'steps': 0} must be a FitConfig"):
+    with pytest.raises(ValueError, match=r"config=\{'steps': 0\} must be a FitConfig"):
         run(config={"steps": 0})
 
 

@@ -632,6 +632,24 @@ def test_the_prompt_is_what_generate_is_given_in_whatever_pieces(pair, how, sour
     assert "generate" not in vars(pair.dense.model)
 
 
+def test_two_caches_may_go_on_by_turns(pair):
+    model, edit = pair.dense.model, Edit(SITE, CHANNEL, 4.0, "set", (-1,))
+    prompts, found = [tokens()[:, :3], tokens(seed=6)], {}
+
+    def run(turns):
+        caches = [DynamicCache(config=model.config) for _ in prompts]
+        with torch.no_grad(), steered(pair, edit):
+            for i, ids in turns:
+                found.setdefault(i, []).append(model(ids, past_key_values=caches[i]).logits)
+
+    steps = [[(i, ids), *((i, ids[:, t : t + 1]) for t in range(4))] for i, ids in enumerate(prompts)]
+    run(steps[0] + steps[1])
+    run([turn for both in zip(*steps, strict=True) for turn in both])
+    for logits_found in found.values():
+        for one, two in zip(logits_found[:5], logits_found[5:], strict=True):
+            assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("at", ["read", "residual"])
 @pytest.mark.parametrize("site", ["0.mlp", "1.attn"])
 def test_contexts_may_be_left_in_any_order(pair, site, at):
