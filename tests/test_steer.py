@@ -634,7 +634,7 @@ def test_the_prompt_is_what_generate_is_given_in_whatever_pieces(pair, how, sour
 
 def test_two_caches_may_go_on_by_turns(pair):
     model, edit = pair.dense.model, Edit(SITE, CHANNEL, 4.0, "set", (-1,))
-    prompts, found = [tokens()[:, :3], tokens(seed=6)], {}
+    prompts, more, found = [tokens()[:, :3], tokens()], tokens(width=4, seed=6), {}
 
     def run(turns):
         caches = [DynamicCache(config=model.config) for _ in prompts]
@@ -642,7 +642,7 @@ def test_two_caches_may_go_on_by_turns(pair):
             for i, ids in turns:
                 found.setdefault(i, []).append(model(ids, past_key_values=caches[i]).logits)
 
-    steps = [[(i, ids), *((i, ids[:, t : t + 1]) for t in range(4))] for i, ids in enumerate(prompts)]
+    steps = [[(i, ids), *((i, more[:, t : t + 1]) for t in range(4))] for i, ids in enumerate(prompts)]
     run(steps[0] + steps[1])
     run([turn for both in zip(*steps, strict=True) for turn in both])
     for logits_found in found.values():
