@@ -54,7 +54,7 @@ class Bridge(nn.Module):
         return abs_topk(F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias), self.k)
 
     def encode_at(self, h: Float[Tensor, "*batch d_dense"], channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
-        """`encode(h)[..., channels]`, bit for bit and without a gradient, for less than the whole of f(h) costs."""
+        """`encode(h)[..., channels]`, bit for bit and without a gradient, at less cost for a few channels."""
         with torch.no_grad():
             z = F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias)
         return abs_topk_at(z, self.k, channels)

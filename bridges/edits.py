@@ -59,10 +59,13 @@ class Edit:
         elif not isinstance(self.value, int | float):
             object.__setattr__(self, "value", float(self.value))
         if self.positions is not None:
-            positions = np.atleast_1d(np.asarray(self.positions))
-            if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
+            positions: Any = self.positions
+            if isinstance(positions, Tensor | np.ndarray):
+                positions = positions.tolist()
+            positions = list(positions) if isinstance(positions, Iterable) else [positions]
+            if not all(isinstance(p, Integral) and not isinstance(p, bool) for p in positions):
                 raise ValueError(f"positions={self.positions!r} must be integers or None")
-            object.__setattr__(self, "positions", tuple(positions.tolist()))
+            object.__setattr__(self, "positions", tuple(int(p) for p in positions))
 
     def _check_tensor(self, value: Tensor) -> None:
         if value.ndim != 2 or not value.is_floating_point() or not value.isfinite().all():
@@ -166,7 +169,7 @@ def counterfactual(
             f"channel={channel!r} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels"
         )
     for name, ids in (("input_ids", input_ids), ("counterfactual_ids", counterfactual_ids)):
-        check_tokens(name, ids, None, chain)
+        check_tokens(name, ids, None, chain, least=1)
     with frozen(chain.model), torch.no_grad():
         dn = changed_reads(chain, input_ids, counterfactual_ids, attention_mask)[index]
     return Edit(site, channel, dn[..., channel], "add")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -49,7 +50,7 @@ def evaluate(
     Every figure is one sum over the whole data divided by another. ValueError if the set was fitted to other models,
     unless `check_models` is False.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of rows, at least 1")
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:

@@ -54,6 +54,8 @@ def export_direction(
     that is no fixed direction.
     """
     path, vectors = Path(path), directions(bridge_set, edits, strength)
+    if not vectors:
+        raise ValueError(f"edits={edits!r} holds none, so there is nothing to export")
     if path.suffix == ".safetensors":
         write_tensors(path, vectors)
     elif path.suffix == ".gguf":

@@ -53,10 +53,13 @@ class Installed(list[Steering]):
             ]
             with ExitStack() as stack:
                 for steering in self if prompts else ():
-                    stack.enter_context(steering.windows.generating(prompts[0]))
+                    stack.enter_context(steering.windows.generating(prompts[0], kwargs.get("attention_mask")))
                 return generate(*args, **kwargs)
 
         return told
+
+    def __deepcopy__(self, _memo: Any) -> Installed:
+        raise ValueError("the model is steered, and a copy of it would be by halves; leave steer() before copying it")
 
 
 def installed(model: nn.Module | ResidualModel) -> Installed:

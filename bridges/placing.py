@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache
 
 from bridges.bridge import BridgeSet
 from bridges.edits import Edit
@@ -27,7 +28,7 @@ class Window:
     prompt: Int[Tensor, "b 1"] | None
     """Real tokens of the row's prompt, None where the prompt is over."""
     prompt_width: int
-    """Columns of the last prompt."""
+    """Columns of the prompt, 0 where it is over."""
     start: int
     """Column of the first new token, padding included."""
 
@@ -64,7 +65,7 @@ class Window:
                 f"value={tuple(value.shape)} is shorter than the prompts, {prompts}, which are padded on the left; "
                 "make it of the padded prompts"
             )
-        here = value[:, self.start : self.start + width].to(self.real.device)
+        here = value[:, self.start : min(self.start + width, self.prompt_width)].to(self.real.device)
         here = F.pad(here, (0, width - here.shape[1]))
         return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
 
@@ -81,42 +82,69 @@ class Windows:
         self._from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
         self._prompt: Tensor | None = None
         self._width = 0
-        self._told = self._started = False
+        self._told: tuple[Tensor, Tensor] | None = None
+        """The prompt of the `generate` at hand, and its mask."""
+        self._cache: Cache | None = None
+        """The cache that it is read into."""
+        self._started = False
 
     @contextmanager
-    def generating(self, prompt: Int[Tensor, "b s"]) -> Iterator[None]:
+    def generating(self, prompt: Int[Tensor, "b s"], mask: Tensor | None) -> Iterator[None]:
         """Inside, calls belong to a `generate` of this prompt, in whatever pieces it comes."""
-        self._prompt, self._told = prompt, True
+        whole = torch.ones_like(prompt) if mask is None or mask.shape != prompt.shape else mask.long()
+        outer = self._told, self._cache
+        self._told, self._cache = (prompt, whole), None
+        self._prompt, self._width = None, 0
         try:
             yield
         finally:
-            self._told = False
+            self._told, self._cache = outer
 
     def of(self, call: Pass) -> Window:
         """ValueError where an edit counts from the end of a prompt that was not seen."""
         ids, mask = call.input_ids, call.attention_mask
         mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
-        if call.past == 0:
-            self._started = True
-            if not self._told:
-                self._note_prompt(call)
+        self._started |= call.past == 0
         if not self._started and self._from_the_end is not None:
             raise ValueError(
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        width, prompt = 0 if self._prompt is None else self._prompt.shape[1], None
-        if self._told or call.past == 0:  # else another cache than that of the last prompt may go on
-            seen = mask[:, :width]
-            prompt = seen.sum(1, keepdim=True) + width - seen.shape[1]  # what is yet to come of a prompt is no padding
-        return Window(mask, prompt, width, call.past)
+        if (told := self._told_prompt(call)) is not None:
+            width = told.shape[1]
+            told = torch.cat([mask[:, :width], told[:, mask.shape[1] :]], 1)  # the call knows what generate inferred
+            return Window(mask, told.sum(1, keepdim=True), width, call.past)
+        if call.past > 0:  # any cache may go on, not that of the last prompt alone
+            return Window(mask, None, 0, call.past)
+        width = self._own_prompt_width(call)
+        return Window(mask, mask[:, :width].sum(1, keepdim=True), width, call.past)
 
-    def _note_prompt(self, call: Pass) -> None:
+    def _told_prompt(self, call: Pass) -> Int[Tensor, "b prompt"] | None:
+        """The mask of the prompt that `generate` was given, where this call reads some of it; None elsewhere.
+
+        Not every call inside is of that prompt: guidance, for one, reads another beside it.
+        """
+        ids, past = call.input_ids, call.past
+        if self._told is None or past >= self._told[0].shape[1] or len(ids) % len(self._told[0]):
+            return None
+        if self._cache is not None and call.cache is not self._cache:
+            return None
+        times = len(ids) // len(self._told[0])
+        prompt, mask = (tensor.to(ids.device).repeat_interleave(times, 0) for tensor in self._told)
+        here = prompt[:, past : past + ids.shape[1]]
+        if not torch.equal(ids[:, : here.shape[1]], here):
+            return None
+        self._cache = call.cache
+        return mask
+
+    def _own_prompt_width(self, call: Pass) -> int:
         ids, known, before = call.input_ids, self._prompt, self._width
         self._width = ids.shape[1]
         one_more = not call.cached and ids.shape[1] == before + 1
-        if not (one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known)):
-            self._prompt = ids.clone()
+        if one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known):
+            return known.shape[1]
+        self._prompt = ids.clone()
+        return ids.shape[1]
 
 
 @dataclass

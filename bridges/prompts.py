@@ -122,7 +122,7 @@ def prompts_of(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     """
     what = f"task={pairs.task!r} with this tokenizer"
     for ids in (pairs.input_ids, pairs.counterfactual_ids):
-        check_tokens(what, ids, None, pair.dense, pair.sparse)
+        check_tokens(what, ids, None, pair.dense, pair.sparse, least=1)
     for tokens in (pairs.answers, pairs.targets):
         refuse_foreign_tokens(what, tokens.clamp(min=0), pair.dense, pair.sparse)
     pairs = pairs.to(pair.dense.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -57,9 +58,9 @@ class Grown(NamedTuple):
 
 def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = CANDIDATES, name: str = "most") -> None:
     """ValueError unless a set may grow so large (`name` is what the caller calls that), by what is named."""
-    if not isinstance(most, int) or not 1 <= most <= MOST:
+    if not isinstance(most, Integral) or not 1 <= most <= MOST:
         raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MOST}")
-    if not isinstance(candidates, int) or candidates < 8:
+    if not isinstance(candidates, Integral) or candidates < 8:
         raise ValueError(f"candidates={candidates!r} must be a whole number, at least 8")
     if not isinstance(budget, int | float) or not budget >= 0:
         raise ValueError(f"budget={budget!r} must be 0 nats or more; infinity takes any channel")

@@ -155,6 +155,8 @@ class _Steering(Steering):
             return
         self.running = True
         call = leading_pass(model, args, kwargs)
+        if call.picked and self.at == "read" and self.places[-1].dense_site == len(self.dense.sites) - 1:
+            raise ValueError("logits_to_keep: with an edit of what the head reads give a number of tokens, not indices")
         self.window = self.windows.of(call)
         self.in_flight = self._in_flight()
         self.apart = [place for place in self.reading if place not in self.in_flight]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,11 +163,11 @@ def sweep(
     what answers the counterfactual prompt. ValueError for an unknown task, site or channel.
     """
     sampling = text is None
-    if not isinstance(channels, Channels | FoundChannels | int | None):
+    if not isinstance(channels, Channels | FoundChannels | Integral | None):
         raise ValueError(f"channels={channels!r} must be bridges.Channels, what find_channels returned, or how many")
-    most = channels if isinstance(channels, int) else 1
+    most = int(channels) if isinstance(channels, Integral) else 1
     check_search(most, by, budget, name="channels")
-    check_strengths(strengths)
+    strengths = check_strengths(strengths)
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of either way round")
     tokenizer = tokenizer_of(dense, tokenizer)
@@ -189,11 +189,16 @@ def sweep(
         return sweep_prompts(pair, chosen_on, reported, channels, strengths, text, others)
 
 
-def check_strengths(strengths: Any) -> None:
-    """ValueError unless these are finite numbers, at least one."""
-    listed = isinstance(strengths, Sequence | np.ndarray) and len(strengths) > 0
-    if not listed or not all(isinstance(s, Real) and math.isfinite(s) for s in strengths):
+def check_strengths(strengths: Any) -> list[float]:
+    """The strengths as plain numbers; ValueError unless they are finite, at least one."""
+    listed = strengths.tolist() if isinstance(strengths, Tensor | np.ndarray) else strengths
+    if (
+        not isinstance(listed, Sequence)
+        or not listed
+        or not all(isinstance(s, Real) and math.isfinite(s) for s in listed)
+    ):
         raise ValueError(f"strengths={strengths!r} must be a list of finite numbers, at least one")
+    return [float(strength) for strength in listed]
 
 
 @torch.no_grad()
@@ -223,7 +228,7 @@ def sweep_prompts(
     return Sweep(
         task=reported.pairs.task,
         chosen=chosen,
-        strengths=[float(s) for s in strengths],
+        strengths=list(strengths),
         curves={name: _banded(curves[name]) for name in ("p_target", *BASELINES)},
         p_target_by_direction=[at_one[reported.pairs.direction == side].mean().item() for side in (0, 1)],
         prompts=len(at_one),

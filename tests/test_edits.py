@@ -38,6 +38,7 @@ REFUSED = {
     "per token, set": (dict(value=torch.ones(1, 2)), "mode='set' takes one number"),
     "per token, positions": (dict(value=torch.ones(1, 2), mode="add", positions=1), "exclude each other"),
     "positions": (dict(positions=[0.5]), r"positions=\[0.5\] must be integers or None"),
+    "true among positions": (dict(positions=[True, 2]), r"positions=\[True, 2\] must be integers or None"),
     "a table of positions": (dict(positions=[[1, 2]]), r"positions=\[\[1, 2\]\] must be integers or None"),
     "true or false": (dict(value=True), "value=True must be a finite number"),
     "site": (dict(site=3), "site=3 must be the name of a sparse site"),
@@ -97,7 +98,7 @@ def test_files_of_something_else_are_refused(tmp_path, content, message):
         load_edits(tmp_path / "e.json")
 
 
-@pytest.mark.parametrize("one", [np.int64(3), np.array(3), torch.tensor(3), [np.int32(3)], torch.tensor([3])])
+@pytest.mark.parametrize("one", [np.int64(3), np.array(3), torch.tensor(3), [np.int32(3)], torch.tensor([3]), {3}])
 def test_other_libraries_numbers_are_numbers(one, unchecked):
     edit = Edit("0.attn", np.int64(2), np.float32(0.5), positions=one)
     assert edit.positions == (3,) and type(edit.positions[0]) is int

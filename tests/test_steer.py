@@ -11,6 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from bridges.edits import Edit, counterfactual
 from bridges.intervention import as_read
 from bridges.models.probing import model_inputs
+from bridges.models.shadow import Pass
+from bridges.placing import Windows
 from bridges.steer import steer
 
 SITE, CHANNEL = "1.attn", 0
@@ -365,8 +367,14 @@ def test_an_edit_at_the_head_where_only_the_last_logits_are_kept(dense, at, sour
                 last = pair.dense.model(ids, logits_to_keep=kept).logits
             assert last.shape == (4, kept, VOCAB)
             torch.testing.assert_close(last, whole[:, -kept:], rtol=0, atol=1e-12)
-        with pytest.raises(ValueError, match="logits_to_keep: inside steer"):
-            pair.dense.model(ids, logits_to_keep=torch.tensor([0, 2]))
+        picked = torch.tensor([0, 2])
+        if at == "read":
+            with pytest.raises(ValueError, match="logits_to_keep: with an edit of what the head reads"):
+                pair.dense.model(ids, logits_to_keep=picked)
+        else:
+            with torch.no_grad():
+                some = pair.dense.model(ids, logits_to_keep=picked).logits
+            torch.testing.assert_close(some, whole[:, picked], rtol=0, atol=1e-12)
     assert (whole - logits(pair, ids)).abs().max() > 1e-6
 
 
@@ -613,6 +621,7 @@ def test_positions_from_the_end_of_a_prompt_that_began_outside_are_refused(pair)
         pytest.param({"prefill_chunk_size": 1, "use_cache": True}, marks=pytest.mark.slow),
         {"prompt_lookup_num_tokens": 3},
         {"assistant": True},
+        {"assistant": "itself"},
     ],
     ids=str,
 )
@@ -624,12 +633,70 @@ def test_the_prompt_is_what_generate_is_given_in_whatever_pieces(pair, how, sour
         "per token": counterfactual(pair.sparse.model, "final", CHANNEL, ids, ids.flip(1)),
     }[edit]
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    how = {"assistant_model": plain_gpt2()} if "assistant" in how else how
+    if "assistant" in how:
+        how = {"assistant_model": pair.dense.model if how["assistant"] == "itself" else plain_gpt2()}
     with steered(pair, edits, source=source, strength=-20.0, at="residual"):
         plain = pair.dense.model.generate(ids, **given)
         assert torch.equal(pair.dense.model.generate(input_ids=ids, **given, **how), plain)
     assert not torch.equal(pair.dense.model.generate(ids, **given), plain)
     assert "generate" not in vars(pair.dense.model)
+
+
+def test_a_prompt_in_pieces_may_be_padded():
+    edit = Edit("final", CHANNEL, 4.0, "set", (-1, -3))
+    whole, pieces = Windows([edit]), Windows([edit])
+    for mask in (LEFT, MASK):
+        ids, mask = tokens()[:3], mask[:3]
+        with whole.generating(ids, mask), pieces.generating(ids, mask):
+            at_once = whole.of(Pass(ids, mask, None, True, 0)).at((-1, -3))
+            parts = [
+                pieces.of(Pass(ids[:, a:b], mask[:, :b], None, True, a)).at((-1, -3))
+                for a, b in ((0, 3), (3, 6), (6, 7))
+            ]
+        assert torch.equal(torch.cat(parts, 1), at_once) and at_once.any()
+
+
+def test_another_prompt_inside_generate_is_one_of_its_own(pair):
+    """As guidance does: the model without most of the prompt, on a cache beside."""
+    ids, edit = tokens(rows=1), Edit("final", CHANNEL, 4.0, "set", (-1,))
+    windows = Windows([edit])
+    with windows.generating(ids, None):
+        one, other = DynamicCache(), DynamicCache()
+        assert windows.of(Pass(ids, None, one, True, 0)).at((-1,)).tolist() == [[False] * 6 + [True]]
+        beside = windows.of(Pass(ids[:, -1:], None, other, True, 0))
+        assert beside.at((-1,)).tolist() == [[True]] and beside.prompt_width == 1
+        later = windows.of(Pass(ids[:, 1:2], None, other, True, 1))  # by chance the prompt's token at that place
+        assert not later.at((-1, -7, -6)).any() and not later.columns(torch.ones(1, 7)).any()
+    value = counterfactual(pair.sparse.model, SITE, CHANNEL, ids, ids.flip(1))
+    with steered(pair, value), pytest.raises(ValueError, match=r"value=\(1, 7\) is longer than the prompts, \(1, 1\)"):
+        pair.dense.model.generate(ids, guidance_scale=1.5, max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_second_turn_has_its_own_prompt_and_a_cache_from_outside_none(pair):
+    ids, model, edit = tokens(rows=1), pair.dense.model, Edit("final", CHANNEL, 4.0, "set", (-1,))
+    how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    how |= {"return_dict_in_generate": True}
+    cache = DynamicCache(config=model.config)
+    with steered(pair, edit, at="residual"):
+        expected = model.generate(ids, **how).logits[0]
+        model.generate(ids[:, :4], past_key_values=cache, **how)
+        torch.testing.assert_close(model.generate(ids, past_key_values=cache, **how).logits[0], expected)
+    outside = DynamicCache(config=model.config)
+    model.generate(ids[:, :4], past_key_values=outside, **how)
+    with (
+        steered(pair, edit),
+        pytest.raises(ValueError, match="count from the prompt's end, but past_key_values holds 4"),
+    ):
+        model.generate(ids, past_key_values=outside, **how)
+
+
+def test_a_call_after_generate_is_a_prompt_of_its_own(pair):
+    ids, edit = tokens(), Edit(SITE, CHANNEL, 4.0, "set", (-1,))
+    with torch.no_grad(), steered(pair, edit):
+        expected = pair.dense.model(ids[:, :6], use_cache=False).logits
+        pair.dense.model(ids[:, :5], use_cache=False)
+        pair.dense.model.generate(ids[:, :3], max_new_tokens=1, pad_token_id=0)
+        assert torch.equal(pair.dense.model(ids[:, :6], use_cache=False).logits, expected)
 
 
 def test_two_caches_may_go_on_by_turns(pair):

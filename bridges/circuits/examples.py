@@ -6,10 +6,10 @@ Every function draws one pair from a random generator. A pair's two prompts need
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from bridges.data.idioms import phrase
+from bridges.data.idioms import file_name, phrase
 from bridges.data.words import CLASSES, COLLECTIONS, EXTENSIONS, NAMES, READ_NAMES, VERBS, WORDS, WRITE_NAMES
 
 Answer = str | re.Pattern[str]
@@ -74,7 +74,7 @@ def class_init(rng: random.Random) -> Example:
 def with_as(rng: random.Random) -> Example:
     """`with open(...)` goes on with `as`, an assignment ends there."""
     quote, handle, filler = rng.choice("'\""), rng.choice(("f", "file", "handle")), _filler(rng)
-    one, other = (f"open({quote}{_file(rng, READ_NAMES)}{quote})" for _ in range(2))
+    one, other = (f"open({quote}{file_name(rng, READ_NAMES)}{quote})" for _ in range(2))
     return Example(f"{filler}with {one}", " as", f"{filler}{handle} = {other}", NEW_LINE)
 
 
@@ -196,10 +196,6 @@ def with_fillers(example: Example, rng: random.Random) -> Example:
         return rng.choice((_filler(rng), f"{name} = {other}\n", f"{name} = not {other}\n"))
 
     return example._replace(first=line() + example.first, second=line() + example.second)
-
-
-def _file(rng: random.Random, names: Sequence[str]) -> str:
-    return f"{rng.choice(names)}.{rng.choice(EXTENSIONS)}"
 
 
 EXAMPLES: dict[str, Callable[[random.Random], Example]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int
     """
     if task not in EXAMPLES:
         raise ValueError(f"task={task!r} is unknown; tasks are {', '.join(TASKS)}")
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"n={n!r} must be a whole number of pairs, at least 1")
     if not hasattr(tokenizer, "encode"):
         raise ValueError(f"tokenizer={tokenizer!r} cannot encode text; pass a Hugging Face tokenizer")

@@ -93,7 +93,9 @@ def class_init(rng: random.Random) -> str:
 def with_as(rng: random.Random) -> str:
     """`with open(...)` goes on with `as`; an assignment or a return ends there."""
     quote = rng.choice("'\"")
-    opened = rng.choice((f"open({rng.choice(NAMES)})", f"open({quote}{_file(rng, READ_NAMES + WRITE_NAMES)}{quote})"))
+    opened = rng.choice(
+        (f"open({rng.choice(NAMES)})", f"open({quote}{file_name(rng, READ_NAMES + WRITE_NAMES)}{quote})")
+    )
     handle = rng.choice(("f", "file", "handle", "fp"))
     return rng.choice(
         (
@@ -109,11 +111,12 @@ def with_open(rng: random.Random) -> str:
     # The mode has the file name's kind of quote, lest (" be closed by ') here and nowhere else.
     quote = rng.choice("'\"")
     names, mode, verb = rng.choice(((READ_NAMES, "r", "read()"), (WRITE_NAMES, "w", f"write({rng.choice(NAMES)})")))
-    opened = f"open({quote}{_file(rng, names)}{quote}, {quote}{mode}{quote})"
+    opened = f"open({quote}{file_name(rng, names)}{quote}, {quote}{mode}{quote})"
     return f"with {opened} as f:\n    f.{verb}"
 
 
-def _file(rng: random.Random, names: Sequence[str]) -> str:
+def file_name(rng: random.Random, names: Sequence[str]) -> str:
+    """One of the names with an ending."""
     return f"{rng.choice(names)}.{rng.choice(EXTENSIONS)}"
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +60,10 @@ class _Shared:
 
     inputs: dict[str, Any]
     calls: list[Call]
+
+
+_MIDDLES: WeakKeyDictionary[nn.Module, tuple[list[Visitor], ExitStack]] = WeakKeyDictionary()
+"""Per layer that runs as its halves: who sees the stream between them, and what makes it whole again."""
 
 
 class HuggingFaceResidual(ResidualModel):
@@ -161,12 +166,11 @@ class HuggingFaceResidual(ResidualModel):
         The last visitor to leave makes the layer whole again, whoever came first.
         """
         layer = self.layers[self._parts[index].layer]
-        own = vars(layer)
-        if "_middle" not in own:
+        if layer not in _MIDDLES:
             visitors, halves = [], ExitStack()
             halves.enter_context(attribute(layer, "forward", self._halves(index, visitors)))
-            own["_middle"] = visitors, halves
-        visitors, halves = own["_middle"]
+            _MIDDLES[layer] = visitors, halves
+        visitors, halves = _MIDDLES[layer]
         visitors.append(visitor)
         try:
             yield
@@ -174,7 +178,7 @@ class HuggingFaceResidual(ResidualModel):
             visitors.remove(visitor)
             if not visitors:
                 halves.close()
-                del own["_middle"]
+                del _MIDDLES[layer]
 
     def _halves(self, index: int, visitors: list[Visitor]) -> Callable[..., Any]:
         number = self._parts[index].layer

@@ -75,4 +75,4 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
         if had:
             own[name] = before
         else:
-            del own[name]
+            own.pop(name, None)

@@ -44,8 +44,8 @@ def find_tokenizer(source: nn.Module | str | Path) -> Any:
     place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
     if not place or (isinstance(source, nn.Module) and not Path(place).is_dir()):
         return None
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    there = (cached_file(str(place), name, **lenient) for name in ("tokenizer.json", "tokenizer_config.json"))
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    there = (cached_file(str(place), name, _raise_exceptions_for_missing_entries=False) for name in names)
     return AutoTokenizer.from_pretrained(str(place)) if any(there) else None
 
 

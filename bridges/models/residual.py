@@ -214,9 +214,12 @@ def on_input(visitor: Visitor, d_model: int) -> Callable[..., Any]:
     return hook
 
 
-def check_tokens(name: str, input_ids: Any, attention_mask: Tensor | None, *models: ResidualModel) -> None:
-    """ValueError, naming what is wrong, unless all models can read these rows of tokens."""
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not len(input_ids):
+def check_tokens(
+    name: str, input_ids: Any, attention_mask: Tensor | None, *models: ResidualModel, least: int = 2
+) -> None:
+    """ValueError, naming what is wrong, unless all models can read these rows of tokens, `least` or more in one."""
+    ids = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and not input_ids.is_floating_point()
+    if not ids or not input_ids.numel():
         what = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"{name}={what} must be a tensor of token ids [rows, seq]")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -226,7 +229,7 @@ def check_tokens(name: str, input_ids: Any, attention_mask: Tensor | None, *mode
         raise ValueError(f"{name} has rows of {width} tokens, over the models' context of {limit}; cut them to that")
     refuse_foreign_tokens(name, input_ids, *models)
     most = width if attention_mask is None else int(attention_mask.sum(1).max())
-    if most < 2:
+    if most < least:
         raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")
 
 

@@ -31,6 +31,8 @@ class Pass:
     """Whether the leading model keeps a cache from this call on."""
     past: int
     """Tokens in the cache before this call."""
+    picked: bool = False
+    """Whether logits of tokens picked by index are asked for."""
 
 
 _MARKS = count()
@@ -104,12 +106,11 @@ def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
     past = 0 if cache is None else int(cache.get_seq_length())
     use_cache = given.get("use_cache")
     use_cache = getattr(model.config, "use_cache", False) if use_cache is None else use_cache  # pyright: ignore
-    if isinstance(given.get("logits_to_keep"), Tensor):
-        raise ValueError("logits_to_keep: inside steer() give a number of last tokens, not indices")
     if mask is not None and mask.ndim != 2:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must be [batch, seq]: steer counts real tokens by it")
     if mask is not None and mask.shape[1] != past + input_ids.shape[1]:
         raise ValueError(
             f"attention_mask {tuple(mask.shape)} must cover {past} cached and {input_ids.shape[1]} new tokens"
         )
-    return Pass(input_ids.to(input_device(model)), mask, cache, cache is not None or bool(use_cache), past)
+    picked = isinstance(given.get("logits_to_keep"), Tensor)
+    return Pass(input_ids.to(input_device(model)), mask, cache, cache is not None or bool(use_cache), past, picked)

@@ -51,16 +51,22 @@ def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batc
     return x if k >= x.shape[-1] else torch.where(abs_topk_mask_eager(x, k), x, 0)
 
 
+FEW = 8
+"""Channels from which on their rows' thresholds are found after all: more looks cost more (bench_abs_topk.py)."""
+
+
 @torch.no_grad()
 def abs_topk_at(x: Float[Tensor, "*batch d"], k: int, channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
-    """`abs_topk(x, k)[..., channels]`, bit for bit and without a gradient, at the cost of a look at each row.
+    """`abs_topk(x, k)[..., channels]`, bit for bit and without a gradient, at less cost for a few channels.
 
-    An entry is kept where fewer than k of its row come before it; no row's threshold has to be found for that.
-    ValueError for a channel outside the row.
+    An entry is kept where fewer than k of its row come before it, a look at the row for each channel; no threshold has
+    to be found. ValueError for a channel outside the row.
     """
     _check(x, k)
     if outside := [channel for channel in channels if not 0 <= channel < x.shape[-1]]:
         raise ValueError(f"channels={outside} lie outside a row of {x.shape[-1]}")
+    if len(channels) > FEW:
+        return abs_topk(x, k)[..., list(channels)]
     if not has_kernel(x):
         return torch.where(_kept_at_eager(x, k, channels), x[..., list(channels)], 0)
     bits = _BITS[x.dtype]

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from bridges.models import probing
+from bridges.models import huggingface, probing
 from bridges.models.huggingface import as_residual
 from bridges.models.sparse import SparseConfig, SparseTransformer
 
@@ -65,7 +65,7 @@ def test_streams_show_and_change_in_the_models_own_forward(family, tiny, tokens,
             with chain.streaming({i: lambda h: None}), chain.streaming({i: lambda h, addend=addend: h + addend}):
                 assert torch.equal(model(**inputs).logits[real], expected[real])  # visitors of one site compose
         assert torch.equal(model(**inputs).logits, plain)
-        assert not any("_middle" in vars(module) for module in model.modules())
+        assert not any("forward" in vars(module) for module in model.modules()) and not huggingface._MIDDLES
 
 
 @pytest.mark.parametrize("family", STREAMED)

@@ -108,7 +108,15 @@ def test_some_channels_are_those_of_the_whole(with_numba, dtype, monkeypatch):
     x = (seeded(4, 15, 21) * 1.5).round().to(dtype)  # many ties
     x[0, 0, ::3], x[0, 1, 4], x[0, 2, :9], x[0, 3] = INF, -INF, NAN, -0.0
     x[1], x[2] = seeded(15, 21, dtype=dtype), torch.finfo(dtype).smallest_normal * x[2].to(dtype)
-    for k, channels in ((1, [0]), (5, [20, 3, 3]), (20, list(range(21))), (21, [7]), (99, [7, 0]), (4, [])):
+    for k, channels in (
+        (1, [0]),
+        (5, [20, 3, 3]),
+        (20, list(range(21))),
+        (4, [9, 8, 7, 6, 5, 4, 3, 2, 1]),
+        (21, [7]),
+        (99, [7, 0]),
+        (4, []),
+    ):
         assert torch.equal(  # bits: NaN is equal to itself, -0 is not 0
             abs_topk_at(x, k, channels).view(torch.uint8), abs_topk(x, k)[..., channels].view(torch.uint8)
         )
