@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bridges.bridge import BridgeSet
 from bridges.channels import CHOSEN_ON
-from bridges.circuits.tasks import TASKS, TaskPairs, probability, solved, task_pairs
+from bridges.circuits.tasks import MAX_TOKENS, TASKS, TaskPairs, probability, solved, task_pairs
 from bridges.edits import Edit
 from bridges.intervention import dense_addend, edited_logits, only
 from bridges.models.residual import ResidualModel
@@ -173,13 +173,14 @@ def side_effects(
     return off_text._replace(**_on_other_tasks(pair, chosen, others)) if others else off_text
 
 
-def other_tasks(task: str, tokenizer: Any) -> list[TaskPairs]:
-    """A few pairs of every task but one; a warning names those that the tokenizer does not let be made."""
+def other_tasks(task: str, tokenizer: Any, limit: int | None = None) -> list[TaskPairs]:
+    """A few pairs of every task but one, of `limit` tokens at most; a warning names those that cannot be made so."""
+    most = MAX_TOKENS if limit is None else min(limit, MAX_TOKENS)
     found = []
     for other in TASKS:
         if other != task:
             try:
-                found.append(task_pairs(other, tokenizer, OTHER_PROMPTS))
+                found.append(task_pairs(other, tokenizer, OTHER_PROMPTS, max_tokens=most))
             except ValueError as error:
                 warnings.warn(f"side effects leave out the task {other!r}: {error}", stacklevel=2)
     return found

@@ -21,7 +21,7 @@ from bridges.circuits.tasks import TaskPairs, solved
 from bridges.effects import Agreement, SideEffects, intervention_agreement, other_tasks, side_effects
 from bridges.files import write_json
 from bridges.intervention import At, dense_addend, edited_logits, random_addends
-from bridges.models.residual import ResidualModel, Trace
+from bridges.models.residual import ResidualModel, Trace, context_limit
 from bridges.prompts import (
     Channels,
     Prompts,
@@ -179,7 +179,7 @@ def sweep(
         raise ValueError(f"task holds pairs of one way round among its first {CHOSEN_ON} or after them; mix them")
     with model_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = (prompts_of(pair, half) for half in halves)
-        others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer)
+        others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer, context_limit(pair.dense, pair.sparse))
         text = sampled(pair, seed, search=False) if text is None else check_text(pair, text)
         if not isinstance(channels, Channels | FoundChannels):
             # What a search measures costs on is not reported on: it takes rows that were given, or samples its own.

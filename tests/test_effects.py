@@ -77,15 +77,15 @@ def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):
 
 
 def test_other_tasks_are_those_that_the_tokenizer_lets_be_made_and_the_rest_is_named(monkeypatch):
-    def made(name, tokenizer, n):
+    def made(name, tokenizer, n, max_tokens):
         if name == "var_swap":
             raise ValueError("no room")
-        assert (tokenizer, n) == ("a tokenizer", OTHER_PROMPTS)
+        assert (tokenizer, n, max_tokens) == ("a tokenizer", OTHER_PROMPTS, 26)
         return toy_task()._replace(task=name)
 
     monkeypatch.setattr("bridges.effects.task_pairs", made)
     with pytest.warns(UserWarning, match="leave out the task 'var_swap': no room"):
-        found = other_tasks("for_while", "a tokenizer")
+        found = other_tasks("for_while", "a tokenizer", limit=26)
     assert [one.task for one in found] == [name for name in TASKS if name not in ("for_while", "var_swap")]
 
 

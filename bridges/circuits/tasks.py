@@ -16,6 +16,8 @@ from bridges.circuits.examples import EXAMPLES, Answer, Example, with_fillers
 
 TASKS = tuple(EXAMPLES)
 """The names of the twenty tasks."""
+MAX_TOKENS = 96
+"""Tokens that a prompt may have where nothing else is asked for."""
 TRIES_PER_EXAMPLE = 200
 PLAIN_TRIES_PER_EXAMPLE = 50
 """After so many, prompts get lines in front that carry no cue: some tokenizers give a pair no equal length without."""
@@ -48,7 +50,7 @@ class TaskPairs(NamedTuple):
         return TaskPairs(task, *(tensor.to(device) for tensor in tensors))
 
 
-def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int = 96) -> TaskPairs:
+def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int = MAX_TOKENS) -> TaskPairs:
     """`n` pairs of a task, half presented from either side; the same seed gives the same pairs.
 
     No prompt stands in two pairs, so any rows of them share none with the others. Both prompts of a pair have one
