@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from numbers import Integral
 from typing import Any, NamedTuple, get_args
 
@@ -15,6 +16,7 @@ from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs, probability, task_pairs
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
+from bridges.models.layers import attribute
 from bridges.models.loading import find_tokenizer, frozen
 from bridges.models.residual import ResidualModel, Trace, check_tokens, refuse_foreign_tokens
 from bridges.models.sparse import SparseTransformer
@@ -59,8 +61,10 @@ def model_pair(
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
     fast = [multiplying_nonzeros(one.model) for one in pair[:2] if isinstance(one.model, SparseTransformer)]
+    # A norm is measured by a pass of its own, and every read edit asks for it: once will do while models are frozen.
+    known = [attribute(one, "norm", cache(one.norm)) for one in pair[:2]]
     with ExitStack() as stack:
-        for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, torch.no_grad()):
+        for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, *known, torch.no_grad()):
             stack.enter_context(context)
         yield pair
 

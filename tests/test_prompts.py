@@ -94,6 +94,16 @@ def test_channels_that_are_none_are_refused(pair, unchecked, wrong, message):
         check_channels(pair, (0, 1))
 
 
+def test_a_norm_is_measured_once_inside_and_anew_after(pair):
+    with model_pair(pair.dense, pair.sparse, pair.bridge_set, check_models=False) as inside:
+        assert all(model.norm(2) is model.norm(2) for model in (inside.dense, inside.sparse))
+        before = inside.dense.norm(2).gain.clone()
+    with torch.no_grad():
+        pair.dense.model.transformer.h[1].ln_1.weight.mul_(2)
+        assert torch.allclose(pair.dense.norm(2).gain, 2 * before)
+        pair.dense.model.transformer.h[1].ln_1.weight.div_(2)
+
+
 @pytest.mark.parametrize("at", ["read", "residual"])
 def test_an_edit_of_the_sparse_model_changes_its_channels_alone(pair, at):
     prompts = prompts_of(pair, toy_task())
