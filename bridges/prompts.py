@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import cache
 from numbers import Integral
 from typing import Any, NamedTuple, get_args
@@ -16,7 +17,6 @@ from bridges.bridge import BridgeSet
 from bridges.circuits.tasks import TaskPairs, probability, task_pairs
 from bridges.intervention import At, changed_reads, dense_addend, edited_logits, only, sparse_delta
 from bridges.models.huggingface import as_residual
-from bridges.models.layers import attribute
 from bridges.models.loading import find_tokenizer, frozen
 from bridges.models.residual import ResidualModel, Trace, check_tokens, refuse_foreign_tokens
 from bridges.models.sparse import SparseTransformer
@@ -57,16 +57,21 @@ def model_pair(
     dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel, bridge_set: BridgeSet, check_models: bool
 ) -> Iterator[ModelPair]:
     """Both models frozen and in evaluation mode inside; ValueError if the bridges are of others."""
-    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
+    pair = ModelPair(_knowing_norms(as_residual(dense)), _knowing_norms(as_residual(sparse)), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
     fast = [multiplying_nonzeros(one.model) for one in pair[:2] if isinstance(one.model, SparseTransformer)]
-    # A norm is measured by a pass of its own, and every read edit asks for it: once will do while models are frozen.
-    known = [attribute(one, "norm", cache(one.norm)) for one in pair[:2]]
     with ExitStack() as stack:
-        for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, *known, torch.no_grad()):
+        for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, torch.no_grad()):
             stack.enter_context(context)
         yield pair
+
+
+def _knowing_norms(chain: ResidualModel) -> ResidualModel:
+    """The same chain, for as long as its model is frozen: it measures a norm, a pass of its own, once."""
+    chain = copy(chain)
+    vars(chain)["norm"] = cache(chain.norm)
+    return chain
 
 
 def entries(pair: ModelPair, i: int) -> tuple[At, ...]:
