@@ -750,7 +750,7 @@ def test_a_value_of_an_unpadded_prompt_is_refused_on_a_padded_one(pair):
         logits(pair, tokens())
 
 
-@pytest.mark.parametrize("sparse", [sparse_model, lambda: gpt2(width=12, seed=2)], ids=["sparse", "gpt2"])
+@pytest.mark.parametrize("sparse", slow_but({"sparse": sparse_model, "gpt2": lambda: gpt2(width=12, seed=2)}, "gpt2"))
 def test_threads_may_share_a_sparse_model(sparse):
     """Two dense models, different prompts, one sparse model that is taken apart, hooked and read in both."""
     sparse, before = sparse(), sys.getswitchinterval()
