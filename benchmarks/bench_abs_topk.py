@@ -1,4 +1,7 @@
-"""AbsTopK of 1024 rows, k = d/4, float32: forward, and forward with backward. `python benchmarks/bench_abs_topk.py`."""
+"""AbsTopK of 1024 rows, k = d/4, float32: forward, with backward, and at a few channels alone.
+
+`python benchmarks/bench_abs_topk.py`
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +9,7 @@ import torch
 from timing import header, medians, row
 from torch import Tensor
 
-from bridges.ops.abs_topk import abs_topk, abs_topk_eager
+from bridges.ops.abs_topk import FEW, abs_topk, abs_topk_at, abs_topk_eager
 
 
 def topk_and_scatter(x: Tensor, k: int) -> Tensor:
@@ -35,6 +38,12 @@ def main() -> None:
         x = torch.randn(1024, d, requires_grad=True)
         for name, build in (("forward", forward), ("and backward", both)):
             print(row(f"{d} {name}", medians({way: build(WAYS[way], x) for way in WAYS}, rounds=7)))
+    print(header("d, ms", ["all channels", "one", f"{FEW}"]))
+    for d in (512, 2048, 8192):
+        x = torch.randn(1024, d)
+        ways = {"all": lambda x=x, k=d // 4: abs_topk(x, k)}
+        ways |= {str(n): lambda x=x, k=d // 4, n=n: abs_topk_at(x, k, range(n)) for n in (1, FEW)}
+        print(row(f"{d}", medians(ways, rounds=7)))
 
 
 if __name__ == "__main__":

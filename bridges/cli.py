@@ -232,8 +232,10 @@ def _source(tables: dict[str, Any], side: str) -> Any:
     dtype = arguments.get("dtype", "auto")
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"[{side}] dtype={dtype!r} is none of torch's; give float32, bfloat16, float16 or auto")
+    if not arguments:
+        return path
     with Processes() as processes:
-        return load_model(path, processes.device, **arguments) if arguments else path
+        return load_model(path, processes.device, **arguments)
 
 
 def _absolute(tables: dict[str, Any], settings: FitConfig) -> dict[str, Any]:

@@ -192,11 +192,8 @@ def sweep(
 def check_strengths(strengths: Any) -> list[float]:
     """The strengths as plain numbers; ValueError unless they are finite, at least one."""
     listed = strengths.tolist() if isinstance(strengths, Tensor | np.ndarray) else strengths
-    if (
-        not isinstance(listed, Sequence)
-        or not listed
-        or not all(isinstance(s, Real) and math.isfinite(s) for s in listed)
-    ):
+    finite = isinstance(listed, Sequence) and all(isinstance(s, Real) and math.isfinite(s) for s in listed)
+    if not finite or not listed:
         raise ValueError(f"strengths={strengths!r} must be a list of finite numbers, at least one")
     return [float(strength) for strength in listed]
 

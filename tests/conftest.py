@@ -94,3 +94,21 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """GPT-2 and a sparse model with random bridges, in float64."""
+    from pairs import gpt2, join, sparse_model, with_units  # after the hook that checks types: it imports the package
+
+    return with_units(join(gpt2(), sparse_model()))
+
+
+@pytest.fixture(scope="module")
+def prompts(pair):
+    """Six pairs of a made-up task, run."""
+    from pairs import toy_task
+
+    from bridges.prompts import prompts_of
+
+    return prompts_of(pair, toy_task())

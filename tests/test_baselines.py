@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, toy_task, with_units
+from pairs import toy_task
 
 from bridges.baselines import _probe, _unit, dense_directions, mean_difference
 from bridges.prompts import Channels, addend_of, p_target, prompts_of
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,15 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, kl_of_turning_off, sparse_model, toy_task, with_units
+from pairs import kl_of_turning_off, toy_task
 from scipy.stats import spearmanr
 
 import bridges
 from bridges.channels import find, find_channels
 from bridges.intervention import edited_logits, random_addends
-from bridges.prompts import Channels, addend_of, edited, p_target, prompts_of, text_of
+from bridges.prompts import Channels, addend_of, edited, p_target, text_of
 from bridges.search import CONTROLS, Grown, Search, predicted_effects, sampled
 from bridges.steer import steer
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
-
-
-@pytest.fixture(scope="module")
-def prompts(pair):
-    return prompts_of(pair, toy_task())
 
 
 def test_p_target_sums_the_last_tokens_softmax_over_the_answers(prompts):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
+from pairs import gpt2, join, tokens, toy_task, with_units
 
 from bridges.circuits.tasks import TASKS, probability
 from bridges.edits import Edit, counterfactual
@@ -23,16 +23,6 @@ from bridges.prompts import Channels, prompts_of
 from bridges.steer import steer
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
-
-
-@pytest.fixture(scope="module")
-def prompts(pair):
-    return prompts_of(pair, toy_task())
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])

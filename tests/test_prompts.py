@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import gpt2, join, neox, sparse_model, toy_task, with_units
+from pairs import join, neox, sparse_model, toy_task, with_units
 
 from bridges.edits import counterfactual
 from bridges.prompts import (
@@ -19,11 +19,6 @@ from bridges.prompts import (
 )
 from bridges.search import predicted_effects
 from bridges.steer import steer
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
 
 
 def test_pairs_that_are_given_are_taken_and_names_need_a_tokenizer(pair):

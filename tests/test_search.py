@@ -6,18 +6,8 @@ from pairs import gpt2, join, kl_of_turning_off, sparse_model, toy_task, with_un
 
 from bridges.channels import find, find_channels
 from bridges.intervention import dense_addend, edited_logits, only
-from bridges.prompts import Channels, addend_of, p_target, prompts_of, text_of
+from bridges.prompts import Channels, addend_of, p_target, text_of
 from bridges.search import Search, log_p, predicted_effects, sampled
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
-
-
-@pytest.fixture(scope="module")
-def prompts(pair):
-    return prompts_of(pair, toy_task())
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, toy_task, with_units
+from pairs import tokens, toy_task
 
 from bridges.channels import find, find_channels
 from bridges.intervention import edited_logits
@@ -20,11 +20,6 @@ CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 TEXT = tokens()
 ONE_WAY = toy_task(rows=66)._replace(direction=torch.zeros(66).long())
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return with_units(join(gpt2(), sparse_model()))
 
 
 @pytest.fixture(scope="module")
