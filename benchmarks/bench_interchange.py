@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import bridges
-from bridges.channels import CHOSEN_ON, find
-from bridges.circuits.tasks import TASKS, solved, task_pairs
+from bridges.channels.find import CHOSEN_ON, find
+from bridges.channels.prompts import edited, model_pair, prompts_of, text_of
 from bridges.data.prepare import Prepared
 from bridges.data.rows import Rows
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
-from bridges.models.pair import Pair
-from bridges.prompts import edited, model_pair, prompts_of, text_of
-from bridges.training import interchange
+from bridges.fitting import interchange
+from bridges.models.bundled import Pair
+from bridges.tasks.pairs import TASKS, solved, task_pairs
 
 COLUMNS = (
     "| nmse_decode | kl_sparse_to_dense | interchange: own, other pairs | over 0.5 | both ways | mean P(target) "

@@ -10,12 +10,12 @@ import argparse
 import torch
 
 import bridges
-from bridges.channels import CHOSEN_ON, find
-from bridges.circuits.tasks import task_pairs
+from bridges.channels.find import CHOSEN_ON, find
+from bridges.channels.prompts import addend_of, model_pair, p_target, prompts_of, text_of
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.demo import SETTINGS, SIDE_EFFECT_ROWS, TASK, TRAIN_DOCUMENTS, demo_rows
-from bridges.intervention import edited_logits, random_addends
-from bridges.prompts import addend_of, model_pair, p_target, prompts_of, text_of
+from bridges.steering.delta import edited_logits, random_addends
+from bridges.tasks.pairs import task_pairs
 
 DIRECTIONS = 60
 EVALUATED_DOCUMENTS = 400

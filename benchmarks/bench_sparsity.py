@@ -4,9 +4,9 @@ import torch
 from timing import header, medians, row
 from torch import Tensor
 
-from bridges.models.sparse import SparseConfig, SparseTransformer
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
 from bridges.ops.abs_topk import abs_topk_mask, abs_topk_mask_eager
-from bridges.training.sparsity import clip_to_rms, project, sparse_parameters
+from bridges.sparsity.projection import clip_to_rms, project, sparse_parameters
 
 
 def topk_and_scatter(flat: Tensor, count: int) -> Tensor:

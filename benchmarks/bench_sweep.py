@@ -14,10 +14,10 @@ from multiprocessing import get_context
 from typing import Any
 
 import bridges
-from bridges.circuits.tasks import TASKS
+from bridges.channels.search import By
 from bridges.demo import HELDOUT_DOCUMENTS, demo_rows
-from bridges.files import write_json
-from bridges.search import By
+from bridges.io.files import write_json
+from bridges.tasks.pairs import TASKS
 
 SEARCHES: dict[str, tuple[int, By]] = {
     "one channel": (1, "dense"),

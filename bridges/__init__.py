@@ -1,25 +1,25 @@
 """Linear bridges between a dense language model and a weight-sparse, readable one: fit, measure, steer."""
 
 from bridges.bridge import Bridge, BridgeSet
-from bridges.channels import find_channels
-from bridges.circuits.tasks import TASKS, task_pairs
+from bridges.bridge_report import BridgeReport
+from bridges.channels.find import find_channels
+from bridges.channels.prompts import Channels
+from bridges.channels.side_effects import constant_edits
+from bridges.channels.sweep import Sweep, sweep
 from bridges.config import FitConfig
-from bridges.edits import Edit, counterfactual, load_edits, save_edits
-from bridges.effects import constant_edits
 from bridges.evaluate import evaluate
-from bridges.export import directions, export_direction
 from bridges.fit import fit
-from bridges.models.huggingface import as_residual
-from bridges.models.pair import load_pair
+from bridges.models.bundled import load_pair
+from bridges.models.loading import as_residual
 from bridges.models.residual import ResidualModel
-from bridges.models.sparse import SparseTransformer
-from bridges.models.sparse_config import SparseConfig
+from bridges.models.sparse.config import SparseConfig
+from bridges.models.sparse.model import SparseTransformer
+from bridges.objective.hybrid import HybridLosses, hybrid_losses
 from bridges.ops.abs_topk import abs_topk
-from bridges.prompts import Channels
-from bridges.quality import BridgeReport
-from bridges.steer import steer
-from bridges.sweep import Sweep, sweep
-from bridges.training.hybrid import HybridLosses, hybrid_losses
+from bridges.steering.edits import Edit, counterfactual, load_edits, save_edits
+from bridges.steering.export import directions, export_direction
+from bridges.steering.steer import steer
+from bridges.tasks.pairs import TASKS, task_pairs
 
 __all__ = [
     "TASKS",

@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridges.card import model_card
-from bridges.files import read_json, write_json, write_tensors, write_text
-from bridges.fingerprint import checked_fingerprint, fingerprint, same_model
+from bridges.bridge_report import BridgeReport, model_card
+from bridges.io.files import read_json, write_json, write_tensors, write_text
+from bridges.io.fingerprint import checked_fingerprint, fingerprint, same_model
+from bridges.io.tensors import check_tensors, read_keys, read_safetensors
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
-from bridges.quality import BridgeReport
-from bridges.stored import check_tensors, read_keys, read_safetensors
 
 FORMAT_VERSION = 2
 

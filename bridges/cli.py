@@ -16,23 +16,22 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
-from bridges.circuits.tasks import TASKS
+from bridges.channels.prompts import Channels
+from bridges.channels.search import BUDGET, check_search
+from bridges.channels.sweep import STRENGTHS, sweep
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
 from bridges.data.rows import Rows
 from bridges.data.sources import load_rows
 from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
-from bridges.files import write_text
 from bridges.fit import fit
-from bridges.intervention import At
-from bridges.models.huggingface import as_residual
-from bridges.models.loading import find_tokenizer, load_model
-from bridges.prompts import Channels
-from bridges.search import BUDGET, check_search
-from bridges.sweep import STRENGTHS, sweep
-from bridges.training.identity import refuse_used_folder
-from bridges.training.trainer import Processes
+from bridges.fitting.identity import refuse_used_folder
+from bridges.fitting.trainer import Processes
+from bridges.io.files import write_text
+from bridges.models.loading import as_residual, find_tokenizer, load_model
+from bridges.steering.delta import At
+from bridges.tasks.pairs import TASKS
 
 app = typer.Typer(
     help="Linear bridges between a dense language model and a weight-sparse, readable one.",
@@ -85,7 +84,7 @@ def fit_command(
     tables = _read(config)
     for (table, name), value in _overrides(overrides or []):
         tables.setdefault(table, {})[name] = value
-    settings = FitConfig.of(tables.get("fit", {}))
+    settings = FitConfig.from_values(tables.get("fit", {}))
     if not settings.resume:
         refuse_used_folder(settings.output_dir)
     dense, sparse = (_source(tables, side) for side in ("dense", "sparse"))
@@ -208,7 +207,7 @@ def _entry(at: str) -> At:
 
 def _heldout(tables: dict[str, Any], sources: dict[str, Any], models: tuple[nn.Module, nn.Module]) -> Rows:
     """The held-out rows of the run that the tables describe."""
-    settings = FitConfig.of(tables["fit"])
+    settings = FitConfig.from_values(tables["fit"])
     given = _data(tables.get("data", {}))
     dense, sparse = (as_residual(model) for model in models)
     data = given.get("data"), given.get("eval_data"), given.get("tokenizer")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bridges.files import write_text
+from bridges.io.files import write_text
 
 
 class FitConfig(BaseModel):
@@ -123,7 +123,7 @@ class FitConfig(BaseModel):
         return self.model_dump(mode="json", exclude={"output_dir", "resume", "report_to", "progress"})
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> FitConfig:
+    def from_values(cls, values: dict[str, Any]) -> FitConfig:
         """Build from plain values; ValueError with one line that names the setting, its value and the remedy."""
         try:
             return cls(**values)
@@ -140,7 +140,7 @@ class FitConfig(BaseModel):
         table = values.get("fit", values)
         if not isinstance(table, dict):
             raise ValueError(f"{path} has fit={table!r}; [fit] must be a table")
-        return cls.of(table)
+        return cls.from_values(table)
 
     def to_file(self, path: str | Path) -> None:
         """Write TOML with the table `[fit]`; settings that are None are left out."""
@@ -148,7 +148,7 @@ class FitConfig(BaseModel):
 
     def with_settings(self, settings: dict[str, Any]) -> FitConfig:
         """The same with some settings replaced, validated anew."""
-        return self.of({**self.model_dump(), **settings})
+        return self.from_values({**self.model_dump(), **settings})
 
 
 def _one_line(error: ValidationError, known: list[str]) -> str:

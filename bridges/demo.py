@@ -10,19 +10,19 @@ from rich.console import Console
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.channels import CHOSEN_ON, find
-from bridges.circuits.tasks import task_pairs
+from bridges.channels.find import CHOSEN_ON, find
+from bridges.channels.prompts import model_pair, prompts_of, text_of
+from bridges.channels.search import MOST
+from bridges.channels.side_effects import other_tasks
+from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
 from bridges.config import FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
-from bridges.effects import other_tasks
-from bridges.files import write_json, write_text
 from bridges.fit import fit
-from bridges.models.pair import Pair, load_pair
-from bridges.prompts import model_pair, prompts_of, text_of
+from bridges.io.files import write_json, write_text
+from bridges.models.bundled import Pair, load_pair
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
-from bridges.search import MOST
-from bridges.sweep import STRENGTHS, Sweep, sweep_prompts
+from bridges.tasks.pairs import task_pairs
 
 SETTINGS = FitConfig(
     steps=400,

@@ -12,27 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
+from bridges.bridge_report import BridgeReport, SiteFigures
 from bridges.data.prepare import heldout_rows
-from bridges.models.huggingface import as_residual
-from bridges.models.probing import evaluation
-from bridges.models.residual import ResidualModel
-from bridges.ops.abs_topk import abs_topk
-from bridges.quality import BridgeReport, SiteFigures
-from bridges.training.hybrid import (
+from bridges.models.loading import as_residual
+from bridges.models.modes import eval_mode
+from bridges.models.residual import Batch, ResidualModel
+from bridges.objective.hybrid import (
     ModelPair,
     Side,
     Traces,
+    batch_moments,
     ce_sum,
-    crossing,
     kl_of,
     residuals_at,
     run_path,
-    share_of,
+    single_switch_path,
     squared_errors,
     trace_pair,
 )
-from bridges.training.scale import Reduce, Scale, alone, counted_tokens, scale_of
-from bridges.training.step import Batch
+from bridges.objective.normalizers import Normalizers, Reduce, combine_moments, counted_tokens, no_reduce
+from bridges.ops.abs_topk import abs_topk
 
 
 def evaluate(
@@ -63,11 +62,11 @@ def evaluate(
 
 @torch.no_grad()
 def measure(
-    pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = alone, settings: dict[str, Any] | None = None
+    pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = no_reduce, settings: dict[str, Any] | None = None
 ) -> BridgeReport:
     """The report from this process's batches; sums are taken over all processes. Both models in evaluation mode."""
-    with evaluation(pair.dense.model), evaluation(pair.sparse.model):
-        scale = scale_of([share_of(pair, trace_pair(pair, *batch)) for batch in batches], reduce)
+    with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
+        scale = combine_moments([batch_moments(pair, trace_pair(pair, *batch)) for batch in batches], reduce)
         sums = reduce(sum_terms(pair, batches, scale.means))
     return _report(pair, sums, scale, settings or {})
 
@@ -105,7 +104,7 @@ def _reconstruction(pair: ModelPair, traces: Traces, i: int, mean: Tensor) -> li
 def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, Tensor]) -> list[float]:
     """Numerators of both KLs, both under mean ablation, then of both cross-entropies and those under mean ablation."""
     n = len(pair.bridge_set)
-    bridged = [run_path(pair, traces, crossing(n, i, start)) for start in ("dense", "sparse")]
+    bridged = [run_path(pair, traces, single_switch_path(n, i, start)) for start in ("dense", "sparse")]
     ablated = []
     sides: list[tuple[int, Side]] = [(1, "sparse"), (0, "dense")]
     for side, start in sides:
@@ -117,7 +116,7 @@ def _hybrids(pair: ModelPair, traces: Traces, i: int, means: tuple[Tensor, Tenso
     return [term(traces, one).double().item() for term in (kl_of, ce_sum) for one in logits]
 
 
-def _report(pair: ModelPair, sums: Tensor, scale: Scale, settings: dict[str, Any]) -> BridgeReport:
+def _report(pair: ModelPair, sums: Tensor, scale: Normalizers, settings: dict[str, Any]) -> BridgeReport:
     tokens, predictions = scale.tokens.item(), scale.predictions.item()
     dense_ce, sparse_ce, kl_alone = sums[-1, 0] / predictions, sums[-1, 1] / predictions, sums[-1, 2] / tokens
     sites = []

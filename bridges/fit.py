@@ -15,25 +15,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from bridges.bridge import Bridge, BridgeSet
+from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import Prepared, prepare
 from bridges.evaluate import measure, versions
-from bridges.models.huggingface import as_residual
-from bridges.models.loading import frozen, load_model, training
+from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
+from bridges.fitting.closed_form import measure_units, solve_bridges
+from bridges.fitting.gradients import StepLosses, trained_parameters
+from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
+from bridges.fitting.plan import describe
+from bridges.fitting.tracking import SENT, Tracker
+from bridges.fitting.trainer import Processes, Trainer, checkpoint_saver, train
+from bridges.models.loading import as_residual, load_model
+from bridges.models.modes import frozen, train_mode
 from bridges.models.pairing import pair_sites
-from bridges.models.residual import ResidualModel
-from bridges.models.sparse import SparseTransformer
-from bridges.quality import BridgeReport
+from bridges.models.residual import Batch, ResidualModel
+from bridges.models.sparse.model import SparseTransformer
+from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.report.plots import quality_plot
-from bridges.training.checkpoint import Checkpoint, last_checkpoint
-from bridges.training.closed_form import measure_units, solve_bridges
-from bridges.training.hybrid import SIDES, ModelPair
-from bridges.training.identity import RunIdentity, refuse_other_run, refuse_used_folder
-from bridges.training.plan import describe
-from bridges.training.step import Batch, StepLosses, trained_parameters
-from bridges.training.support import multiplying_nonzeros
-from bridges.training.tracking import SENT, Tracker
-from bridges.training.trainer import Processes, Trainer, checkpoint_saver, train
+from bridges.sparsity.support import multiplying_nonzeros
 
 RMS_TOKENS = 65_536
 """Tokens over which R of the interventions is measured."""
@@ -81,7 +81,7 @@ def _fit(
         )
     if config.train_sparse and not any(p.requires_grad for p in sparse_model.parameters()):
         raise ValueError("sparse has no parameter with requires_grad, so train_sparse=True has nothing to train")
-    held: AbstractContextManager = (training if config.train_sparse else frozen)(sparse_model)
+    held: AbstractContextManager = (train_mode if config.train_sparse else frozen)(sparse_model)
     thin = isinstance(sparse_model, SparseTransformer) and not config.train_sparse
     with frozen(dense_model), held, multiplying_nonzeros(sparse_model) if thin else nullcontext():
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)

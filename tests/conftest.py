@@ -109,6 +109,6 @@ def prompts(pair):
     """Six pairs of a made-up task, run."""
     from pairs import toy_task
 
-    from bridges.prompts import prompts_of
+    from bridges.channels.prompts import prompts_of
 
     return prompts_of(pair, toy_task())

@@ -6,13 +6,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bridges.bridge import Bridge, BridgeSet
-from bridges.circuits.tasks import TaskPairs
-from bridges.edits import Edit
-from bridges.models.huggingface import as_residual
+from bridges.models.loading import as_residual
 from bridges.models.pairing import pair_sites
-from bridges.models.sparse import SparseConfig, SparseTransformer
-from bridges.steer import steer
-from bridges.training.hybrid import ModelPair
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
+from bridges.objective.hybrid import ModelPair
+from bridges.steering.edits import Edit
+from bridges.steering.steer import steer
+from bridges.tasks.pairs import TaskPairs
 
 VOCAB, CONTEXT = 17, 12
 

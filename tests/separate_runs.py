@@ -16,7 +16,7 @@ import torch
 from pairs import gpt2, sparse_model, tokens
 
 from bridges.fit import fit
-from bridges.training.trainer import Trainer
+from bridges.fitting.trainer import Trainer
 
 KILLS = 5
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import bridges.bridge
 from bridges.bridge import Bridge, BridgeSet
-from bridges.quality import BridgeReport, SiteFigures
+from bridges.bridge_report import BridgeReport, SiteFigures
 
 D_DENSE, D_SPARSE, K = 5, 7, 3
 

@@ -76,13 +76,13 @@ def test_the_fixed_names_are_there_with_a_word_on_each_and_weights_of_one():
 
 def test_an_unknown_setting_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"stepz=3 is no setting of fit; those are steps, batch_size, "):
-        FitConfig.of({"stepz": 3})
+        FitConfig.from_values({"stepz": 3})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
 def test_an_impossible_value_is_refused_by_name_and_value_on_one_line(name, value):
     with pytest.raises(ValueError, match=name) as caught:
-        FitConfig.of({name: value})
+        FitConfig.from_values({name: value})
     message = str(caught.value)
     assert re.match(rf"{name}(\.\d+)*=", message) and "\n" not in message and "pydantic" not in message
     assert str(value) in message or repr(value) in message or isinstance(value, tuple)
@@ -99,13 +99,15 @@ def test_an_impossible_value_is_refused_by_name_and_value_on_one_line(name, valu
 )
 def test_settings_that_need_others(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        FitConfig.of(settings)
+        FitConfig.from_values(settings)
     assert "\n" not in str(caught.value)
 
 
 def test_every_bound_itself_is_allowed():
-    FitConfig.of({"steps": 0, "ridge": 0, "nmse_weight": 0, "seq_len": 2, "k": 1, "anneal": 1, "sites_per_step": 1})
-    FitConfig.of({"target_density": 1.0, "train_sparse": True, "sites_per_step": "all", "sampled_rows": 2})
+    FitConfig.from_values(
+        {"steps": 0, "ridge": 0, "nmse_weight": 0, "seq_len": 2, "k": 1, "anneal": 1, "sites_per_step": 1}
+    )
+    FitConfig.from_values({"target_density": 1.0, "train_sparse": True, "sites_per_step": "all", "sampled_rows": 2})
 
 
 def test_it_is_frozen():
@@ -126,7 +128,9 @@ def test_with_settings_validates_anew_and_leaves_the_old():
 def test_written_and_read_it_is_equal(tmp_path):
     path = tmp_path / "run.toml"
     given = {"steps": 7, "sites": ["0.attn"], "site_map": [["0.attn", "1.attn"]], "sites_per_step": "all", "lr": 0.5}
-    config = FitConfig.of({**given, "output_dir": tmp_path / "out", "train_sparse": True, "target_density": 0.25})
+    config = FitConfig.from_values(
+        {**given, "output_dir": tmp_path / "out", "train_sparse": True, "target_density": 0.25}
+    )
     config.to_file(path)
     assert FitConfig.from_file(path) == config
     assert path.read_text().startswith("[fit]") and "seq_len" not in path.read_text()

@@ -19,9 +19,9 @@ from pairs import (
     tokens,
 )
 
+from bridges.bridge_report import FIGURES
 from bridges.evaluate import evaluate
-from bridges.models.huggingface import as_residual
-from bridges.quality import FIGURES
+from bridges.models.loading import as_residual
 
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),

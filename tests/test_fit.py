@@ -18,10 +18,10 @@ from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
 from bridges.evaluate import evaluate
 from bridges.fit import fit
-from bridges.models.sparse import SparseTransformer
-from bridges.training import sparsity
-from bridges.training.step import Weights
-from bridges.training.trainer import Trainer
+from bridges.fitting.gradients import Weights
+from bridges.fitting.trainer import Trainer
+from bridges.models.sparse.model import SparseTransformer
+from bridges.sparsity import projection as sparsity
 
 fit_module = import_module("bridges.fit")  # as an attribute of the package it is the function
 DATA = tokens(12, 8, seed=21)
@@ -254,7 +254,7 @@ def test_the_same_settings_give_the_same_bytes(tmp_path):
 
 
 def test_groups_by_memory_change_nothing(monkeypatch):
-    calls, module = [], import_module("bridges.training.closed_form")
+    calls, module = [], import_module("bridges.fitting.closed_form")
     gather = module.gather
     monkeypatch.setattr(module, "gather", lambda *args: calls.append(1) or gather(*args))
     assert same(run(steps=0), run(steps=0, moments_gib=1e-9))

@@ -14,13 +14,11 @@ from bridges.data.rows import Rows
 from bridges.data.sampled import sampled_text
 from bridges.data.sources import Wanted, load_rows
 from bridges.models.loading import find_tokenizer
-from bridges.models.residual import ResidualModel, check_tokens, context_limit
+from bridges.models.residual import Batch, ResidualModel, check_tokens, context_limit
 
 HELDOUT = 0.05
 """Part of the rows set aside where there is no `eval_data`."""
 DEFAULT_SEQ_LEN = 128
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 class Prepared(NamedTuple):

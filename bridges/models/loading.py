@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from bridges.models.openai import RELEASE_CONFIG
-from bridges.models.probing import evaluation
-from bridges.models.sparse import SparseTransformer
+from bridges.models.huggingface.adapter import HuggingFaceResidual
+from bridges.models.residual import ResidualModel
+from bridges.models.sparse.model import SparseTransformer
+from bridges.models.sparse.openai import RELEASE_CONFIG
+from bridges.models.sparse.residual import SparseResidual
 
 
 def load_model(source: nn.Module | str | Path, device: torch.device | None = None, **kwargs: Any) -> nn.Module:
@@ -49,28 +49,14 @@ def find_tokenizer(source: nn.Module | str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(place)) if any(there) else None
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, evaluation mode and no parameter that asks for a gradient; both as they were afterwards."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    with evaluation(model):
-        try:
-            for parameter in asking:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in asking:
-                parameter.requires_grad_(True)
+def as_residual(model: nn.Module | ResidualModel) -> ResidualModel:
+    """See a decoder-only language model as a chain of sublayers on one residual stream (method, section 1).
 
-
-@contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """Inside, training mode; every module's own mode, and gradients cleared, afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        model.zero_grad(set_to_none=True)
+    A `ResidualModel` is returned as it is, a `SparseTransformer` as its own chain; any other Hugging Face causal
+    language model is taken apart and proven equal to itself. ValueError where that fails.
+    """
+    if isinstance(model, ResidualModel):
+        return model
+    if isinstance(model, SparseTransformer):
+        return SparseResidual(model)
+    return HuggingFaceResidual(model)

@@ -16,6 +16,10 @@ Visitor = Callable[[Tensor], Tensor | None]
 """Sees a stream or a read [batch, seq, d_model]; what it returns, if anything, takes its place."""
 
 
+Batch = tuple[Tensor, Tensor | None]
+"""input_ids and attention_mask, [batch, seq] each; None where nothing is padding."""
+
+
 class Site(str):
     """A place on the residual stream, named `3.attn`, `3.mlp`, `3.block` or `final`; compares as its name."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from bridges.files import write_text
-from bridges.quality import BridgeReport
+from bridges.bridge_report import BridgeReport
+from bridges.io.files import write_text
 
 
 def write_page(report: BridgeReport, steering: dict[str, Any], folder: str | Path) -> Path:

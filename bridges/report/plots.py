@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bridges.files import replacing
-from bridges.quality import BridgeReport
+from bridges.bridge_report import BridgeReport
+from bridges.io.files import replacing
 
 _COLORS = {"encode": "#1f6f8b", "decode": "#d1603d", "control": "#555555"}
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from bridges.config import FitConfig
 from bridges.data.prepare import Prepared, prepare
 from bridges.data.rows import Rows
-from bridges.models.huggingface import as_residual
-from bridges.models.sparse import SparseConfig, SparseTransformer
+from bridges.models.loading import as_residual
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 VOCAB = 61
 SHAPE = {"vocab_size": VOCAB, "n_layer": 1, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}

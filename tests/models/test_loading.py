@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 import bridges
 from bridges.models import loading
-from bridges.models.sparse import SparseConfig, SparseTransformer
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 SHAPE = {"vocab_size": 19, "block_size": 9, "n_layer": 1, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}
 
@@ -78,37 +78,3 @@ def test_a_folder_without_a_tokenizer_has_none(tiny, tmp_path):
     assert loading.find_tokenizer(model) is None
     model.config._name_or_path = "someone/not-here"  # an object's hub id is not looked up
     assert loading.find_tokenizer(model) is None
-
-
-def state(model):
-    modes = [module.training for module in model.modules()]
-    return modes, [p.requires_grad for p in model.parameters()]
-
-
-@pytest.fixture
-def model():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
-    model[1].eval()
-    model[0].bias.requires_grad_(False)
-    return model
-
-
-def test_frozen_inside_as_it_was_outside(model):
-    before = state(model)
-    with loading.frozen(model):
-        assert state(model) == ([False] * 5, [False] * 4)
-    with pytest.raises(KeyError), loading.frozen(model):
-        raise KeyError
-    assert state(model) == before == ([True, True, False, False, False], [True, False, True, True])
-
-
-def test_training_inside_as_it_was_outside_without_gradients(model):
-    before = state(model)
-    with loading.training(model):
-        assert state(model)[0] == [True] * 5
-        model(torch.ones(1, 2)).sum().backward()
-        assert model[0].weight.grad is not None
-    assert state(model) == before and all(p.grad is None for p in model.parameters())
-    with pytest.raises(KeyError), loading.training(model):
-        raise KeyError
-    assert state(model) == before

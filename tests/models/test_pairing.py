@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from bridges.models.huggingface import as_residual
+from bridges.models.loading import as_residual
 from bridges.models.pairing import pair_sites
 from bridges.models.residual import ResidualModel, Site
-from bridges.models.sparse import SparseConfig, SparseTransformer
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 
 class Sites(ResidualModel):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridges.models.huggingface import as_residual
+from bridges.models.loading import as_residual
 from bridges.models.residual import Site, input_device, position_ids
 
 

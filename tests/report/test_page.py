@@ -4,7 +4,7 @@ import base64
 import re
 
 import pytest
-from test_plots import STEERING, report
+from figures import STEERING, report
 
 from bridges.report.page import write_page
 

@@ -1,0 +1,119 @@
+"""Where a run's figures go: `metrics.jsonl`, and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from bridges.bridge_report import BridgeReport
+from bridges.io.files import replacing, write_text
+
+SENT = "wandb_report_sent"
+"""The file that a run folder has once its final report went to wandb: a kill may fall between the two."""
+
+
+class Tracker:
+    """A run's rows: kept in memory, appended to `metrics.jsonl`, and sent to wandb where `report_to` says so.
+
+    A resumed run drops the rows after its checkpoint, a torn last line with them, and goes on in the same wandb run.
+    """
+
+    def __init__(self, output_dir: Path | None, report_to: str, settings: dict[str, Any], step: int):
+        self.path = None if output_dir is None else output_dir / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = [] if self.path is None else _keep_rows(self.path, step)
+        self.run = None
+        if report_to == "wandb":
+            self.run = _start(output_dir, settings)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add one step's row; `row["step"]` counts from 1."""
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.run is not None:
+            self.run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def finish(self, report: BridgeReport | None, folder: Path | None, plot: Path | None = None) -> None:
+        """Send the final report as a table, the plot as an image and the bridge folder as an artifact; end the run."""
+        if self.run is None:
+            return
+        if report is not None:
+            sites = report.to_dict()["sites"]
+            columns = list(sites[0])
+            table = wandb.Table(columns=columns, data=[[site[name] for name in columns] for site in sites])
+            self.run.log({"report": table})
+            self.run.summary.update(report.flat("final"))
+        if plot is not None:
+            self.run.log({"quality": wandb.Image(str(plot))})
+        if folder is not None:
+            artifact = wandb.Artifact(f"bridges-{self.run.id}", "bridges", metadata=_figures(report))
+            for name in ("config.json", "bridges.safetensors", "report.json", "history.json", "README.md"):
+                if (folder / name).is_file():
+                    artifact.add_file(str(folder / name))
+            self.run.log_artifact(artifact)
+        self.run.finish()
+        if folder is not None:
+            write_text(folder / SENT, self.run.id)
+
+    def abort(self) -> None:
+        """End a run that did not come to its end; resuming goes on in it."""
+        if self.run is not None:
+            self.run.finish(exit_code=1)
+
+
+def _figures(report: BridgeReport | None) -> dict[str, Any]:
+    return {} if report is None else report.flat("final") | {"tokens": report.tokens}
+
+
+def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to `step`, the file cut to them."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for line in lines:
+        if not line.endswith("}"):
+            break  # a kill in mid-line tears the last one only
+        row = json.loads(line)
+        if row["step"] > step:
+            break
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def _start(output_dir: Path | None, settings: dict[str, Any]) -> Any:
+    """Start or continue the run; offline, with a line that says so, where there is neither an account nor a mode."""
+    mode = os.environ.get("WANDB_MODE") or None
+    if mode is None and not wandb.login(prompt=False, verify=False):
+        print(
+            "wandb: no account and no WANDB_MODE set; the run is recorded offline, `wandb sync` sends it later",
+            file=sys.stderr,
+        )
+        mode = "offline"
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "bridges"),
+        id=_run_id(output_dir),
+        resume="allow",
+        mode=mode,  # pyright: ignore[reportArgumentType]
+        dir=None if output_dir is None else str(output_dir),
+        config=settings,
+        settings=wandb.Settings(console="off", silent=True),
+    )
+
+
+def _run_id(output_dir: Path | None) -> str:
+    """The run's id, kept in the run folder from before the first step, so that a resume meets the same run."""
+    if output_dir is None:
+        return uuid.uuid4().hex[:12]
+    path = output_dir / "wandb_run_id"
+    if not path.is_file():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()

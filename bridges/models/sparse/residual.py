@@ -1,0 +1,90 @@
+"""A weight-sparse transformer as a chain of sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bridges.models.modes import attribute
+from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor
+from bridges.models.sparse.model import SparseTransformer
+
+
+class Shared(NamedTuple):
+    """What all sublayers of one batch share; ids, not embedded positions, so that no two share an autograd graph."""
+
+    position_ids: Int[Tensor, "b s"]
+    allowed: Bool[Tensor, "#b 1 s s"]
+    """Which keys each query may look at."""
+
+
+class SparseResidual(ResidualModel):
+    """The sites `0.attn`, `0.mlp`, `1.attn`, ..., `final` of a `SparseTransformer`, whose parameters it shares."""
+
+    model: SparseTransformer
+
+    def __init__(self, model: SparseTransformer):
+        self.model = model
+        layers = range(model.config.n_layer)
+        self.sites = [Site(f"{layer}.{kind}") for layer in layers for kind in ("attn", "mlp")] + [Site("final")]
+        self.d_model, self.vocab_size = model.config.d_model, model.config.vocab_size
+        self.context_length = model.config.block_size
+
+    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+        """Embed the tokens; raises ValueError when a row is longer than the model's `block_size`."""
+        shared = Shared(*self.model.prepare(input_ids, attention_mask))
+        return Context(input_ids, attention_mask, self.model.embed(input_ids, shared.position_ids), shared)
+
+    def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
+        """Attention at even indices, the MLP at odd ones."""
+        block = self.model.blocks[index // 2]
+        positions = self.model.positions(context.extra.position_ids)
+        if index % 2:
+            return block.feed_forward(residual, positions)
+        return block.attention(residual, positions, context.extra.allowed)
+
+    def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
+        """Final norm, unembedding, final_logits_bias and the bigram table's rows of the context's tokens."""
+        return self.model.unembed(residual, context.input_ids)
+
+    def read_modules(self, index: int) -> list[nn.Module]:
+        """`c_attn`, `c_fc` or `lm_head`, whose inputs have passed the norm and AbsTopK."""
+        if index == len(self.sites) - 1:
+            return [self.model.lm_head]
+        block = self.model.blocks[index // 2]
+        return [block.mlp.c_fc if index % 2 else block.attn.c_attn]
+
+    def norm(self, index: int, reader: int = 0) -> Norm:
+        """The norm's weight as gain; a LayerNorm also centres."""
+        if index == len(self.sites) - 1:
+            norm = self.model.transformer.ln_f
+        else:
+            block = self.model.blocks[index // 2]
+            norm = block.ln_2 if index % 2 else block.ln_1
+        gain = norm.weight.detach()
+        return Norm(gain.to(torch.promote_types(gain.dtype, torch.float32)), centred=not self.model.config.rms_norm)
+
+    @contextmanager
+    def streaming(self, visitors: Mapping[int, Visitor]) -> Iterator[None]:
+        """Wraps the method that takes the stream at a site."""
+        with ExitStack() as stack:
+            for index, visitor in visitors.items():
+                if index == len(self.sites) - 1:
+                    owner, name = self.model, "unembed"
+                else:
+                    owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
+                stack.enter_context(attribute(owner, name, _shown(getattr(owner, name), visitor)))
+            yield
+
+
+def _shown(method: Callable[..., Any], visitor: Visitor) -> Callable[..., Any]:
+    def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
+        changed = visitor(residual)
+        return method(residual if changed is None else changed, *args, **kwargs)
+
+    return call

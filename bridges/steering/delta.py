@@ -1,0 +1,100 @@
+"""Push a change of one sparse channel into the dense model's forward pass (paper A.4; method, section 4).
+
+What stands here computes the intervention on a `ResidualModel`; `steer` makes an ordinary Hugging Face model behave so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridges.models.residual import Norm, ResidualModel, Trace
+from bridges.objective.hybrid import ModelPair
+
+At = Literal["read", "residual"]
+
+
+def changed_reads(
+    sparse: ResidualModel,
+    input_ids: Int[Tensor, "b s"],
+    counterfactual_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b s"] | None = None,
+) -> list[Float[Tensor, "b s d_sparse"]]:
+    """dn at every site of the sparse model: n_counterfactual - n_presented in read units, zero on padding.
+
+    ValueError unless both prompts have one shape.
+    """
+    if input_ids.shape != counterfactual_ids.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
+            "one shape; use pairs of equal token length"
+        )
+    presented, changed = (sparse.reads(ids, attention_mask) for ids in (input_ids, counterfactual_ids))
+    real = 1 if attention_mask is None else attention_mask[..., None].to(presented[0].device)
+    return [(other - shown) * real for shown, other in zip(presented, changed, strict=True)]
+
+
+def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
+    """dz = dn R_s / gain_s: a change of reads as a change of the sparse stream, at strength 1.
+
+    Channels whose gain is 0 give 0: they cannot be read, so no stream explains a change of theirs.
+    """
+    bridge = pair.bridge_set[site]
+    gain = bridge.gain_sparse.to(dn)
+    dz = dn * bridge.rms_sparse.to(dn) / gain
+    return torch.where(gain == 0, 0, dz)
+
+
+def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
+    """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
+    bridge = pair.bridge_set[site]
+    delta = bridge.decode_delta(dz)
+    if at == "residual":
+        return delta
+    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, delta)
+
+
+def mask_channels(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
+    """The same change with every other channel left alone."""
+    kept = torch.zeros_like(dz)
+    kept[..., list(channels)] = dz[..., list(channels)]
+    return kept
+
+
+def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """A change of the stream in the units of the read: gain C(delta) / R."""
+    centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
+    return norm.gain.to(delta) * centred / rms.to(delta)
+
+
+def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """The transpose of `as_read`: from a gradient at the read to one with respect to the stream's change."""
+    gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
+    return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
+
+
+def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterator[Float[Tensor, "b s d"]]:
+    """`n` random directions, each with the addend's own norm at every token: the control."""
+    generator = torch.Generator().manual_seed(seed)
+    norm = addend.norm(dim=-1, keepdim=True)
+    for _ in range(n):
+        direction = torch.randn(addend.shape[-1], generator=generator).to(addend)
+        yield norm * direction / direction.norm()
+
+
+def edited_logits(
+    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: At
+) -> Float[Tensor, "b s vocab"]:
+    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
+
+    `trace` is the unedited run, so only what comes after the site is run again.
+    """
+    residual = trace.residuals[site]
+    if at == "residual":
+        return model.tail(site, residual + addend.to(residual), trace.context)
+    with model.reading({site: lambda read: read + addend.to(read)}):
+        return model.tail(site, residual, trace.context)

@@ -1,0 +1,99 @@
+"""A fixed edit as plain vectors, for use without this library: safetensors, or a control vector of llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bridges.bridge import BridgeSet
+from bridges.io.files import replacing, write_tensors
+from bridges.models.loading import as_residual
+from bridges.models.residual import ResidualModel, Site
+from bridges.steering.edits import Edit, check_edits, edits_of
+
+
+def directions(
+    bridge_set: BridgeSet, edits: Edit | Sequence[Edit], strength: float = 1.0
+) -> dict[str, Float[Tensor, " d_dense"]]:
+    """What fixed edits add to the dense stream at every position (`at="residual"`), by dense site.
+
+    ValueError for an edit that is not one number added everywhere, or that these bridges do not know.
+    """
+    found: dict[str, Tensor] = {}
+    edits = edits_of(edits)
+    check_edits(bridge_set, edits, strength)
+    for edit in edits:
+        if not edit.constant:
+            raise ValueError(
+                f"mode={edit.mode!r} at channel={edit.channel}: only an edit that adds one number at every position is "
+                "a fixed direction"
+            )
+        bridge, (dense_site, _) = bridge_set[edit.site], bridge_set.pairs[bridge_set.index(edit.site)]
+        delta = strength * edit.value * bridge.read_columns([edit.channel])[0]
+        found[dense_site] = found[dense_site] + delta if dense_site in found else delta
+    return found
+
+
+def export_direction(
+    dense: nn.Module | ResidualModel,
+    bridge_set: BridgeSet,
+    edits: Edit | Sequence[Edit],
+    path: str | Path,
+    *,
+    strength: float = 1.0,
+) -> None:
+    """Write fixed edits as `PATH.safetensors` (one vector per dense site, to be added to the stream there) or as
+    `PATH.gguf`, a control vector that llama.cpp takes with `--control-vector`.
+
+    llama.cpp adds `direction.N` to the output of layer N, from 1 on. So its vectors can stand at the sites `2.attn`
+    (the output of layer 1), `3.attn`, ..., and `final`; ValueError for another site, a file of another kind, or an edit
+    that is no fixed direction.
+    """
+    path, vectors = Path(path), directions(bridge_set, edits, strength)
+    if not vectors:
+        raise ValueError(f"edits={edits!r} holds none, so there is nothing to export")
+    if path.suffix == ".safetensors":
+        write_tensors(path, vectors)
+    elif path.suffix == ".gguf":
+        chain = as_residual(dense)
+        layers = {_layer(chain, site): vector for site, vector in vectors.items()}
+        _write_gguf(path, layers, chain.model.config.model_type, _layers(chain))  # pyright: ignore
+    else:
+        raise ValueError(f"path={str(path)!r} must end in .safetensors or .gguf")
+
+
+def _layers(chain: ResidualModel) -> int:
+    return 1 + max(site.layer for site in chain.sites if site.layer is not None)
+
+
+def _layer(chain: ResidualModel, name: str) -> int:
+    """The layer whose output is the stream at a site."""
+    site = Site(name)
+    layer = _layers(chain) - 1 if site.layer is None else site.layer - 1
+    if layer < 1 or site.kind == "mlp":
+        raise ValueError(
+            f"site={name!r} is not the output of a layer that llama.cpp's control vectors reach (sites 2.attn, 3.attn, "
+            "..., final); export to .safetensors"
+        )
+    return layer
+
+
+def _write_gguf(path: Path, layers: dict[int, Tensor], model_type: str, n_layers: int) -> None:
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise ValueError(f"path={str(path)!r} needs the gguf package: pip install 'sparse-bridges[gguf]'") from None
+    with replacing(path) as temporary:
+        writer = GGUFWriter(str(temporary), "controlvector")
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", n_layers)
+        for layer, vector in sorted(layers.items()):
+            writer.add_tensor(f"direction.{layer}", vector.to(torch.float32).cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

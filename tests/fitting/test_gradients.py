@@ -1,0 +1,189 @@
+from itertools import combinations
+
+import pytest
+import torch
+from pairs import MASK, gpt2, gradients, join, naive_losses, naive_objective, neox, sparse_model, tokens
+from torch.autograd.graph import saved_tensors_hooks
+
+from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, trained_parameters
+
+WEIGHTS = Weights(nmse=0.7, kl_dense_to_sparse=1.3, kl_sparse_to_dense=0.6, ce=0.9)
+PAIRS = {
+    "equal depth": lambda: join(gpt2(), sparse_model()),
+    "deeper dense, positions beside": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4)),
+    "block": lambda: join(neox(), sparse_model()),
+}
+
+
+def stepped(pair, batches, sampled, objective):
+    losses = step_gradients(pair, batches, sampled, objective)
+    return losses, gradients(trained_parameters(pair, objective.train_sparse))
+
+
+def naive_gradients(pair, weights, ids, mask, train_sparse, sampled=None):
+    for parameter in pair.sparse.model.parameters():
+        parameter.grad = None
+    loss, ce = naive_objective(pair, weights, ids, mask, sampled)
+    loss = loss + weights.ce * ce if train_sparse else loss
+    loss.backward()
+    return loss, gradients(trained_parameters(pair, train_sparse))
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    """Relative to each tensor's largest entry; a tensor of zeros (a sink whose gradient cancels) to rounding."""
+    largest = max(g.abs().max() for g in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance * max(other.abs().max(), 1e-4 * largest)
+
+
+@pytest.mark.parametrize("train_sparse", [False, True])
+@pytest.mark.parametrize("build", PAIRS.values(), ids=PAIRS)
+def test_a_steps_gradients_are_plain_autograd_of_the_naive_objective(build, train_sparse):
+    pair, ids = build(), tokens()
+    everywhere = range(len(pair.bridge_set))
+    losses, found = stepped(pair, [(ids, MASK)], everywhere, Objective(WEIGHTS, train_sparse))
+    loss, expected = naive_gradients(pair, WEIGHTS, ids, MASK, train_sparse)
+    assert abs(losses.loss / loss.item() - 1) < 1e-12
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("train_sparse", [False, True])
+def test_sampled_sites_cost_their_kls_alone_while_nmse_runs_everywhere(train_sparse):
+    pair, ids = PAIRS["equal depth"](), tokens()
+    losses, found = stepped(pair, [(ids, MASK)], [1, 4], Objective(WEIGHTS, train_sparse))
+    loss, expected = naive_gradients(pair, WEIGHTS, ids, MASK, train_sparse, sampled=[1, 4])
+    assert abs(losses.loss / loss.item() - 1) < 1e-12
+    assert list(losses.kl_dense_to_sparse) == ["0.mlp", "final"] and len(losses.nmse_decode) == 5
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_mean_over_every_sample_of_sites_is_the_full_gradient(count):
+    pair, batch, objective = PAIRS["equal depth"](), (tokens(), MASK), Objective(WEIGHTS, True)
+    samples = list(combinations(range(5), count))
+    every = [stepped(pair, [batch], sample, objective)[1] for sample in samples]
+    _, whole = stepped(pair, [batch], range(5), objective)
+    assert_same([sum(grads) / len(samples) for grads in zip(*every, strict=True)], whole, 1e-12)
+
+
+@pytest.mark.parametrize("train_sparse", [False, True])
+def test_micro_batches_of_different_token_counts_are_one_batch(train_sparse):
+    pair, ids, objective = PAIRS["equal depth"](), tokens(), Objective(WEIGHTS, train_sparse)
+    whole_losses, whole = stepped(pair, [(ids, MASK)], [0, 3], objective)
+    losses, parts = stepped(pair, [(ids[:1], MASK[:1]), (ids[1:], MASK[1:])], [0, 3], objective)
+    assert_same(parts, whole)
+    assert losses.tokens == whole_losses.tokens == 17
+    for name, value in whole_losses.row().items():
+        assert abs(losses.row()[name] / value - 1) < 1e-10
+
+
+def test_the_losses_are_the_written_out_ones():
+    pair, ids = PAIRS["block"](), tokens()
+    n = len(pair.bridge_set)
+    losses, _ = stepped(pair, [(ids, MASK)], range(n), Objective(WEIGHTS, True))
+    (encode, decode, to_sparse, to_dense), ce = naive_losses(pair, ids, MASK)
+    row = losses.row()
+    for i, site in enumerate(pair.bridge_set.sites):
+        for name, value in (
+            ("nmse_encode", encode[i]),
+            ("nmse_decode", decode[i]),
+            ("kl_dense_to_sparse", to_sparse[i]),
+            ("kl_sparse_to_dense", to_dense[i]),
+        ):
+            assert abs(row[f"train/{name}/{site}"] / value.item() - 1) < 1e-10
+    assert abs(row["train/ce"] / ce.item() - 1) < 1e-10
+    assert len(row) == 4 * n + 2
+
+
+def test_metric_names():
+    losses = StepLosses({"final": 1.0}, {"final": 2.0}, {}, {"final": 3.0}, loss=6.0)
+    assert losses.row() == {
+        "train/loss": 6.0,
+        "train/nmse_encode/final": 1.0,
+        "train/nmse_decode/final": 2.0,
+        "train/kl_sparse_to_dense/final": 3.0,
+    }
+
+
+@pytest.mark.parametrize("off", ["nmse", "kl_dense_to_sparse", "kl_sparse_to_dense", "ce"])
+def test_a_weight_of_zero_takes_its_loss_out_of_the_gradient_but_not_of_the_figures(off):
+    pair, ids, weights = PAIRS["equal depth"](), tokens(), WEIGHTS._replace(**{off: 0.0})
+    losses, found = stepped(pair, [(ids, MASK)], range(5), Objective(weights, True))
+    _, expected = naive_gradients(pair, weights, ids, MASK, True)
+    assert_same(found, expected)
+    assert losses.row().keys() == stepped(pair, [(ids, MASK)], range(5), Objective(WEIGHTS, True))[0].row().keys()
+
+
+def test_the_static_loss_scale_is_divided_out_again():
+    pair, batch = PAIRS["equal depth"](), (tokens(), MASK)
+    plain_losses, plain = stepped(pair, [batch], [2], Objective(WEIGHTS, True))
+    losses, scaled = stepped(pair, [batch], [2], Objective(WEIGHTS, True, loss_scale=1024.0))
+    assert losses == plain_losses
+    assert all(torch.equal(one, other) for one, other in zip(scaled, plain, strict=True))  # a power of two is exact
+
+
+def test_two_processes_sum_to_the_doubled_batch():
+    pair, ids, n = PAIRS["equal depth"](), tokens(), 5
+    whole_losses, whole = stepped(pair, [(ids.repeat(2, 1), MASK.repeat(2, 1))], range(n), Objective(WEIGHTS, True))
+    losses, mine = stepped(pair, [(ids, MASK)], range(n), Objective(WEIGHTS, True, reduce=lambda t: 2 * t))
+    assert_same([2 * grad for grad in mine], whole)
+    assert losses.tokens == 34 and abs(losses.loss / whole_losses.loss - 1) < 1e-12
+
+
+def peak_saved_elements(n_layers, naive):
+    """Most elements of tensors that graphs keep alive at any one time."""
+    pair, ids = join(gpt2(n_layers, 16), sparse_model(n_layers, 16)), tokens(2, 8)
+    for parameter in (*pair.dense.model.parameters(), *pair.sparse.model.parameters()):
+        parameter.requires_grad_(False)
+    live, peak = 0, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal live, peak
+            self.tensor = tensor.detach()
+            live += tensor.numel()
+            peak = max(peak, live)
+
+        def __del__(self):
+            nonlocal live
+            live -= self.tensor.numel()
+
+    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        if naive:
+            naive_objective(pair, WEIGHTS, ids)[0].backward()
+        else:
+            step_gradients(pair, [(ids, None)], range(len(pair.bridge_set)), Objective(WEIGHTS))
+    return peak
+
+
+def test_one_tails_graph_is_alive_at_a_time():
+    """Doubling the depth doubles the longest tail but makes four times of all tails together."""
+    shallow, deep = (peak_saved_elements(n, naive=False) for n in (2, 4))
+    assert 1.5 < deep / shallow < 2.3
+    naive_shallow, naive_deep = (peak_saved_elements(n, naive=True) for n in (2, 4))
+    assert naive_deep / naive_shallow > 2.7 and naive_deep > 4 * deep
+
+
+def test_frozen_parts_of_a_sparse_model_that_trains_are_left_out():
+    """The embedding and the first layer: the first streams then have no graph."""
+    pair, ids = PAIRS["equal depth"](), tokens()
+    everywhere = range(len(pair.bridge_set))
+    _, whole = stepped(pair, [(ids, MASK)], everywhere, Objective(WEIGHTS, True))
+    pair = PAIRS["equal depth"]()
+    every, body = trained_parameters(pair, True), pair.sparse.model.transformer
+    for parameter in (*body.wte.parameters(), *body.h[0].parameters()):
+        parameter.requires_grad_(False)
+    trains = [parameter.requires_grad for parameter in every]
+    _, some = stepped(pair, [(ids, MASK)], everywhere, Objective(WEIGHTS, True))
+    assert sum(trains) == len(some) < len(whole)
+    assert_same(some, [g for g, train in zip(whole, trains, strict=True) if train])
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 0]]])
+def test_a_step_in_which_no_target_varies_has_no_reconstruction_loss(mask):
+    """One counted token, or none; with none that another follows, no cross-entropy either."""
+    pair, mask = PAIRS["equal depth"](), torch.tensor(mask)
+    losses, found = stepped(pair, [(tokens(1, 3), mask)], [1], Objective(WEIGHTS, True))
+    assert set(losses.nmse_encode.values()) == set(losses.nmse_decode.values()) == {0.0}
+    assert losses.kl_sparse_to_dense["0.mlp"] > 0 and (losses.ce > 0) == bool(mask[0, 1])
+    assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)

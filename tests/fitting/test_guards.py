@@ -1,0 +1,74 @@
+"""What stops a run: each figure that is not finite by name, and the signals of a user who has had enough."""
+
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from bridges.fitting.gradients import StepLosses
+from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
+
+
+@pytest.mark.parametrize(
+    "name", ["nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused_by_step_name_and_site(name, value):
+    losses = StepLosses(**{name: {"0.attn": 1.0, "1.mlp": value}})
+    with pytest.raises(FloatingPointError, match=rf"step 7: {name} at site 1\.mlp is {value}.*Lower lr"):
+        refuse_not_finite(losses, 7)
+
+
+def test_so_is_the_sparse_models_own_loss_and_nothing_else():
+    with pytest.raises(FloatingPointError, match="step 3: the sparse model's cross-entropy is nan; lower sparse_lr"):
+        refuse_not_finite(StepLosses(ce=math.nan), 3)
+    refuse_not_finite(StepLosses(nmse_encode={"0.attn": 1e30}, ce=0.0), 3)
+    refuse_not_finite(StepLosses(ce=None), 3)
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    fine, bad = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    fine.grad, bad.grad = torch.ones(2), torch.tensor([1.0, math.inf])
+    refuse_not_finite_gradients([fine, torch.zeros(2)], 5)
+    refuse_not_finite_gradients([], 5)
+    with pytest.raises(FloatingPointError, match="step 5: a gradient is not finite though the losses are"):
+        refuse_not_finite_gradients([fine, bad], 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_handlers_come_back(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with interruptible() as interrupted:
+        assert not interrupted.is_set() and signal.getsignal(number) is not before[number]
+        os.kill(os.getpid(), number)
+        assert interrupted.wait(5)
+        assert {n: signal.getsignal(n) for n in before} == before  # a second one acts at once
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_handlers_come_back_after_an_error_and_other_threads_have_none():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyError), interruptible():
+        raise KeyError
+    assert signal.getsignal(signal.SIGINT) is before
+    found = []
+
+    def run():
+        with interruptible() as interrupted:
+            found.append((interrupted.is_set(), signal.getsignal(signal.SIGINT) is before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(False, True)]
+
+
+def test_an_empty_gradient_is_finite():
+    """That of a tensor whose every entry is zero, where zeros stay zero."""
+    empty, one = (torch.nn.Parameter(torch.zeros(n)) for n in (0, 2))
+    empty.grad, one.grad = torch.zeros(0), torch.ones(2)
+    refuse_not_finite_gradients([empty, one], 1)
+    refuse_not_finite_gradients([empty], 1)

@@ -1,0 +1,63 @@
+import pytest
+from pairs import gpt2, join, sparse_model
+
+from bridges.config import FitConfig
+from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
+
+
+def identity(dense=None, sparse=None, data="d1", versions=None, **settings):
+    pair = join(dense or gpt2(layers=1), sparse or sparse_model(layers=1))
+    return RunIdentity.of(pair, FitConfig(**settings), data, versions or {"torch": "1"})
+
+
+def test_the_same_run_may_continue_shown_elsewhere_and_with_other_versions(tmp_path):
+    stored = identity().to_dict()
+    refuse_other_run(stored, identity(output_dir=tmp_path, resume=True, progress=False, report_to="wandb"))
+    refuse_other_run(stored, identity(checkpoint_every=3, moments_gib=0.5))
+    refuse_other_run(stored, identity(versions={"torch": "2"}))
+
+
+def test_half_precision_copies_are_the_same_models():
+    stored = identity().to_dict()
+    refuse_other_run(stored, identity(gpt2(layers=1).bfloat16(), sparse_model(layers=1).float()))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"steps": 7}, "resume=True with steps=7, but the run was started with steps=300"),
+        ({"sites": ("final",)}, "sites=.'final'., but the run was started with sites=None"),
+        ({"data": "d2"}, r"other data \(d2, the run was started with d1\)"),
+        ({"dense": gpt2(layers=1, seed=8)}, "another dense model"),
+        ({"sparse": sparse_model(layers=1, seed=8)}, "another sparse model"),
+    ],
+)
+def test_another_run_is_refused_and_both_values_are_named(other, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_other_run(identity().to_dict(), identity(**other))
+
+
+def test_a_setting_that_came_later_had_its_default():
+    stored = identity().to_dict()
+    stored["settings"] = {k: v for k, v in stored["settings"].items() if not k.startswith("interchange")}
+    refuse_other_run(stored, identity())
+    with pytest.raises(ValueError, match=r"interchange_weight=0\.5, but .* started with interchange_weight=0\.0"):
+        refuse_other_run(stored, identity(interchange_weight=0.5))
+
+
+def test_a_sparse_model_that_trains_may_have_other_weights():
+    stored = identity(train_sparse=True)
+    assert stored.sparse is None
+    refuse_other_run(stored.to_dict(), identity(sparse=sparse_model(layers=1, seed=8), train_sparse=True))
+
+
+def test_a_used_folder_is_refused(tmp_path):
+    refuse_used_folder(None)
+    refuse_used_folder(tmp_path / "new")
+    refuse_used_folder(tmp_path)
+    for name in ("metrics.jsonl", "config.json", "checkpoints"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).mkdir() if name == "checkpoints" else (folder / name).touch()
+        with pytest.raises(ValueError, match=f"already holds a run .{name}."):
+            refuse_used_folder(folder)

@@ -1,0 +1,168 @@
+import pytest
+import torch
+
+from bridges.fitting.ridge import Moments, gather
+
+
+def rows(n, d, seed, dtype=torch.float64, offset=0.0, condition=1.0):
+    """Gaussian rows about `offset` whose covariance has the condition number `condition` in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    scales = torch.logspace(0, -0.5 * torch.tensor(condition).log10().item(), d, dtype=torch.float64)
+    return ((x * scales) @ basis + offset).to(dtype)
+
+
+def regress(x, y):
+    """weight and bias of least squares with an intercept, by QR in float64."""
+    design = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(design, y.double(), driver="gelsd").solution
+    return solution[:-1].T, solution[-1]
+
+
+def moments_of(*chunks, shift=None):
+    x, y = chunks[0]
+    shift = (x.double().mean(0), y.double().mean(0)) if shift is None else shift
+    moments = Moments(*shift)
+    for x, y in chunks:
+        moments.update(x, y)
+    return moments
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_without_a_penalty_it_is_least_squares(reverse):
+    x, y = rows(200, 6, 0, offset=2.0, condition=100.0), rows(200, 4, 1)
+    y = y + x[:, :4]
+    found = moments_of((x[:150], y[:150]), (x[150:], y[150:])).solve(0.0, reverse)
+    weight, bias = regress(y, x) if reverse else regress(x, y)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.bias, bias, rtol=1e-10, atol=1e-12)
+
+
+def test_merged_halves_are_the_whole():
+    x, y = rows(300, 5, 2, offset=4.0), rows(300, 7, 3, offset=-3.0)
+    shift = (x[:100].mean(0), y[:100].mean(0))
+    whole = moments_of((x, y), shift=shift)
+    merged = moments_of((x[:80], y[:80]), shift=shift) + moments_of((x[80:], y[80:]), shift=shift)
+    for one, two in zip(merged.tensors(), whole.tensors(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12 * two.abs().max().item())
+
+
+def test_moments_about_different_shifts_do_not_add():
+    x, y = rows(10, 2, 0), rows(10, 2, 1)
+    with pytest.raises(ValueError, match="different shifts"):
+        moments_of((x, y)) + moments_of((x + 1, y))
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 300.0])
+def test_float32_rows_far_from_zero_and_badly_conditioned_match_float64(offset):
+    x = rows(4000, 16, 4, torch.float32, offset, condition=1e4)
+    target = rows(16, 8, 5)
+    y = (x.double() @ target + 0.01 * rows(4000, 8, 6) + offset).float()
+    found = moments_of(*zip(x.split(512), y.split(512), strict=True)).solve(0.0)
+    weight, bias = regress(x, y)
+    exact = (x.double() @ weight.T + bias - y.double()).square().sum()
+    here = (x.double() @ found.weight.T + found.bias - y.double()).square().sum()
+    assert (here / exact - 1).abs() < 1e-6
+    assert ((found.weight - weight).norm() / weight.norm()) < 1e-4
+    # The residual's mean is zero at the least-squares solution: the intercept is right to rounding.
+    assert (x.double() @ found.weight.T + found.bias - y.double()).mean(0).abs().max() < 1e-6
+
+
+def test_the_penalty_by_hand():
+    """x = -1, 0, 1, y = 5 + 2x: variance 2/3 in one channel, so the slope is 2 (2/3) / (2/3 + 0.5 * 2/3) = 4/3."""
+    x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64) + 7
+    found = moments_of((x, 5 + 2 * (x - 7))).solve(0.5)
+    torch.testing.assert_close(found.weight, torch.tensor([[4 / 3]], dtype=torch.float64))
+    # The intercept is free: the line still goes through the means, 5 at 7.
+    torch.testing.assert_close(found.bias, torch.tensor([5 - 7 * 4 / 3], dtype=torch.float64))
+
+
+def test_the_penalty_is_a_part_of_the_mean_variance_and_leaves_the_intercept_free():
+    x, y = rows(100, 5, 7, offset=6.0, condition=50.0), rows(100, 3, 8, offset=-2.0)
+    ridge = 0.3
+    found = moments_of((x, y)).solve(ridge)
+    penalty = ridge * x.var(0, unbiased=False).mean() * len(x)
+    root = penalty.sqrt() * torch.eye(5, dtype=torch.float64)
+    centred, target = x - x.mean(0), y - y.mean(0)
+    augmented = torch.cat([centred, root]), torch.cat([target, torch.zeros(5, 3, dtype=torch.float64)])
+    weight = torch.linalg.lstsq(*augmented).solution.T
+    torch.testing.assert_close(found.weight, weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.bias, y.mean(0) - weight @ x.mean(0), rtol=1e-10, atol=1e-12)
+
+
+def test_channels_that_repeat_or_never_change_give_the_smallest_of_the_solutions():
+    x, y = rows(60, 4, 9), rows(60, 2, 10)
+    x = torch.cat([x, x[:, :1], torch.full((60, 1), 3.0, dtype=torch.float64)], 1)
+    found = moments_of((x, y)).solve(0.0)
+    centred = x - x.mean(0)
+    smallest = torch.linalg.pinv(centred, rcond=1e-9) @ (y - y.mean(0))
+    torch.testing.assert_close(found.weight, smallest.T, rtol=1e-8, atol=1e-9)
+    assert found.weight[:, 5].abs().max() < 1e-9
+
+
+def test_fewer_rows_than_channels_are_fitted_through():
+    x, y = rows(5, 9, 11, offset=1.0), rows(5, 2, 12)
+    found = moments_of((x, y)).solve(0.0)
+    torch.testing.assert_close(x @ found.weight.T + found.bias, y, rtol=1e-8, atol=1e-9)
+
+
+def test_an_input_that_never_changes_predicts_the_mean():
+    x, y = torch.full((6, 3), 2.0, dtype=torch.float64), rows(6, 2, 13)
+    found = moments_of((x, y)).solve(1e-4)
+    assert not found.weight.any()
+    torch.testing.assert_close(found.bias, y.mean(0))
+
+
+def test_streams_of_different_dtypes_are_multiplied_in_the_wider():
+    x, y = rows(80, 3, 30, torch.bfloat16, offset=5.0), rows(80, 2, 31, torch.float64)
+    found = moments_of((x, y)).solve(0.0)
+    torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_tokens_are_refused(n):
+    with pytest.raises(ValueError, match=f"at least 2 tokens, got {n}"):
+        moments_of((rows(n, 2, 0), rows(n, 2, 1)), shift=(torch.zeros(2), torch.zeros(2))).solve(0.1)
+
+
+def test_gathering_in_chunks_is_gathering_at_once_site_by_site():
+    sites = [(rows(90, 3, 20, offset=5.0), rows(90, 4, 21)), (rows(90, 3, 22), rows(90, 4, 23, offset=2.0))]
+    chunks = [[(x[i : i + 30], y[i : i + 30]) for x, y in sites] for i in (0, 30, 60)]
+    for (x, y), found in zip(sites, gather(chunks), strict=True):
+        once = moments_of((x, y), shift=(x[:30].mean(0), y[:30].mean(0)))
+        for one, two in zip(found.tensors(), once.tensors(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-11)
+
+
+def test_a_first_chunk_without_tokens_is_no_obstacle():
+    x, y = rows(40, 3, 24, offset=5.0), rows(40, 2, 25)
+    found = gather([[(x[:0], y[:0])], [(x, y)]])[0].solve(0.0)
+    torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_other_processes_take_the_first_ones_shift_and_all_end_with_the_sum():
+    x, y = rows(80, 3, 26, offset=9.0), rows(80, 2, 27)
+    theirs = [x[:40].mean(0), y[:40].mean(0), None]
+    first = moments_of((x[:40], y[:40]))
+
+    def reduce(tensor):
+        """What this process, the second, gets back: the first one's shift, then the sum of both moments."""
+        seen = theirs.pop(0)
+        if seen is not None:
+            assert not tensor.any()
+            return tensor + seen
+        return tensor + torch.cat([t.flatten() for t in first.tensors()])
+
+    found = gather([[(x[40:], y[40:])]], reduce, first=False)[0].solve(0.0)
+    torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.bias, regress(x, y)[1], rtol=1e-10, atol=1e-12)
+
+
+def test_moments_keep_their_precision_in_a_run_of_mixed_precision():
+    x, y = rows(200, 3, 0).float(), rows(200, 2, 1).float()
+    plain, mixed = (Moments(torch.zeros(3), torch.zeros(2)) for _ in range(2))
+    plain.update(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed.update(x, y)
+    assert all(torch.equal(one, other) for one, other in zip(plain.tensors(), mixed.tensors(), strict=True))

@@ -1,0 +1,66 @@
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bridges.io.files import read_json, replacing, write_json, write_tensors, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        assert temporary.parent == path.parent  # one file system, so that renaming is atomic
+        temporary.write_text("half of")
+        raise KeyError
+    assert read_json(path) == {"old": 1} and os.listdir(path.parent) == ["x.json"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_a_folder_takes_another_folders_place_whole(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "stale").write_text("")
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("")
+        raise KeyError
+    assert os.listdir(tmp_path) == ["run"] and os.listdir(path) == ["stale"]
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "fresh").write_text("")
+    assert os.listdir(tmp_path) == ["run"] and os.listdir(path) == ["fresh"]
+
+
+def test_json_is_readable_text_with_the_same_bytes_each_time(tmp_path):
+    for name in ("a", "b"):
+        write_json(tmp_path / name, {"z": [1, 0.1], "a": "é"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_text(encoding="utf-8") == '{\n  "z": [\n    1,\n    0.1\n  ],\n  "a": "é"\n}\n'
+    assert read_json(tmp_path / "a") == {"z": [1, 0.1], "a": "é"}
+
+
+def test_damaged_json_is_refused_by_name(tmp_path):
+    (tmp_path / "torn.json").write_text('{"a": [1,')
+    with pytest.raises(ValueError, match=r"torn.json is not valid JSON .* cut short"):
+        read_json(tmp_path / "torn.json")
+
+
+def test_tensors_come_back_whatever_their_strides_and_gradients(tmp_path):
+    base = torch.arange(6.0).view(2, 3)
+    tensors = {"plain": base, "turned": base.T, "asking": base.clone().requires_grad_(), "half": base.bfloat16()}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    stored = load_file(tmp_path / "t.safetensors")
+    assert stored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(stored[name], tensor) and stored[name].dtype == tensor.dtype
+    assert os.listdir(tmp_path) == ["t.safetensors"]

@@ -1,0 +1,116 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridges.models.sparse.folder import locate
+from bridges.models.sparse.model import SparseConfig, SparseTransformer
+
+SHAPE = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "d_model": 16}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SparseTransformer(SparseConfig(**SHAPE)).eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def same(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_shards_are_read(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert same(model, SparseTransformer.from_pretrained(tmp_path))
+
+
+def test_a_hub_id_is_fetched_without_code(model, folder, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, **options):
+        asked.update(repo=repo, **options)
+        shutil.copytree(folder, tmp_path / "cache" / "inner")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    again = SparseTransformer.from_pretrained("someone/sparse", subfolder="inner", revision="v1", token="t")
+    assert same(model, again) and again.name_or_path == "someone/sparse"
+    patterns = asked.pop("allow_patterns")
+    assert asked == {"repo": "someone/sparse", "revision": "v1", "token": "t"}
+    assert "inner/config.json" in patterns and not any(pattern.endswith((".py", "*")) for pattern in patterns)
+
+
+def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
+    def snapshot_download(*_args, **_options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match=r"^someone/sparse is not a folder, and the hub did not give it: no route$"):
+        SparseTransformer.from_pretrained("someone/sparse")
+
+
+def test_a_generation_config_and_another_config_are_taken(model, folder):
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(folder)
+    config = SparseConfig(**SHAPE, dropout=0.3)
+    again, info = SparseTransformer.from_pretrained(folder, config=config, output_loading_info=True)
+    assert again.generation_config.max_new_tokens == 3 and again.config.dropout == 0.3
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_model_made_from_tensors_in_hand(model):
+    again = SparseTransformer.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert same(model, again)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(OSError, match="is not a folder"):
+        SparseTransformer.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="is not a folder"):
+        locate("./nowhere")
+    with pytest.raises(OSError, match=r"has neither config\.json nor beeg_config\.json"):
+        SparseTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"model_type": "gpt2"}, r"config\.json has model_type='gpt2'; a SparseTransformer is read from"),
+        ({"rotary": 1}, r"config\.json: rotary=1 is not a key"),
+        ({"n_layer": 2}, r"the tensor transformer\.h\.1\.ln_1\.weight is missing"),
+        ({"sink": False}, r"attn_imp\.sink_logit is not expected"),
+        ({"vocab_size": 12}, r"has shape \[11\], not \[12\]"),
+    ],
+)
+def test_configurations_that_do_not_fit(folder, keys, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    with pytest.raises(ValueError, match=message):
+        SparseTransformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.5])
+def test_weights_cut_short(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: kept if kept >= 1 else int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"model\.safetensors is (empty|not a whole)") as caught:
+        SparseTransformer.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensor_is_never_filled_in(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer.h.0.mlp.c_fc.bias"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.bias is missing"):
+        SparseTransformer.from_pretrained(folder)

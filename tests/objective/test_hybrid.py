@@ -1,0 +1,167 @@
+import pytest
+import torch
+from pairs import (
+    MASK,
+    gpt2,
+    gradients,
+    join,
+    naive_decode,
+    naive_encode,
+    naive_losses,
+    neox,
+    relative,
+    sparse_model,
+    tokens,
+)
+
+from bridges.objective.hybrid import HybridLosses, hybrid_losses, run_path, single_switch_path, trace_pair
+
+PAIRS = {
+    "equal depth": lambda: join(gpt2(), sparse_model()),
+    "deeper dense": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4, sink=False)),
+    "deeper sparse": lambda: join(gpt2(layers=1), sparse_model(layers=2)),
+    "block": lambda: join(neox(), sparse_model(rms_norm=False)),
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request):
+    return PAIRS[request.param]()
+
+
+@pytest.fixture
+def ids():
+    return tokens()
+
+
+def test_the_four_losses_and_their_gradients_are_the_written_out_ones(pair, ids):
+    sparse_parameters = [p for p in pair.sparse.model.parameters() if p.requires_grad]
+    parameters = [*pair.bridge_set.parameters(), *sparse_parameters]
+    mix = torch.rand(4, len(pair.bridge_set), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    losses = hybrid_losses(*pair, ids, MASK)
+    (torch.stack(list(losses)) * mix).sum().backward()
+    found = gradients(parameters)
+    columns, _ = naive_losses(pair, ids, MASK)
+    naive = torch.stack([torch.stack(column) for column in columns])
+    (naive * mix).sum().backward()
+    expected = gradients(parameters)
+
+    assert relative(torch.stack(list(losses)), naive) < 1e-10
+    assert any(g.any() for g in expected[-len(sparse_parameters) :])
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-10 or (one - other).abs().max() < 1e-13
+
+
+def test_the_encoders_target_passes_no_gradient_to_the_sparse_model(ids):
+    pair = PAIRS["equal depth"]()
+    hybrid_losses(*pair, ids, MASK).nmse_encode.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in pair.sparse.model.parameters())
+
+
+@pytest.mark.parametrize("chosen", [["1.attn"], ["final", "0.attn"]])
+def test_a_subset_of_sites_gives_those_rows_in_that_order(ids, chosen):
+    pair = PAIRS["equal depth"]()
+    whole = hybrid_losses(*pair, ids, MASK)
+    some = hybrid_losses(*pair, ids, MASK, sites=chosen)
+    rows = [pair.bridge_set.sites.index(site) for site in chosen]
+    for name in HybridLosses._fields:
+        assert torch.equal(getattr(some, name), getattr(whole, name)[rows])
+
+
+def test_padding_may_hold_any_token_and_a_mask_of_ones_is_no_mask(ids):
+    pair = PAIRS["block"]()
+    other = torch.where(MASK.bool(), ids, (ids + 5) % 17)
+    for one, two in zip(hybrid_losses(*pair, ids, MASK), hybrid_losses(*pair, other, MASK), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+    ones = hybrid_losses(*pair, ids, torch.ones_like(ids))
+    for one, two in zip(hybrid_losses(*pair, ids), ones, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+
+
+def test_models_themselves_do_as_well_as_their_chains(ids):
+    pair = PAIRS["equal depth"]()
+    chains = hybrid_losses(pair.dense, pair.sparse, pair.bridge_set, ids)
+    models = hybrid_losses(pair.dense.model, pair.sparse.model, pair.bridge_set, ids)
+    assert all(torch.equal(one, two) for one, two in zip(chains, models, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": torch.full((2, 4), 99)}, "input_ids holds token 99; the models know 0 to 16"),
+        ({"input_ids": torch.zeros(2, 40).long()}, "input_ids has rows of 40 tokens, over the models' context of 12"),
+        ({"input_ids": torch.zeros(4).long()}, r"input_ids=\(4,\) must be a tensor of token ids"),
+        ({"input_ids": torch.zeros(2, 1).long()}, r"input_ids has rows of 1 real token\(s\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask \(1, 3\) must have the shape \(2, 4\)"),
+        ({"sites": []}, r"sites=\[\] names none"),
+    ],
+)
+def test_tokens_and_sites_that_cannot_be_are_refused(given, message, unchecked):
+    pair = join(gpt2(), sparse_model())
+    with pytest.raises(ValueError, match=message):
+        hybrid_losses(*pair, **({"input_ids": torch.zeros(2, 4).long()} | given))
+
+
+def test_other_models_are_refused_unless_the_caller_insists(ids):
+    pair = PAIRS["equal depth"]()
+    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    other = sparse_model(seed=99)
+    with pytest.raises(ValueError, match="sparse=SparseTransformer is not the model"):
+        hybrid_losses(pair.dense, other, pair.bridge_set, ids)
+    with pytest.raises(ValueError, match="dense=GPT2LMHeadModel is not the model"):
+        hybrid_losses(gpt2(seed=99), pair.sparse, pair.bridge_set, ids)
+    hybrid_losses(pair.dense, other, pair.bridge_set, ids, check_models=False)
+
+
+def naive_path(pair, ids, path):
+    """Sublayer by sublayer, every stretch on a context of its own, crossing by the written-out bridge."""
+    models = {"dense": pair.dense, "sparse": pair.sparse}
+    sites = {side: [models[side].sites.index(p[side == "sparse"]) for p in pair.bridge_set.pairs] for side in models}
+    here = path[0]
+    stream, place = models[here].context(ids, MASK).embedding, 0
+    for j, bridge in enumerate(pair.bridge_set):
+        while place < sites[here][j]:
+            stream = models[here].sublayer(place, stream, models[here].context(ids, MASK))
+            place += 1
+        if path[j + 1] != here:
+            stream = naive_encode(bridge, stream) if here == "dense" else naive_decode(bridge, stream)
+            here = path[j + 1]
+            place = sites[here][j]
+    return models[here].run_from(place, stream, ids, MASK)
+
+
+@pytest.mark.parametrize("changes", ["dsdsdd", "sdssds", "ddddds", "sddddd", "dssssd"])
+def test_a_path_is_the_composition_of_its_stretches(ids, changes):
+    pair = join(gpt2(layers=3), sparse_model())
+    path = ["dense" if side == "d" else "sparse" for side in changes]
+    with torch.no_grad():
+        found = run_path(pair, trace_pair(pair, ids, MASK), path)
+        expected = naive_path(pair, ids, path)
+    assert relative(found[MASK.bool()], expected[MASK.bool()]) < 1e-10
+
+
+def test_a_path_without_a_change_is_the_models_own_logits(ids):
+    pair = PAIRS["block"]()
+    n = len(pair.bridge_set)
+    with torch.no_grad():
+        traces = trace_pair(pair, ids)
+        assert torch.equal(run_path(pair, traces, ["dense"] * (n + 1)), pair.dense.model(ids).logits)
+        assert torch.equal(run_path(pair, traces, ["sparse"] * (n + 1)), pair.sparse.model(ids).logits)
+
+
+def test_a_crossing_changes_once_at_its_bridge():
+    assert single_switch_path(3, 1, "dense") == ("dense", "dense", "sparse", "sparse")
+    assert single_switch_path(2, 0, "sparse") == ("sparse", "dense", "dense")
+
+
+def test_half_precision_models_get_losses_in_float32(ids):
+    """KL of bfloat16 logits is computed in float32, so it is that of the rounded logits, not rounded again."""
+    pair = join(gpt2(dtype=torch.bfloat16), sparse_model(dtype=torch.bfloat16))
+    losses = hybrid_losses(*pair, ids, MASK)
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    traces = trace_pair(pair, ids, MASK)
+    logits = run_path(pair, traces, single_switch_path(len(pair.bridge_set), 0, "dense"))[MASK.bool()].double()
+    target = traces.dense.logits[MASK.bool()].double()
+    by_hand = (target.softmax(-1) * (target.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(losses.kl_dense_to_sparse[0].double(), by_hand, rtol=1e-5, atol=0)

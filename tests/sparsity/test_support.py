@@ -1,0 +1,122 @@
+import copy
+
+import pytest
+import torch
+from pairs import MASK, gpt2, join, sparse_model, tokens
+
+from bridges.config import FitConfig
+from bridges.fitting.gradients import Objective, Weights, step_gradients
+from bridges.fitting.trainer import Processes, Trainer
+from bridges.sparsity import projection as sparsity
+from bridges.sparsity.support import Support, multiplying_nonzeros
+
+SETTINGS = {"steps": 5, "train_sparse": True, "sites_per_step": "all", "sparse_lr": 0.02, "sparse_weight_decay": 0.3}
+
+
+def thinned(kept=0.08, **options):
+    model = sparse_model(**options)
+    sparsity.project(model, kept, min_per_channel=0)
+    return model
+
+
+def by_hand(pair, batches, config):
+    """The same training on whole tensors: AdamW, then zeros where there were zeros."""
+    model = pair.sparse.model
+    masks = sparsity.supports(model)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    bridges = torch.optim.AdamW(pair.bridge_set.parameters(), weight_decay=0.0)
+    sparse = torch.optim.AdamW(
+        named.values(), betas=(0.9, 0.95), eps=config.sparse_eps, weight_decay=config.sparse_weight_decay
+    )
+    for step, batch in enumerate(batches, 1):
+        step_gradients(pair, [batch], range(len(pair.bridge_set)), Objective(Weights(), train_sparse=True))
+        for name, p in named.items():
+            if name in masks:
+                p.grad = torch.where(masks[name], p.grad, 0)
+        kept = [p.grad[masks[name]] if name in masks else p.grad.flatten() for name, p in named.items()]
+        rms = torch.cat(kept).square().mean().sqrt()
+        for p in named.values():
+            p.grad *= min(1.0, 1 / rms.item())
+        bridges.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.steps)
+        sparse.param_groups[0]["lr"] = sparsity.learning_rate(step, config.steps, config.sparse_lr)
+        for optimizer in (bridges, sparse):
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                named[name].copy_(torch.where(mask, named[name], 0)) if name in named else None
+
+
+@pytest.mark.parametrize("options", [{}, {"tied_unembed": True}, {"d_pos_emb": 4}], ids=["plain", "tied", "positions"])
+def test_steps_on_the_nonzeros_are_those_on_whole_tensors(options):
+    batches = [(tokens(seed=seed), MASK) for seed in range(5)]
+    found, expected = (join(gpt2(), thinned(**options)) for _ in range(2))
+    config = FitConfig(**SETTINGS)
+    with Processes() as processes:
+        trainer = Trainer(found, config, processes)
+        for batch in batches:
+            trainer.train_step([batch])
+    by_hand(expected, batches, config)
+    for pair in (found, expected):
+        assert sparsity.density(pair.sparse.model) < 0.1
+    for one, other in zip(found.sparse.model.parameters(), expected.sparse.model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+    for one, other in zip(found.bridge_set.parameters(), expected.bridge_set.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_multiplying_by_values_changes_nothing_but_time(fast):
+    model, ids = thinned(), tokens()
+    before = copy.deepcopy(model)
+    support = Support(model, sparsity.supports(model), fast)
+    with support.multiplying():
+        logits = model(ids).logits
+    assert torch.allclose(logits, before(ids).logits, atol=1e-12)
+    logits.square().sum().backward()
+    support.gather_gradients()
+    before(ids).logits.square().sum().backward()
+    for one, (_, other) in zip(support._trained, sparsity.sparse_parameters(before), strict=True):
+        expected = torch.zeros_like(other) if other.grad is None else other.grad
+        assert torch.allclose(one.values.grad, expected.flatten()[one.index], atol=1e-10)
+
+
+def test_the_calls_that_are_replaced_are_those_of_thin_matrices_alone():
+    model = thinned(0.08)
+    with torch.no_grad():
+        model.blocks[0].mlp.c_fc.weight.fill_(1)
+    support = Support(model, sparsity.supports(model))
+    thin = {name for name, m in model.named_modules() if m in support._calls}
+    assert "lm_head" in thin and "transformer.h.1.mlp.c_fc" in thin and "transformer.h.0.mlp.c_fc" not in thin
+    assert not Support(model, sparsity.supports(model), fast=False)._calls
+
+
+def test_a_frozen_model_multiplies_its_nonzeros_alone():
+    model, ids = thinned(), tokens()
+    plain = model(ids).logits.detach()
+    with multiplying_nonzeros(model):
+        assert {"lm_head", "transformer.h.0.attn.c_attn"} <= {
+            n for n, m in model.named_modules() if "forward" in vars(m)
+        }
+        logits = model(ids).logits
+        embedded = torch.autograd.grad(logits.square().sum(), model.transformer.wte.weight)[0]
+    assert torch.allclose(logits, plain, atol=1e-12)
+    expected = torch.autograd.grad(model(ids).logits.square().sum(), model.transformer.wte.weight)[0]
+    assert torch.allclose(embedded, expected, atol=1e-10)
+
+
+def test_what_is_not_trained_stays():
+    model = thinned()
+    model.lm_head.weight.requires_grad_(False)
+    support = Support(model, sparsity.supports(model))
+    assert model.lm_head not in support._calls
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    count = sum(int((p != 0).sum()) if name in support.masks else p.numel() for name, p in trained)
+    assert sum(p.numel() for p in support.parameters()) == count
+
+
+def test_foreign_supports_are_refused():
+    masks = sparsity.supports(thinned())
+    masks.pop("lm_head.weight")
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        Support(thinned(), masks)
