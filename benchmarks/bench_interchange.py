@@ -21,7 +21,7 @@ from torch import Tensor
 
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import edited, model_pair, prompts_of, text_of
+from bridges.channels.prompts import edited, frozen_pair, prompts_of, text_of
 from bridges.data.prepare import Prepared
 from bridges.data.rows import Rows
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
@@ -88,7 +88,7 @@ def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, 
     for rows, n in ((setting.train, SETTINGS.interchange_pairs), (setting.heldout, OTHER_PAIRS)):
         data = Prepared(Rows(rows, seed=SETTINGS.seed), Rows(rows[:1]))
         batches = data.pair_batches(SETTINGS.with_settings({"interchange_pairs": n}), 0, 1)
-        with model_pair(pair.dense, pair.sparse, plain, check_models=False) as models:
+        with frozen_pair(pair.dense, pair.sparse, plain, check_models=False) as models:
             asked = interchange.gather_carried(models, batches, range(len(plain)))
         left = [one.loss(bridge.decoder_weight).item() for one, bridge in zip(asked, bridge_set, strict=True)]
         means.append(sum(left) / len(left))
@@ -98,7 +98,7 @@ def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, 
 def searched(pair: Pair, bridge_set: bridges.BridgeSet, setting: Setting) -> str:
     """The single channel of every task that the dense model solves, on prompts that it was not chosen on."""
     p_dense, p_sparse, both_ways, sites = [], [], 0, []
-    with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
+    with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         elsewhere = text_of(models, setting.train[:SIDE_EFFECT_ROWS])
         for task in setting.tasks:
             pairs = task_pairs(task, pair.tokenizer, CHOSEN_ON + setting.prompts)

@@ -11,7 +11,7 @@ import torch
 
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import addend_of, model_pair, p_target, prompts_of, text_of
+from bridges.channels.prompts import addend_of, frozen_pair, p_target, prompts_of, text_of
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.demo import SETTINGS, SIDE_EFFECT_ROWS, TASK, TRAIN_DOCUMENTS, demo_rows
 from bridges.steering.delta import edited_logits, random_addends
@@ -38,7 +38,7 @@ def main() -> None:
         bridge_set = bridges.fit(pair.dense, pair.sparse, train, eval_data=rows, config=config)
         assert bridge_set.report is not None, "fit always reports"
         mean = bridge_set.report.to_dict()["mean"]
-        with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
+        with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
             prompts = prompts_of(models, pairs)
             found = find(models, prompts, text_of(models, train[:SIDE_EFFECT_ROWS]))
             site = models.site("dense", bridge_set.index(found.best.site))

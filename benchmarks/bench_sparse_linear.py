@@ -4,14 +4,14 @@ import torch
 from timing import header, medians, row
 from torch.nn import functional as F
 
-from bridges.ops.sparse_linear import Places, sparse_linear
+from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
 
 TOKENS = 1024
 
 
 def problem(n_in: int, n_out: int, density: float):
     weight = torch.randn(n_out, n_in) * (torch.rand(n_out, n_in) < density)
-    places = Places.of(weight != 0)
+    places = NonzeroPattern.from_mask(weight != 0)
     values = weight.flatten()[places.flat].requires_grad_()
     return torch.randn(TOKENS, n_in, requires_grad=True), weight.requires_grad_(), values, places
 

@@ -94,7 +94,7 @@ class BridgeSet(nn.Module):
         history: list[dict[str, Any]] | None = None,
     ):
         super().__init__()
-        self.pairs = [(str(dense), str(sparse)) for dense, sparse in pairs]
+        self.site_pairs = [(str(dense), str(sparse)) for dense, sparse in pairs]
         """(dense site, sparse site) of each bridge."""
         self.bridges = nn.ModuleList(bridges)
         self.provenance: dict[str, Any] = dict(provenance or {})
@@ -107,7 +107,7 @@ class BridgeSet(nn.Module):
     @property
     def sites(self) -> list[str]:
         """The sparse site of each bridge, the keys of the set."""
-        return [sparse for _, sparse in self.pairs]
+        return [sparse for _, sparse in self.site_pairs]
 
     def __len__(self) -> int:
         return len(self.bridges)
@@ -203,7 +203,7 @@ class BridgeSet(nn.Module):
         d_sparse, d_dense = first.encoder_weight.shape
         return {
             "format_version": FORMAT_VERSION,
-            "pairs": [list(pair) for pair in self.pairs],
+            "pairs": [list(pair) for pair in self.site_pairs],
             "d_dense": d_dense,
             "d_sparse": d_sparse,
             "k": first.k,

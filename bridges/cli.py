@@ -30,7 +30,7 @@ from bridges.fitting.identity import refuse_used_folder
 from bridges.fitting.trainer import Processes
 from bridges.io.files import write_text
 from bridges.models.loading import as_residual, find_tokenizer, load_model
-from bridges.steering.delta import At
+from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TASKS
 
 app = typer.Typer(
@@ -199,9 +199,9 @@ def _strengths(text: str) -> tuple[float, ...]:
         raise ValueError(f"--strengths {text!r} are no numbers; give them with commas between") from None
 
 
-def _entry(at: str) -> At:
-    if at not in get_args(At):
-        raise ValueError(f"--at {at!r} must be one of {', '.join(get_args(At))}")
+def _entry(at: str) -> EntryPoint:
+    if at not in get_args(EntryPoint):
+        raise ValueError(f"--at {at!r} must be one of {', '.join(get_args(EntryPoint))}")
     return at  # pyright: ignore[reportReturnType]
 
 

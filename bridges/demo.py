@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import model_pair, prompts_of, text_of
+from bridges.channels.prompts import frozen_pair, prompts_of, text_of
 from bridges.channels.search import MOST
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
@@ -89,7 +89,7 @@ def steer_quotes(pair: Pair, bridge_set: BridgeSet, prompts: int, seen: Tensor, 
     Chosen within a budget on text that was `seen` in training, reported on `text`.
     """
     pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts)
-    with model_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
+    with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         chosen_on, reported = (prompts_of(models, rows) for rows in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
         others = other_tasks(TASK, pair.tokenizer)
         elsewhere = text_of(models, seen)

@@ -20,7 +20,7 @@ from bridges.config import FitConfig
 from bridges.data.prepare import Prepared, prepare
 from bridges.evaluate import measure, versions
 from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
-from bridges.fitting.closed_form import measure_units, solve_bridges
+from bridges.fitting.closed_form import measure_read_scales, solve_bridges
 from bridges.fitting.gradients import StepLosses, trained_parameters
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.fitting.plan import describe
@@ -33,7 +33,7 @@ from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.report.plots import quality_plot
-from bridges.sparsity.support import multiplying_nonzeros
+from bridges.sparsity.support import use_sparse_kernels
 
 RMS_TOKENS = 65_536
 """Tokens over which R of the interventions is measured."""
@@ -83,7 +83,7 @@ def _fit(
         raise ValueError("sparse has no parameter with requires_grad, so train_sparse=True has nothing to train")
     held: AbstractContextManager = (train_mode if config.train_sparse else frozen)(sparse_model)
     thin = isinstance(sparse_model, SparseTransformer) and not config.train_sparse
-    with frozen(dense_model), held, multiplying_nonzeros(sparse_model) if thin else nullcontext():
+    with frozen(dense_model), held, use_sparse_kernels(sparse_model) if thin else nullcontext():
         pair = _untrained_pair(as_residual(dense_model), as_residual(sparse_model), config)
         for i in range(len(pair.bridge_set)):  # a norm that R cannot be measured for is refused before the work
             for side in SIDES:
@@ -200,7 +200,7 @@ class _Run:
             rows = min(len(self.data.train), math.ceil(RMS_TOKENS / self.data.train.seq_len))
             size = config.batch_size
             batches = [self.data.train.take(i, min(size, rows - i)) for i in range(0, rows, size)]
-            measure_units(self.pair, batches)
+            measure_read_scales(self.pair, batches)
             bridge_set.report = self._evaluate()
         bridge_set.remember(self.pair.dense.model, self.pair.sparse.model)
         bridge_set.provenance |= {"fit": config.recorded(), "versions": identity.versions}

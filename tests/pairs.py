@@ -171,7 +171,7 @@ def naive_losses(pair, ids, mask=None):
     h_sparse, y_sparse = pair.sparse.residuals(ids, mask)
     real, counted = real_places(ids, mask), counted_places(ids, mask)
     columns = [[], [], [], []]
-    for (dense_site, sparse_site), bridge in zip(pair.bridge_set.pairs, pair.bridge_set, strict=True):
+    for (dense_site, sparse_site), bridge in zip(pair.bridge_set.site_pairs, pair.bridge_set, strict=True):
         h, z = h_dense[pair.dense.sites.index(dense_site)], h_sparse[pair.sparse.sites.index(sparse_site)]
         encoded, decoded = naive_encode(bridge, h), naive_decode(bridge, z)
         columns[0].append(naive_nmse(at(encoded, counted), at(z, counted).detach()))

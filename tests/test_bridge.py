@@ -161,7 +161,7 @@ def test_save_load_save_gives_the_same_bytes(bridge_set, tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     names = ["README.md", "bridges.safetensors", "config.json", "history.json", "report.json"]
     assert sorted(same_folders(tmp_path / "a", tmp_path / "b")) == names == sorted(os.listdir(tmp_path / "b"))
-    assert loaded.pairs == bridge_set.pairs and loaded.report == bridge_set.report
+    assert loaded.site_pairs == bridge_set.site_pairs and loaded.report == bridge_set.report
     assert loaded.history == bridge_set.history and loaded.provenance == bridge_set.provenance
     for name, tensor in bridge_set.tensors().items():
         assert torch.equal(loaded.tensors()[name], tensor) and loaded.tensors()[name].dtype == tensor.dtype

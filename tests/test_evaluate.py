@@ -45,7 +45,9 @@ def naive_report(pair):
     (encode, decode, to_sparse, to_dense), sparse_ce = naive_losses(pair, ids, mask)
     dense_ce = naive_ce(y_dense, ids, mask)
     sites = []
-    for i, ((dense_site, sparse_site), bridge) in enumerate(zip(pair.bridge_set.pairs, pair.bridge_set, strict=True)):
+    for i, ((dense_site, sparse_site), bridge) in enumerate(
+        zip(pair.bridge_set.site_pairs, pair.bridge_set, strict=True)
+    ):
         h, z = h_dense[pair.dense.sites.index(dense_site)], h_sparse[pair.sparse.sites.index(sparse_site)]
         encoded = naive_abs_topk(h @ bridge.encoder_weight.T + bridge.encoder_bias, bridge.k)
         decoded = z @ bridge.decoder_weight.T + bridge.decoder_bias

@@ -44,7 +44,7 @@ def outcome(bridge_set):
 
 
 def same(one, other):
-    return one.pairs == other.pairs and torch.equal(outcome(one), outcome(other))
+    return one.site_pairs == other.site_pairs and torch.equal(outcome(one), outcome(other))
 
 
 def rows(folder):

@@ -13,7 +13,7 @@ from torch import Tensor
 from bridges.channels.prompts import Channels, Prompts, addend_of, p_target
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import At, edited_logits
+from bridges.steering.delta import EntryPoint, edited_logits
 from bridges.tasks.pairs import TaskPairs
 
 
@@ -40,7 +40,7 @@ def dense_directions(
     return torch.stack(differences), torch.stack(probes)
 
 
-def _entering(model: ResidualModel, ids: Tensor, pairs: TaskPairs, site: int, at: At) -> Float[Tensor, "b s d"]:
+def _entering(model: ResidualModel, ids: Tensor, pairs: TaskPairs, site: int, at: EntryPoint) -> Float[Tensor, "b s d"]:
     if at == "residual":
         return model.trace(ids, pairs.attention_mask).residuals[site]
     return model.reads(ids, pairs.attention_mask)[site]

@@ -16,7 +16,7 @@ from bridges.channels.prompts import (
     Text,
     check_text,
     edited,
-    model_pair,
+    frozen_pair,
     p_target,
     pairs_of,
     prompts_of,
@@ -36,7 +36,7 @@ from bridges.channels.search import (
 )
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import At
+from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TaskPairs
 
 CHOSEN_ON = 64
@@ -51,7 +51,7 @@ class RankedChannel(NamedTuple):
 
     site: str
     channel: int
-    at: At
+    at: EntryPoint
     predicted: float
     """First-order change of the dense model's mean log P(target), nats."""
     effect: float
@@ -105,7 +105,7 @@ def find_channels(
     tells where there are none. Report on other prompts and text than these.
     """
     check_search(most, by, budget, candidates)
-    with model_pair(dense, sparse, bridge_set, check_models) as pair:
+    with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         prompts = prompts_of(pair, pairs_of(task, dense, tokenizer, n, seed))
         elsewhere = text_of(pair, sampled(pair, seed) if text is None else check_text(pair, text))
         return find(pair, prompts, elsewhere, most, by, budget, candidates)

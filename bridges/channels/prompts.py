@@ -19,8 +19,8 @@ from bridges.models.modes import frozen
 from bridges.models.residual import ResidualModel, Trace, check_tokens, refuse_foreign_tokens
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
-from bridges.sparsity.support import multiplying_nonzeros
-from bridges.steering.delta import At, changed_reads, dense_addend, edited_logits, mask_channels, sparse_delta
+from bridges.sparsity.support import use_sparse_kernels
+from bridges.steering.delta import EntryPoint, changed_reads, dense_addend, edited_logits, mask_channels, sparse_delta
 from bridges.tasks.pairs import TaskPairs, probability, task_pairs
 
 
@@ -29,7 +29,7 @@ class Channels(NamedTuple):
 
     site: str
     channels: tuple[int, ...]
-    at: At
+    at: EntryPoint
 
 
 class Prompts(NamedTuple):
@@ -53,14 +53,14 @@ class Text(NamedTuple):
 
 
 @contextmanager
-def model_pair(
+def frozen_pair(
     dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel, bridge_set: BridgeSet, check_models: bool
 ) -> Iterator[ModelPair]:
     """Both models frozen and in evaluation mode inside; ValueError if the bridges are of others."""
     pair = ModelPair(_knowing_norms(as_residual(dense)), _knowing_norms(as_residual(sparse)), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    fast = [multiplying_nonzeros(one.model) for one in pair[:2] if isinstance(one.model, SparseTransformer)]
+    fast = [use_sparse_kernels(one.model) for one in pair[:2] if isinstance(one.model, SparseTransformer)]
     with ExitStack() as stack:
         for context in (frozen(pair.dense.model), frozen(pair.sparse.model), *fast, torch.no_grad()):
             stack.enter_context(context)
@@ -74,7 +74,7 @@ def _knowing_norms(chain: ResidualModel) -> ResidualModel:
     return chain
 
 
-def entries(pair: ModelPair, i: int) -> tuple[At, ...]:
+def entries(pair: ModelPair, i: int) -> tuple[EntryPoint, ...]:
     """Where an edit of a bridged site may enter here: not at a read that two modules take through norms of their own.
 
     `steer` edits both; what is computed here has one addend per edit.
@@ -91,8 +91,8 @@ def check_channels(pair: ModelPair, chosen: Channels) -> None:
         )
     if chosen.site not in pair.bridge_set.sites:
         raise ValueError(f"site={chosen.site!r} has no bridge; there are {', '.join(pair.bridge_set.sites)}")
-    if chosen.at not in get_args(At):
-        raise ValueError(f"at={chosen.at!r} must be one of {', '.join(get_args(At))}")
+    if chosen.at not in get_args(EntryPoint):
+        raise ValueError(f"at={chosen.at!r} must be one of {', '.join(get_args(EntryPoint))}")
     if chosen.at not in entries(pair, pair.bridge_set.index(chosen.site)):
         raise ValueError(f"at={chosen.at!r}: site={chosen.site!r} is read by two modules at once; use at='residual'")
     width, channels = pair.sparse.d_model, chosen.channels
@@ -165,7 +165,7 @@ def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tens
     return probability(logits[:, -1], pairs.targets)
 
 
-def inside(prompts: Prompts, i: int, at: At) -> Float[Tensor, "b s d_sparse"]:
+def inside(prompts: Prompts, i: int, at: EntryPoint) -> Float[Tensor, "b s d_sparse"]:
     """The change of every channel of the sparse model where an edit enters it."""
     return (prompts.dz if at == "residual" else prompts.dn)[i]
 

@@ -17,12 +17,12 @@ from bridges.data.sampled import sampled_text
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.ops.kl import kl_divergence
-from bridges.steering.delta import At, as_read_adjoint, edited_logits, random_addends
+from bridges.steering.delta import EntryPoint, edited_logits, random_addends, stream_to_read_transpose
 from bridges.tasks.pairs import TaskPairs
 
 By = Literal["dense", "both"]
 """Whose answer channels are chosen by: the dense model's, or both models'."""
-Effects = dict[tuple[int, At], Tensor]
+Effects = dict[tuple[int, EntryPoint], Tensor]
 """Per bridged site and entry a figure for every sparse channel."""
 CANDIDATES = 16
 """Channels per site and entry whose edit is done after the prediction."""
@@ -76,14 +76,14 @@ def sampled(pair: ModelPair, seed: int, search: bool = True) -> Int[Tensor, "row
 
 def predicted_effects(
     pair: ModelPair, prompts: Prompts, side: Side = "dense"
-) -> dict[tuple[int, At], Float[Tensor, " d_sparse"]]:
+) -> dict[tuple[int, EntryPoint], Float[Tensor, " d_sparse"]]:
     """First-order effect of every channel's edit on one model's mean log P(target), from one backward pass.
 
     Per channel the sum over tokens of its change where the edit enters, times the gradient there; for the dense model
     the change is dz times the decoder's column.
     """
     gradients = _gradients(pair.model(side), prompts.pairs)
-    effects: dict[tuple[int, At], Tensor] = {}
+    effects: dict[tuple[int, EntryPoint], Tensor] = {}
     for i, bridge in enumerate(pair.bridge_set):
         site = pair.site(side, i)
         for at in entries(pair, i):
@@ -92,13 +92,13 @@ def predicted_effects(
                 effects[i, at] = torch.einsum("bsc,bsc->c", gradient, inside(prompts, i, at).to(gradient))
                 continue
             if at == "read":
-                gradient = as_read_adjoint(pair.dense.norm(site), bridge.rms_dense, gradient)
+                gradient = stream_to_read_transpose(pair.dense.norm(site), bridge.rms_dense, gradient)
             weight = bridge.decoder_weight.detach().to(prompts.dz[i])
             effects[i, at] = torch.einsum("bsd,dc,bsc->c", gradient.to(prompts.dz[i]), weight, prompts.dz[i])
     return effects
 
 
-def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]:
+def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[EntryPoint, list[Tensor]]:
     """The gradient of the mean log P(target) at every site's stream and at its read."""
     nudges: list[Tensor] = []
 
@@ -106,7 +106,7 @@ def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[At, list[Tensor]]
         nudges.append(torch.zeros_like(read, requires_grad=True))
         return read + nudges[-1]
 
-    with torch.enable_grad(), model.reading({i: nudged for i in range(len(model.sites))}):
+    with torch.enable_grad(), model.hook_reads({i: nudged for i in range(len(model.sites))}):
         trace = model.trace(pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device), True)
         found = torch.autograd.grad(log_p(p_target(trace.logits, pairs)), [*trace.residuals, *nudges])
     return {"residual": list(found[: len(nudges)]), "read": list(found[len(nudges) :])}
@@ -170,12 +170,12 @@ class Search:
         p = {s: p_target(self.prompts.traces.side(s).logits, self.prompts.pairs).mean().item() for s in SIDES}
         return p["dense"] if self.by == "dense" else (p["dense"] * p["sparse"]) ** 0.5
 
-    def places(self, most: int, budget: float) -> list[tuple[int, At]]:
+    def places(self, most: int, budget: float) -> list[tuple[int, EntryPoint]]:
         """Where sets are grown: everywhere where they hold one channel, else where the likeliest channels do most."""
         if most == 1:
             return list(self.potential)
 
-        def promise(place: tuple[int, At]) -> float:
+        def promise(place: tuple[int, EntryPoint]) -> float:
             likely: tuple[int, ...] = ()
             for channel in largest(self.potential[place], 2 * most):
                 if len(likely) < most and self.affordable(self.channels(place, (*likely, channel)), budget):
@@ -184,11 +184,11 @@ class Search:
 
         return sorted(self.potential, key=promise, reverse=True)[:PLACES]
 
-    def channels(self, place: tuple[int, At], channels: Sequence[int]) -> Channels:
+    def channels(self, place: tuple[int, EntryPoint], channels: Sequence[int]) -> Channels:
         """Some channels at a place."""
         return Channels(self.pair.bridge_set.sites[place[0]], tuple(channels), place[1])
 
-    def tried(self, place: tuple[int, At]) -> list[int]:
+    def tried(self, place: tuple[int, EntryPoint]) -> list[int]:
         """The channels of largest predicted effect; by both, on both models, and a few on either."""
         if self.by == "dense":
             return largest(self.potential[place], self.candidates)
@@ -196,7 +196,7 @@ class Search:
         each = ((self.potential, many), (self.predicted, few), (self.in_sparse, few))
         return list(dict.fromkeys(channel for effects, n in each for channel in largest(effects[place], n)))
 
-    def grow(self, place: tuple[int, At], most: int, budget: float, least: float) -> list[Grown]:
+    def grow(self, place: tuple[int, EntryPoint], most: int, budget: float, least: float) -> list[Grown]:
         """Sets of one channel, two, ..., each the best within the budget, while one more makes the score larger.
 
         The first one's must be over `least`.

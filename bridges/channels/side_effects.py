@@ -17,9 +17,9 @@ from bridges.channels.prompts import (
     Channels,
     Prompts,
     check_channels,
+    frozen_pair,
     logits_off,
     logits_under,
-    model_pair,
     pairs_of,
     prompts_of,
     text_of,
@@ -238,7 +238,7 @@ def constant_edits(
     """
     if direction not in (0, 1) or n < 2:
         raise ValueError(f"direction={direction} must be 0 or 1, and n={n} at least 2, which holds both ways round")
-    with model_pair(dense, sparse, bridge_set, check_models) as pair:
+    with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         check_channels(pair, chosen)
         pairs = pairs_of(task, dense, tokenizer, n, seed)
         if not (pairs.direction == direction).any():

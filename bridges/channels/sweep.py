@@ -23,7 +23,7 @@ from bridges.channels.prompts import (
     addend_of,
     check_channels,
     check_text,
-    model_pair,
+    frozen_pair,
     p_target,
     pairs_of,
     prompts_of,
@@ -36,7 +36,7 @@ from bridges.io.files import write_json
 from bridges.models.residual import ResidualModel, Trace, context_limit
 from bridges.objective.hybrid import ModelPair
 from bridges.report.plots import steering_plot
-from bridges.steering.delta import At, dense_addend, edited_logits, random_addends
+from bridges.steering.delta import EntryPoint, dense_addend, edited_logits, random_addends
 from bridges.tasks.pairs import TaskPairs, solved
 
 STRENGTHS = tuple(i / 10 for i in range(11))
@@ -177,7 +177,7 @@ def sweep(
     halves = pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)
     if any(len(half.direction.unique()) < 2 for half in halves):
         raise ValueError(f"task holds pairs of one way round among its first {CHOSEN_ON} or after them; mix them")
-    with model_pair(dense, sparse, bridge_set, check_models) as pair:
+    with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         chosen_on, reported = (prompts_of(pair, half) for half in halves)
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer, context_limit(pair.dense, pair.sparse))
         text = sampled(pair, seed, search=False) if text is None else check_text(pair, text)
@@ -262,7 +262,7 @@ def _curves(
 
 
 def _edit_curve(
-    pair: ModelPair, prompts: Prompts, site: str, addend: Tensor, at: At, strengths: Sequence[float]
+    pair: ModelPair, prompts: Prompts, site: str, addend: Tensor, at: EntryPoint, strengths: Sequence[float]
 ) -> Float[Tensor, "strengths prompts"]:
     where = pair.site("dense", pair.bridge_set.index(site))
     return _curve(pair.dense, prompts.traces.dense, prompts.pairs, where, addend, strengths, at)
@@ -275,7 +275,7 @@ def _curve(
     site: int,
     addend: Tensor,
     strengths: Sequence[float],
-    at: At = "residual",
+    at: EntryPoint = "residual",
 ) -> Float[Tensor, "strengths prompts"]:
     """P(target) of every prompt at every strength of an addend."""
     logits = (edited_logits(model, trace, site, strength * addend, at) for strength in strengths)

@@ -69,7 +69,7 @@ def site_groups(pair: ModelPair, memory_bytes: float) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def measure_units(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = no_reduce) -> None:
+def measure_read_scales(pair: ModelPair, batches: Iterable[Batch], reduce: Reduce = no_reduce) -> None:
     """Set what gives reads their units (method, section 4): R of both sides of every bridge, the sparse norm's gain.
 
     R is the mean over tokens of the per-token RMS of C(h), 1 where no norm stands before the read.

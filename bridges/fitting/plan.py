@@ -27,7 +27,9 @@ def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldou
     width = pair.dense.d_model + pair.sparse.d_model
     streams = 4 * config.batch_size * seq_len * (n * width + 4 * pair.dense.vocab_size)
     state = 4 * (4 * n_bridge + (4 * n_sparse if trains else 0))
-    pairs = ", ".join(sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in pair.bridge_set.pairs)
+    pairs = ", ".join(
+        sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in pair.bridge_set.site_pairs
+    )
     start = f"closed form from {_si(start_tokens)} tokens" if config.closed_form else "random start"
     start += f" and {pairs_of_rows} pairs of rows" if pairs_of_rows else ""
     lines = [

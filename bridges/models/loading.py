@@ -49,14 +49,19 @@ def find_tokenizer(source: nn.Module | str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(place)) if any(there) else None
 
 
-def as_residual(model: nn.Module | ResidualModel) -> ResidualModel:
+def as_residual(
+    model: nn.Module | ResidualModel | str | Path, device: torch.device | None = None, **kwargs: Any
+) -> ResidualModel:
     """See a decoder-only language model as a chain of sublayers on one residual stream (method, section 1).
 
-    A `ResidualModel` is returned as it is, a `SparseTransformer` as its own chain; any other Hugging Face causal
-    language model is taken apart and proven equal to itself. ValueError where that fails.
+    `model`: a model object, a `ResidualModel` (returned as it is), a folder or a hub id, which is loaded as
+    `load_model` does, with `device` and `kwargs`. A `SparseTransformer` is its own chain; any other Hugging Face causal
+    language model is taken apart and proven equal to itself. ValueError where that fails, OSError where nothing is
+    found.
     """
     if isinstance(model, ResidualModel):
         return model
+    model = load_model(model, device, **kwargs)
     if isinstance(model, SparseTransformer):
         return SparseResidual(model)
     return HuggingFaceResidual(model)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Visitor = Callable[[Tensor], Tensor | None]
+HookFunction = Callable[[Tensor], Tensor | None]
 """Sees a stream or a read [batch, seq, d_model]; what it returns, if anything, takes its place."""
 
 
@@ -106,7 +106,7 @@ class ResidualModel(ABC):
         """The norm between site `index` and the read of one of its `read_modules`."""
 
     @abstractmethod
-    def streaming(self, visitors: Mapping[int, Visitor]) -> AbstractContextManager[None]:
+    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
         """Inside, `visitors[i]` sees the stream at site i in the model's own forward passes, as `reading` does reads.
 
         For `model(...)` and `model.generate(...)`, cached or not; not for the chain's own methods.
@@ -181,19 +181,19 @@ class ResidualModel(ABC):
     ) -> list[Float[Tensor, "b s d"]]:
         """What each site's sublayer reads, [batch, seq, d_model] each: its module's input, after the norm."""
         reads: list[list[Tensor]] = [[] for _ in self.sites]
-        with self.reading({index: read.append for index, read in enumerate(reads)}):
+        with self.hook_reads({index: read.append for index, read in enumerate(reads)}):
             self.trace(input_ids, attention_mask)
         return [read[-1] for read in reads]
 
-    def reading(self, visitors: Mapping[int, Visitor]) -> AbstractContextManager[None]:
+    def hook_reads(self, visitors: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
         """Inside, `visitors[i]` sees the read of site i at every pass and may return another to take its place."""
-        return self.hooked({self.read_modules(index)[0]: visitor for index, visitor in visitors.items()})
+        return self.hook_modules({self.read_modules(index)[0]: visitor for index, visitor in visitors.items()})
 
     @contextmanager
-    def hooked(self, visitors: Mapping[nn.Module, Visitor]) -> Iterator[None]:
+    def hook_modules(self, visitors: Mapping[nn.Module, HookFunction]) -> Iterator[None]:
         """Inside, a visitor sees what its module reads of the stream and may return another to take its place."""
         handles = [
-            module.register_forward_pre_hook(on_input(visitor, self.d_model), with_kwargs=True)
+            module.register_forward_pre_hook(input_hook(visitor, self.d_model), with_kwargs=True)
             for module, visitor in visitors.items()
         ]
         try:
@@ -203,7 +203,7 @@ class ResidualModel(ABC):
                 handle.remove()
 
 
-def on_input(visitor: Visitor, d_model: int) -> Callable[..., Any]:
+def input_hook(visitor: HookFunction, d_model: int) -> Callable[..., Any]:
     """A forward pre-hook that shows a module's first input, on its leading d_model channels, to a visitor."""
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

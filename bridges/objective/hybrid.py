@@ -43,7 +43,7 @@ class ModelPair(NamedTuple):
 
     def site(self, side: Side, bridge: int) -> int:
         """The index, in one side's model, of the site that a bridge joins."""
-        return self.model(side).index(self.bridge_set.pairs[bridge][side == "sparse"])
+        return self.model(side).index(self.bridge_set.site_pairs[bridge][side == "sparse"])
 
 
 class Traces(NamedTuple):

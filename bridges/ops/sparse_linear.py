@@ -22,7 +22,7 @@ except ImportError:
     prange = range
 
 
-class Places(NamedTuple):
+class NonzeroPattern(NamedTuple):
     """Where the nonzeros of a matrix [out, in] stand, sorted by row and, for its transpose, by column."""
 
     shape: tuple[int, int]
@@ -37,7 +37,7 @@ class Places(NamedTuple):
     column_starts: Int[Tensor, " in_and_one"]
 
     @classmethod
-    def of(cls, mask: Tensor) -> Places:
+    def from_mask(cls, mask: Tensor) -> NonzeroPattern:
         """The places where a boolean matrix [out, in] is true."""
         n_out, n_in = mask.shape
         flat = mask.flatten().nonzero().squeeze(1)
@@ -56,7 +56,7 @@ class Places(NamedTuple):
 def sparse_linear(
     x: Float[Tensor, "*batch n_in"],
     values: Float[Tensor, " nonzeros"],
-    places: Places,
+    places: NonzeroPattern,
     bias: Float[Tensor, " n_out"] | None = None,
 ) -> Float[Tensor, "*batch n_out"]:
     """x W' + bias for the matrix W that holds `values` at `places` and zeros elsewhere.
@@ -73,7 +73,7 @@ def sparse_linear(
 def sparse_linear_eager(
     x: Float[Tensor, "*batch n_in"],
     values: Float[Tensor, " nonzeros"],
-    places: Places,
+    places: NonzeroPattern,
     bias: Float[Tensor, " n_out"] | None = None,
 ) -> Float[Tensor, "*batch n_out"]:
     """`sparse_linear` through the dense matrix: its twin, the oracle of its tests."""
@@ -83,7 +83,7 @@ def sparse_linear_eager(
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, places: Places) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, places: NonzeroPattern) -> Tensor:
         x = x.detach().contiguous()
         ctx.save_for_backward(x, values)
         ctx.places = places

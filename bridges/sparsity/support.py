@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridges.models.modes import replaced_forwards
 from bridges.ops.compiled import has_kernel
-from bridges.ops.sparse_linear import Places, sparse_linear
+from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
 from bridges.sparsity.projection import sparse_parameters
 
 MAX_KERNEL_DENSITY = 1 / 10
@@ -84,12 +84,12 @@ class Support:
             one.scatter()
 
 
-def multiplying_nonzeros(model: nn.Module) -> AbstractContextManager[None]:
+def use_sparse_kernels(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, a frozen model's forward passes multiply by the nonzeros of its thin matrices alone."""
     calls = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and _is_low_density(module.weight, mask := module.weight != 0):
-            calls[module] = _call(module.weight.detach()[mask], Places.of(mask), module.bias)
+            calls[module] = _call(module.weight.detach()[mask], NonzeroPattern.from_mask(mask), module.bias)
     return replaced_forwards(calls)
 
 
@@ -101,7 +101,7 @@ def _fast_calls(
         if isinstance(module, nn.Linear) and module.weight in values:
             own, mask = values[module.weight]
             if _is_low_density(module.weight, mask):
-                calls[module] = _call(own, Places.of(mask), module.bias)
+                calls[module] = _call(own, NonzeroPattern.from_mask(mask), module.bias)
     return calls
 
 
@@ -109,5 +109,5 @@ def _is_low_density(weight: Tensor, mask: Tensor) -> bool:
     return has_kernel(weight) and bool(mask.sum() <= MAX_KERNEL_DENSITY * mask.numel())
 
 
-def _call(values: Tensor, places: Places, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _call(values: Tensor, places: NonzeroPattern, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return lambda x: sparse_linear(x, values, places, bias)

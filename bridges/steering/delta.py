@@ -15,7 +15,7 @@ from torch import Tensor
 from bridges.models.residual import Norm, ResidualModel, Trace
 from bridges.objective.hybrid import ModelPair
 
-At = Literal["read", "residual"]
+EntryPoint = Literal["read", "residual"]
 
 
 def changed_reads(
@@ -49,13 +49,15 @@ def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -
     return torch.where(gain == 0, 0, dz)
 
 
-def dense_addend(pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: At) -> Float[Tensor, "*b d_dense"]:
+def dense_addend(
+    pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: EntryPoint
+) -> Float[Tensor, "*b d_dense"]:
     """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
     bridge = pair.bridge_set[site]
     delta = bridge.decode_delta(dz)
     if at == "residual":
         return delta
-    return as_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, delta)
+    return stream_to_read(pair.dense.norm(pair.site("dense", site)), bridge.rms_dense, delta)
 
 
 def mask_channels(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
@@ -65,14 +67,14 @@ def mask_channels(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> 
     return kept
 
 
-def as_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+def stream_to_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
     """A change of the stream in the units of the read: gain C(delta) / R."""
     centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
     return norm.gain.to(delta) * centred / rms.to(delta)
 
 
-def as_read_adjoint(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """The transpose of `as_read`: from a gradient at the read to one with respect to the stream's change."""
+def stream_to_read_transpose(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """The transpose of `stream_to_read`: from a gradient at the read to one with respect to the stream's change."""
     gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
     return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
 
@@ -87,7 +89,7 @@ def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterato
 
 
 def edited_logits(
-    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: At
+    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: EntryPoint
 ) -> Float[Tensor, "b s vocab"]:
     """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
 
@@ -96,5 +98,5 @@ def edited_logits(
     residual = trace.residuals[site]
     if at == "residual":
         return model.tail(site, residual + addend.to(residual), trace.context)
-    with model.reading({site: lambda read: read + addend.to(read)}):
+    with model.hook_reads({site: lambda read: read + addend.to(read)}):
         return model.tail(site, residual, trace.context)

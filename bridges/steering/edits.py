@@ -104,14 +104,14 @@ def _tensor(rows: list) -> Float[Tensor, "batch seq"]:
     return narrow if torch.equal((narrow := wide.float()).double(), wide) else wide
 
 
-def edits_of(edits: Edit | Sequence[Edit]) -> list[Edit]:
+def as_edit_list(edits: Edit | Sequence[Edit]) -> list[Edit]:
     """A list, of one edit too."""
     return list(edits) if isinstance(edits, Iterable) else [edits]
 
 
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
     """Write edits as JSON."""
-    write_json(path, {"edits": [edit.to_dict() for edit in edits_of(edits)]})
+    write_json(path, {"edits": [edit.to_dict() for edit in as_edit_list(edits)]})
 
 
 def load_edits(path: str | Path) -> list[Edit]:

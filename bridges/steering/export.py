@@ -13,7 +13,7 @@ from bridges.bridge import BridgeSet
 from bridges.io.files import replacing, write_tensors
 from bridges.models.loading import as_residual
 from bridges.models.residual import ResidualModel, Site
-from bridges.steering.edits import Edit, check_edits, edits_of
+from bridges.steering.edits import Edit, as_edit_list, check_edits
 
 
 def directions(
@@ -24,7 +24,7 @@ def directions(
     ValueError for an edit that is not one number added everywhere, or that these bridges do not know.
     """
     found: dict[str, Tensor] = {}
-    edits = edits_of(edits)
+    edits = as_edit_list(edits)
     check_edits(bridge_set, edits, strength)
     for edit in edits:
         if not edit.constant:
@@ -32,7 +32,7 @@ def directions(
                 f"mode={edit.mode!r} at channel={edit.channel}: only an edit that adds one number at every position is "
                 "a fixed direction"
             )
-        bridge, (dense_site, _) = bridge_set[edit.site], bridge_set.pairs[bridge_set.index(edit.site)]
+        bridge, (dense_site, _) = bridge_set[edit.site], bridge_set.site_pairs[bridge_set.index(edit.site)]
         delta = strength * edit.value * bridge.read_columns([edit.channel])[0]
         found[dense_site] = found[dense_site] + delta if dense_site in found else delta
     return found

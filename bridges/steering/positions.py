@@ -207,7 +207,7 @@ def place_of(
     """The edits of one sparse site, with what a read unit of each channel means to the dense stream."""
     i = bridge_set.index(site)
     channels = list(dict.fromkeys(edit.channel for edit in edits))
-    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.pairs[i]
+    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.site_pairs[i]
     return Place(
         i,
         dense.index(dense_site),

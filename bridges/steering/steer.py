@@ -16,10 +16,10 @@ from bridges.bridge import BridgeSet
 from bridges.models.huggingface.decompose import base_model
 from bridges.models.loading import as_residual
 from bridges.models.modes import eval_mode
-from bridges.models.residual import ResidualModel, Visitor
+from bridges.models.residual import HookFunction, ResidualModel
 from bridges.steering.companion import Pass, Shadow, leading_pass
-from bridges.steering.delta import At, as_read
-from bridges.steering.edits import Edit, check_edits, edits_of
+from bridges.steering.delta import EntryPoint, stream_to_read
+from bridges.steering.edits import Edit, as_edit_list, check_edits
 from bridges.steering.positions import Place, Windows, place_of
 from bridges.steering.registry import Steering, installed, listed, lock
 
@@ -34,7 +34,7 @@ def steer(
     *,
     sparse: nn.Module | ResidualModel | None = None,
     strength: float = 1.0,
-    at: At = "read",
+    at: EntryPoint = "read",
     source: Source = "sparse",
     check_models: bool = True,
 ) -> Iterator[None]:
@@ -51,8 +51,8 @@ def steer(
     The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
     other than those the bridges were fitted to (unless `check_models` is False).
     """
-    edits = edits_of(edits)
-    for name, value, known in (("at", at, get_args(At)), ("source", source, get_args(Source))):
+    edits = as_edit_list(edits)
+    for name, value, known in (("at", at, get_args(EntryPoint)), ("source", source, get_args(Source))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     check_edits(bridge_set, edits, strength)
@@ -81,7 +81,7 @@ class _Steering(Steering):
         bridge_set: BridgeSet,
         edits: list[Edit],
         strength: float,
-        at: At,
+        at: EntryPoint,
         source: Source,
     ):
         self.dense, self.sparse, self.bridge_set, self.at = dense, sparse, bridge_set, at
@@ -142,12 +142,12 @@ class _Steering(Steering):
             return None if add is None else add(h)
 
         if add is not None or (self.source == "encoder" and place in self.reading):
-            yield self.dense.streaming({place.dense_site: self._unless_idle(on_stream)})
+            yield self.dense.hook_residuals({place.dense_site: self._unless_idle(on_stream)})
         if add is None:
             readers = {m: self._unless_idle(_Adding(self, place, unit)) for m, unit in self.readers[place.bridge]}
-            yield self.dense.hooked(readers)
+            yield self.dense.hook_modules(readers)
 
-    def _unless_idle(self, visitor: Visitor) -> Visitor:
+    def _unless_idle(self, visitor: HookFunction) -> HookFunction:
         return lambda h: None if self.idle else visitor(h)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -188,14 +188,14 @@ class _Steering(Steering):
         assert self.shadow is not None and self.beside is not None
         if self.source == "sparse":
             visitors = {p.sparse_site: self._keep(p) for p in self.apart}
-            with self.beside.reading(visitors):  # pyright: ignore[reportArgumentType]
+            with self.beside.hook_reads(visitors):  # pyright: ignore[reportArgumentType]
                 self.shadow.run(call)
         else:
             visitors = {p.dense_site: lambda h, p=p: self._encode(p, h) for p in self.apart}
-            with eval_mode(self.shadow.model), self.beside.streaming(visitors):
+            with eval_mode(self.shadow.model), self.beside.hook_residuals(visitors):
                 self.shadow.run(call)
 
-    def _keep(self, place: Place) -> Visitor:
+    def _keep(self, place: Place) -> HookFunction:
         def keep(read: Tensor) -> None:
             place.reading = read[..., place.channels].detach()
 
@@ -237,4 +237,4 @@ def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[
         raise ValueError(
             f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
         )
-    return [(m, as_read(norm, rms, place.to_stream)) for m, norm in zip(modules, norms, strict=True)]
+    return [(m, stream_to_read(norm, rms, place.to_stream)) for m, norm in zip(modules, norms, strict=True)]

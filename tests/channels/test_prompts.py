@@ -10,8 +10,8 @@ from bridges.channels.prompts import (
     check_channels,
     edited,
     entries,
+    frozen_pair,
     logits_under,
-    model_pair,
     p_target,
     pairs_of,
     prompts_of,
@@ -49,7 +49,7 @@ def test_prompts_longer_than_a_context_are_refused(pair):
 def test_both_models_are_frozen_inside_and_as_before_after(pair):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()
-    with model_pair(dense, sparse, pair.bridge_set, check_models=False):
+    with frozen_pair(dense, sparse, pair.bridge_set, check_models=False):
         assert not dense.training and not any(p.requires_grad for p in (*dense.parameters(), *sparse.parameters()))
         assert not torch.is_grad_enabled()
     assert dense.training and any(p.requires_grad for p in sparse.parameters())
@@ -90,7 +90,7 @@ def test_channels_that_are_none_are_refused(pair, unchecked, wrong, message):
 
 
 def test_a_norm_is_measured_once_inside_and_anew_after(pair):
-    with model_pair(pair.dense, pair.sparse, pair.bridge_set, check_models=False) as inside:
+    with frozen_pair(pair.dense, pair.sparse, pair.bridge_set, check_models=False) as inside:
         assert all(model.norm(2) is model.norm(2) for model in (inside.dense, inside.sparse))
         before = inside.dense.norm(2).gain.clone()
     with torch.no_grad():

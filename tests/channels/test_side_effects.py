@@ -119,9 +119,9 @@ def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts, a
             with steer(pair.dense.model, pair.bridge_set, edits, strength=strength, at=at):
                 dense.append(odds(pair.dense.model(ids).logits, prompts.pairs) - plain[0])
             if at == "residual":
-                hooked = pair.sparse.streaming({2: lambda h, s=strength: h + s * change})
+                hooked = pair.sparse.hook_residuals({2: lambda h, s=strength: h + s * change})
             else:
-                hooked = pair.sparse.reading({2: lambda h, s=strength: h + s * change})
+                hooked = pair.sparse.hook_reads({2: lambda h, s=strength: h + s * change})
             with hooked:
                 sparse.append(odds(pair.sparse.model(ids).logits, prompts.pairs) - plain[1])
     x, y = torch.stack(sparse).flatten(), torch.stack(dense).flatten()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pairs import MASK, at, counted_places, gpt2, join, neox, sparse_model, tokens
 
-from bridges.fitting.closed_form import measure_units, site_groups, solve_bridges
+from bridges.fitting.closed_form import measure_read_scales, site_groups, solve_bridges
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def batches(rows=48, width=10):
 
 def rows_at(pair, place):
     """All counted (dense, sparse) rows of one bridged site, gathered one by one."""
-    dense_site, sparse_site = pair.bridge_set.pairs[place]
+    dense_site, sparse_site = pair.bridge_set.site_pairs[place]
     dense, sparse = [], []
     with torch.no_grad():
         for ids, mask in batches():
@@ -81,7 +81,7 @@ def test_groups_are_as_large_as_memory_allows_and_never_empty(pair):
 def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
     """GPT-2 and GPT-NeoX have LayerNorms, which subtract the mean over channels; an RMSNorm does not."""
     pair = build()
-    measure_units(pair, batches())
+    measure_read_scales(pair, batches())
     for place, bridge in enumerate(pair.bridge_set):
         dense, sparse = rows_at(pair, place)
         by_hand = sum(((row - row.mean()) ** 2).mean().sqrt() for row in dense) / len(dense)
@@ -92,7 +92,7 @@ def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
 
 def test_rms_is_centred_where_the_sparse_model_has_layer_norms():
     pair = join(gpt2(), sparse_model(rms_norm=False))
-    measure_units(pair, [(tokens(), MASK)])
+    measure_read_scales(pair, [(tokens(), MASK)])
     site = pair.sparse.residuals(tokens(), MASK)[0][1].detach()
     rows = at(site, counted_places(tokens(), MASK))
     by_hand = sum(((row - row.mean()) ** 2).mean().sqrt() for row in rows) / len(rows)
@@ -106,13 +106,13 @@ def test_rms_is_one_where_no_norm_stands_before_the_sublayer():
     torch.manual_seed(0)
     dense = Olmo2ForCausalLM(Olmo2Config(**shape, num_key_value_heads=2, vocab_size=17, pad_token_id=0)).double()
     pair = join(dense.eval(), sparse_model(layers=1))
-    measure_units(pair, batches())
+    measure_read_scales(pair, batches())
     assert [bridge.rms_dense.item() == 1 for bridge in pair.bridge_set] == [True, True, False]
 
 
 def test_processes_add_their_rms(pair):
-    measure_units(pair, batches())
+    measure_read_scales(pair, batches())
     alone = [(b.rms_dense.clone(), b.rms_sparse.clone()) for b in pair.bridge_set]
-    measure_units(pair, batches(), reduce=lambda sums: 2 * sums)
+    measure_read_scales(pair, batches(), reduce=lambda sums: 2 * sums)
     for bridge, (dense, sparse) in zip(pair.bridge_set, alone, strict=True):
         assert torch.equal(bridge.rms_dense, dense) and torch.equal(bridge.rms_sparse, sparse)

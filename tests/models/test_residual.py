@@ -95,7 +95,7 @@ def test_a_visitor_sees_each_read_once_and_its_answer_takes_its_place(model, cha
         seen.append(read)
         return read * 2 + 1
 
-    with torch.no_grad(), chain.reading({1: visit, 2: visit}):
+    with torch.no_grad(), chain.hook_reads({1: visit, 2: visit}):
         logits = chain.trace(tokens).logits
     assert len(seen) == 2 and torch.equal(seen[0], reads[1]) and not torch.equal(seen[1], reads[2])
     handles = [
@@ -111,7 +111,7 @@ def test_a_visitor_sees_each_read_once_and_its_answer_takes_its_place(model, cha
 def test_a_keyword_read_is_edited_too(tiny, tokens):
     model = tiny("llama")
     chain = as_residual(model)
-    with torch.no_grad(), chain.reading({2: lambda read: read + 1}):
+    with torch.no_grad(), chain.hook_reads({2: lambda read: read + 1}):
         inside = model(tokens, use_cache=False).logits
     handle = model.model.layers[1].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "hidden_states": kwargs["hidden_states"] + 1}), with_kwargs=True
@@ -124,7 +124,7 @@ def test_a_keyword_read_is_edited_too(tiny, tokens):
 def test_visitors_are_gone_after_an_exception(chain, tokens):
     with torch.no_grad():
         logits = chain.trace(tokens).logits
-        with pytest.raises(KeyError), chain.reading({i: lambda read: read * 0 for i in range(5)}):
+        with pytest.raises(KeyError), chain.hook_reads({i: lambda read: read * 0 for i in range(5)}):
             raise KeyError
         assert torch.equal(chain.trace(tokens).logits, logits)
 
@@ -132,5 +132,5 @@ def test_visitors_are_gone_after_an_exception(chain, tokens):
 def test_reading_without_an_answer_changes_no_bit(chain, tokens):
     with torch.no_grad():
         logits = chain.trace(tokens).logits
-        with chain.reading({i: lambda read: None for i in range(5)}):
+        with chain.hook_reads({i: lambda read: None for i in range(5)}):
             assert torch.equal(chain.trace(tokens).logits, logits)

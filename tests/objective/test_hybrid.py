@@ -117,7 +117,9 @@ def test_other_models_are_refused_unless_the_caller_insists(ids):
 def naive_path(pair, ids, path):
     """Sublayer by sublayer, every stretch on a context of its own, crossing by the written-out bridge."""
     models = {"dense": pair.dense, "sparse": pair.sparse}
-    sites = {side: [models[side].sites.index(p[side == "sparse"]) for p in pair.bridge_set.pairs] for side in models}
+    sites = {
+        side: [models[side].sites.index(p[side == "sparse"]) for p in pair.bridge_set.site_pairs] for side in models
+    }
     here = path[0]
     stream, place = models[here].context(ids, MASK).embedding, 0
     for j, bridge in enumerate(pair.bridge_set):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bridges.ops.compiled as compiled
-from bridges.ops.sparse_linear import Places, sparse_linear, sparse_linear_eager
+from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear, sparse_linear_eager
 
 SHAPES = {
     "wide": ((3, 7), 20, 30, 0.2),
@@ -22,7 +22,7 @@ def problem(batch, n_in, n_out, density, dtype=torch.float64):
     mask = torch.rand(n_out, n_in, generator=generator) < density
     x = torch.randn(*batch, n_in, generator=generator, dtype=dtype)
     bias = torch.randn(n_out, generator=generator, dtype=dtype)
-    places = Places.of(mask)
+    places = NonzeroPattern.from_mask(mask)
     leaves = [t.requires_grad_() for t in (x, weight.flatten()[places.flat], bias)]
     return leaves, places, torch.where(mask, weight, 0)
 

@@ -8,7 +8,7 @@ from bridges.config import FitConfig
 from bridges.fitting.gradients import Objective, Weights, step_gradients
 from bridges.fitting.trainer import Processes, Trainer
 from bridges.sparsity import projection as sparsity
-from bridges.sparsity.support import Support, multiplying_nonzeros
+from bridges.sparsity.support import Support, use_sparse_kernels
 
 SETTINGS = {"steps": 5, "train_sparse": True, "sites_per_step": "all", "sparse_lr": 0.02, "sparse_weight_decay": 0.3}
 
@@ -94,7 +94,7 @@ def test_the_calls_that_are_replaced_are_those_of_thin_matrices_alone():
 def test_a_frozen_model_multiplies_its_nonzeros_alone():
     model, ids = thinned(), tokens()
     plain = model(ids).logits.detach()
-    with multiplying_nonzeros(model):
+    with use_sparse_kernels(model):
         assert {"lm_head", "transformer.h.0.attn.c_attn"} <= {
             n for n, m in model.named_modules() if "forward" in vars(m)
         }

@@ -6,13 +6,13 @@ from pairs import MASK, gpt2, join, neox, relative, sparse_model, tokens, with_u
 
 from bridges.objective.hybrid import trace_pair
 from bridges.steering.delta import (
-    as_read,
-    as_read_adjoint,
     changed_reads,
     dense_addend,
     edited_logits,
     mask_channels,
     sparse_delta,
+    stream_to_read,
+    stream_to_read_transpose,
 )
 
 SITE = 2
@@ -112,8 +112,8 @@ def test_the_adjoint_is_the_transpose(pair):
     generator = torch.Generator().manual_seed(1)
     one, two = torch.randn(2, 3, pair.dense.d_model, dtype=torch.float64, generator=generator)
     norm, rms = pair.dense.norm(SITE), pair.bridge_set[SITE].rms_dense
-    forward = (as_read(norm, rms, one) * two).sum()
-    assert torch.allclose(forward, (one * as_read_adjoint(norm, rms, two)).sum(), rtol=1e-12)
+    forward = (stream_to_read(norm, rms, one) * two).sum()
+    assert torch.allclose(forward, (one * stream_to_read_transpose(norm, rms, two)).sum(), rtol=1e-12)
 
 
 def test_channels_with_zero_gain_move_nothing(pair):

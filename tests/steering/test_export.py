@@ -29,7 +29,7 @@ def test_safetensors_hold_a_vector_per_dense_site(pair, tmp_path):
     vectors = load_file(tmp_path / "d.safetensors")
     assert set(vectors) == {"0.mlp", "2.attn", "final"}
     places = {pair.dense.index(site): vector for site, vector in vectors.items()}
-    with torch.no_grad(), pair.dense.streaming({i: lambda h, v=v: h + v for i, v in places.items()}):
+    with torch.no_grad(), pair.dense.hook_residuals({i: lambda h, v=v: h + v for i, v in places.items()}):
         logits = pair.dense.model(tokens()).logits
     assert torch.allclose(logits, steered(pair, edits), atol=1e-6)
 

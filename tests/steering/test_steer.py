@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bridges.models.huggingface.decompose import model_inputs
 from bridges.steering.companion import Pass
-from bridges.steering.delta import as_read
+from bridges.steering.delta import stream_to_read
 from bridges.steering.edits import Edit, counterfactual
 from bridges.steering.positions import Windows
 from bridges.steering.steer import steer
@@ -85,9 +85,9 @@ def written_out(pair, edits, ids, mask, strength, at, source, gains=None):
                     if at == "residual":
                         addend_stream += delta
                     else:
-                        addend_read += as_read(chain.norm(j), bridge.rms_dense, delta)
+                        addend_read += stream_to_read(chain.norm(j), bridge.rms_dense, delta)
             stream = stream + addend_stream
-            with chain.reading({j: lambda read, addend=addend_read: read + addend}):
+            with chain.hook_reads({j: lambda read, addend=addend_read: read + addend}):
                 last = j == len(chain.sites) - 1
                 stream = chain.head(stream, context) if last else chain.sublayer(j, stream, context)
         return stream
@@ -140,8 +140,8 @@ def test_a_counterfactual_gives_the_channel_its_other_reading(pair, at):
         if at == "residual":
             expected = pair.dense.tail(place, trace.residuals[place] + delta, trace.context)
         else:
-            delta = as_read(pair.dense.norm(place), bridge.rms_dense, delta)
-            with pair.dense.reading({place: lambda read: read + delta}):
+            delta = stream_to_read(pair.dense.norm(place), bridge.rms_dense, delta)
+            with pair.dense.hook_reads({place: lambda read: read + delta}):
                 expected = pair.dense.tail(place, trace.residuals[place], trace.context)
     with steered(pair, edit, at=at, sparse=None):
         found = logits(pair, ids)

@@ -21,10 +21,10 @@ from bridges.models.huggingface import decompose as probing
 from bridges.models.huggingface.calls import Call, hidden_of, like, replaced_calls, split_call
 from bridges.models.huggingface.norm_probe import measure_norm
 from bridges.models.modes import attribute, eval_mode
-from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor, on_input
+from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, Site, input_hook
 
 
-def _on_output(visitor: Visitor) -> Callable[..., Any]:
+def _output_hook(visitor: HookFunction) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
         changed = visitor(hidden_of(output))
         if changed is None:
@@ -51,7 +51,7 @@ class _Shared:
     calls: list[Call]
 
 
-_MIDDLES: WeakKeyDictionary[nn.Module, tuple[list[Visitor], ExitStack]] = WeakKeyDictionary()
+_MIDDLES: WeakKeyDictionary[nn.Module, tuple[list[HookFunction], ExitStack]] = WeakKeyDictionary()
 """Per layer that runs as its halves: who sees the stream between them, and what makes it whole again."""
 
 
@@ -133,23 +133,23 @@ class HuggingFaceResidual(ResidualModel):
         return measure_norm(self, index, reader)
 
     @contextmanager
-    def streaming(self, visitors: Mapping[int, Visitor]) -> Iterator[None]:
+    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> Iterator[None]:
         """Hooks on the layers; a stream between a layer's halves shows by running them one after the other."""
         with ExitStack() as stack:
             for index, visitor in visitors.items():
                 if index == len(self._parts):
-                    handle = self.layers[-1].register_forward_hook(_on_output(visitor))
+                    handle = self.layers[-1].register_forward_hook(_output_hook(visitor))
                     stack.callback(handle.remove)
                 elif index == 0 or self._parts[index - 1].layer != self._parts[index].layer:
                     layer = self.layers[self._parts[index].layer]
-                    handle = layer.register_forward_pre_hook(on_input(visitor, self.d_model), with_kwargs=True)
+                    handle = layer.register_forward_pre_hook(input_hook(visitor, self.d_model), with_kwargs=True)
                     stack.callback(handle.remove)
                 else:
                     stack.enter_context(self._in_the_middle(index, visitor))
             yield
 
     @contextmanager
-    def _in_the_middle(self, index: int, visitor: Visitor) -> Iterator[None]:
+    def _in_the_middle(self, index: int, visitor: HookFunction) -> Iterator[None]:
         """Inside, a layer runs as its two halves with the visitor between; hooks around the layer still run once.
 
         The last visitor to leave makes the layer whole again, whoever came first.
@@ -169,7 +169,7 @@ class HuggingFaceResidual(ResidualModel):
                 halves.close()
                 del _MIDDLES[layer]
 
-    def _halves(self, index: int, visitors: list[Visitor]) -> Callable[..., Any]:
+    def _halves(self, index: int, visitors: list[HookFunction]) -> Callable[..., Any]:
         number = self._parts[index].layer
         whole = self.layers[number].forward
 

@@ -41,7 +41,7 @@ def _reads(residual_model: ResidualModel, index: int, reader: int, streams: list
     residual = torch.stack(streams)[:, None]
     kept: list[Tensor] = []
     module = residual_model.read_modules(index)[reader]
-    with residual_model.hooked({module: lambda read: kept.append(read)}):
+    with residual_model.hook_modules({module: lambda read: kept.append(read)}):
         context = residual_model.context(tokens)
         if index == len(residual_model.sites) - 1:
             residual_model.head(residual, context)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bridges.models.modes import attribute
-from bridges.models.residual import Context, Norm, ResidualModel, Site, Visitor
+from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, Site
 from bridges.models.sparse.model import SparseTransformer
 
 
@@ -70,7 +70,7 @@ class SparseResidual(ResidualModel):
         return Norm(gain.to(torch.promote_types(gain.dtype, torch.float32)), centred=not self.model.config.rms_norm)
 
     @contextmanager
-    def streaming(self, visitors: Mapping[int, Visitor]) -> Iterator[None]:
+    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> Iterator[None]:
         """Wraps the method that takes the stream at a site."""
         with ExitStack() as stack:
             for index, visitor in visitors.items():
@@ -82,7 +82,7 @@ class SparseResidual(ResidualModel):
             yield
 
 
-def _shown(method: Callable[..., Any], visitor: Visitor) -> Callable[..., Any]:
+def _shown(method: Callable[..., Any], visitor: HookFunction) -> Callable[..., Any]:
     def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
         changed = visitor(residual)
         return method(residual if changed is None else changed, *args, **kwargs)

@@ -22,7 +22,7 @@ def test_a_block_is_read_by_every_module_that_sees_its_stream(family, readers, t
     assert len(modules) == readers
     for reader, module in enumerate(modules):  # what the module is given is the norm of the site's stream
         norm, seen = chain.norm(0, reader), []
-        with torch.no_grad(), chain.hooked({module: seen.append}):
+        with torch.no_grad(), chain.hook_modules({module: seen.append}):
             streams, _ = chain.residuals(tokens)
         h = streams[0].double()
         h = h - h.mean(-1, keepdim=True) if norm.centred else h
@@ -54,16 +54,19 @@ def test_streams_show_and_change_in_the_models_own_forward(family, tiny, tokens,
         plain = model(**inputs).logits
         streams, _ = chain.residuals(tokens, padding)
         seen = {}
-        with chain.streaming({i: lambda h, i=i: seen.update({i: h}) for i in range(len(chain.sites))}):
+        with chain.hook_residuals({i: lambda h, i=i: seen.update({i: h}) for i in range(len(chain.sites))}):
             assert torch.equal(model(**inputs).logits, plain)
         for i, stream in enumerate(streams):
             assert torch.equal(seen[i][real], stream[real])
             addend = 0.1 * torch.randn(stream.shape, generator=torch.Generator().manual_seed(i))
-            with chain.streaming({i: lambda h, addend=addend: h + addend}):
+            with chain.hook_residuals({i: lambda h, addend=addend: h + addend}):
                 edited = model(**inputs).logits
             expected = chain.run_from(i, stream + addend, tokens, padding)
             assert torch.equal(edited[real], expected[real]) and not torch.equal(edited, plain)
-            with chain.streaming({i: lambda h: None}), chain.streaming({i: lambda h, addend=addend: h + addend}):
+            with (
+                chain.hook_residuals({i: lambda h: None}),
+                chain.hook_residuals({i: lambda h, addend=addend: h + addend}),
+            ):
                 assert torch.equal(model(**inputs).logits[real], expected[real])  # visitors of one site compose
         assert torch.equal(model(**inputs).logits, plain)
         assert not any("forward" in vars(module) for module in model.modules()) and not huggingface._MIDDLES
@@ -76,7 +79,7 @@ def test_streams_change_alike_with_and_without_a_cache(family, tiny, tokens):
     chain = as_residual(model)
     with torch.no_grad(), ExitStack() as stack:
         for i in range(len(chain.sites)):
-            stack.enter_context(chain.streaming({i: lambda h: h + 0.1}))
+            stack.enter_context(chain.hook_residuals({i: lambda h: h + 0.1}))
         whole = model(tokens, use_cache=False).logits
         first = model(tokens[:, :5], use_cache=True)
         second = model(tokens[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
