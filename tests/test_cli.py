@@ -12,6 +12,7 @@ from pairs import gpt2, sparse_model
 import bridges
 from bridges import cli
 from bridges.demo import sources
+from bridges.fitting import run_file
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -63,11 +64,11 @@ def test_fit_reads_the_file_and_takes_overrides(monkeypatch, capsys, config, tmp
     [
         (("--fit.stepz", "1"), "stepz=1 is no setting of fit"),
         (("--fit.steps", "-1"), "steps=-1 cannot be"),
-        (("--nonsense", "1"), "'--nonsense' is no option"),
+        (("--nonsense", "1"), "'--nonsense' is not an option"),
         (("--fit.steps",), "--fit.steps needs a value"),
         (("--data.pth", "x"), "pth='x' is unknown"),
         (("--dense.foo", "1"), "[dense] foo=1 is unknown; known are path, dtype, device_map, revision"),
-        (("--sparse.dtype", "bfloatX"), "[sparse] dtype='bfloatX' is none of torch's"),
+        (("--sparse.dtype", "bfloatX"), "[sparse] dtype='bfloatX' must be float32, bfloat16"),
         (("--sparse.path", "missing/folder/here"), "missing/folder/here"),
         (("--fit.seq_len", "64"), "seq_len=64 is over the models' context of 12"),
     ],
@@ -86,7 +87,7 @@ def test_run_files_that_are_not_are_refused(monkeypatch, capsys, tmp_path):
         assert status == 2
         assert message in err
     status, _, err = run(monkeypatch, capsys, "fit", tmp_path / "none.toml")
-    assert (status, "is no file" in err) == (2, True)
+    assert (status, "must be a TOML file" in err) == (2, True)
 
 
 def test_evaluate_finds_the_models_and_the_heldout_rows_of_a_run(monkeypatch, capsys, config, tmp_path):
@@ -107,9 +108,9 @@ def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     assert (status, "no config.json" in err) == (2, True)
     out = tmp_path / "run"
     assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out)[0] == 0
-    (out / cli.RUN_FILE).unlink()
+    (out / run_file.NAME).unlink()
     status, _, err = run(monkeypatch, capsys, "evaluate", out)
-    assert (status, "pass --dense" in err) == (2, True)
+    assert (status, "pass --dense and --sparse and --data" in err) == (2, True)
     models = ("--dense", tmp_path / "dense", "--sparse", tmp_path / "sparse")
     status, _, err = run(monkeypatch, capsys, "evaluate", out, *models)
     assert (status, "pass --data" in err) == (2, True)
@@ -123,7 +124,7 @@ def test_evaluate_reads_text_with_the_runs_tokenizer_or_another(monkeypatch, cap
     assert status == 0, err
     assert "nmse_decode" in printed and json.loads((tmp_path / "report.json").read_text())["tokens"] > 64
     status, _, err = run(monkeypatch, capsys, "evaluate", bundled_run, *text, "--tokenizer", tmp_path)
-    assert status == 2 and "holds none" in err
+    assert status == 2 and "holds no tokenizer" in err
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,10 @@ def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys
         (("--task", "swap"), "task='swap' is unknown"),
         (("--site", "0.mlp"), "--site and --channel go together"),
         (("--channel", "3"), "--site and --channel go together"),
-        (("--tokenizer", "nowhere"), "tokenizer='nowhere' holds none"),
+        (("--tokenizer", "nowhere"), "tokenizer='nowhere' holds no tokenizer"),
         (("--site", "9.mlp", "--channel", "1", "--n", "2"), "site='9.mlp' has no bridge"),
-        (("--site", "0.mlp", "--channel", "x"), "--channel 'x' is no number"),
-        (("--strengths", "0,a"), "--strengths '0,a' are no numbers"),
+        (("--site", "0.mlp", "--channel", "x"), "--channel 'x' must be channel numbers"),
+        (("--strengths", "0,a"), "--strengths '0,a' must be numbers"),
         (("--at", "here", "--site", "0.mlp", "--channel", "1"), "--at 'here' must be one of read, residual"),
         (("--most", "9", "--n", "2"), "most=9 must be a whole number between 1 and 8"),
         (("--by", "sparse", "--n", "2"), "by='sparse' must be one of dense, both"),

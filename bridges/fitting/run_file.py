@@ -1,0 +1,150 @@
+"""The TOML file of a run: which models and data it joins, and the settings of its fit."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+
+from bridges.config import FitConfig
+from bridges.data.prepare import prepare
+from bridges.data.rows import Rows
+from bridges.fitting.trainer import Processes
+from bridges.io.files import write_text
+from bridges.models.loading import as_residual, find_tokenizer, load_model
+
+NAME = "run.toml"
+"""The run file's name in a run folder."""
+TABLES = ("dense", "sparse", "data", "fit")
+MODEL_KEYS = ("path", "dtype", "device_map", "revision")
+DATA_ARGUMENTS = {"path": "data", "eval_path": "eval_data", "tokenizer": "tokenizer"}
+"""Keys of [data], and the arguments of `fit` that they are."""
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """The four tables of a run: [dense], [sparse], [data] and [fit]; a table that is not given is absent."""
+
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> RunFile:
+        """Read a run file; ValueError names the file and what is wrong with it."""
+        if not path.is_file():
+            raise ValueError(f"CONFIG={str(path)!r} must be a TOML file; it does not exist")
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        if unknown := sorted(tables.keys() - set(TABLES)):
+            raise ValueError(f"{path} has the unknown table [{unknown[0]}]; known are {', '.join(sorted(TABLES))}")
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise ValueError(f"{path} has {name}={table!r}; [{name}] must be a table")
+        return cls(tables)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> RunFile:
+        """The run file of a run folder, without tables where the folder has none."""
+        return cls.read(folder / NAME) if (folder / NAME).is_file() else cls()
+
+    def with_values(self, values: Sequence[tuple[str, str, Any]]) -> RunFile:
+        """The same with some values replaced, each given as (table, key, value)."""
+        tables = {name: dict(table) for name, table in self.tables.items()}
+        for table, key, value in values:
+            tables.setdefault(table, {})[key] = value
+        return RunFile(tables)
+
+    def require(self, run_dir: Path, *, data: bool) -> None:
+        """ValueError that names every option which a folder without a whole run file needs."""
+        missing = [f"--{side}" for side in ("dense", "sparse") if side not in self.tables]
+        if data and "fit" not in self.tables:
+            missing.append("--data")
+        if missing:
+            raise ValueError(
+                f"RUN_DIR={str(run_dir)!r} does not say which models and data it was fitted on; "
+                f"pass {' and '.join(missing)}"
+            )
+
+    def settings(self) -> FitConfig:
+        """The settings of [fit]."""
+        return FitConfig.from_values(self.tables.get("fit", {}))
+
+    def model(self, side: str) -> nn.Module | str:
+        """The path or hub id of a model, or the model itself where its table says how to load it."""
+        arguments = dict(self.tables.get(side, {}))
+        if "path" not in arguments:
+            raise ValueError(f"[{side}] path is missing; give a folder or a hub id")
+        path = arguments.pop("path")
+        if not isinstance(path, str):
+            raise ValueError(f"[{side}] path={path!r} must be text: a folder or a hub id")
+        if unknown := sorted(arguments.keys() - set(MODEL_KEYS)):
+            value = arguments[unknown[0]]
+            raise ValueError(f"[{side}] {unknown[0]}={value!r} is unknown; known are {', '.join(MODEL_KEYS)}")
+        dtype = arguments.get("dtype", "auto")
+        if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"[{side}] dtype={dtype!r} must be float32, bfloat16, float16 or auto")
+        if not arguments:
+            return path
+        with Processes() as processes:
+            return load_model(path, processes.device, **arguments)
+
+    def load_models(self) -> tuple[nn.Module, nn.Module]:
+        """The dense and the sparse model, on the device that a fit would use."""
+        sources = [self.model(side) for side in ("dense", "sparse")]
+        with Processes() as processes:
+            dense, sparse = (load_model(source, processes.device) for source in sources)
+        return dense, sparse
+
+    def data_arguments(self) -> dict[str, Any]:
+        """What [data] says, as the arguments `data`, `eval_data` and `tokenizer` of `fit`."""
+        table = self.tables.get("data", {})
+        if unknown := sorted(table.keys() - DATA_ARGUMENTS.keys()):
+            value, known = table[unknown[0]], ", ".join(DATA_ARGUMENTS)
+            raise ValueError(f"[data] {unknown[0]}={value!r} is unknown; known are {known}")
+        arguments = {DATA_ARGUMENTS[name]: value for name, value in table.items()}
+        if "tokenizer" in arguments:
+            source, found = arguments["tokenizer"], find_tokenizer(arguments["tokenizer"])
+            if found is None:
+                raise ValueError(
+                    f"tokenizer={source!r} holds no tokenizer; give a folder with tokenizer.json, or a hub id"
+                )
+            arguments["tokenizer"] = found
+        return arguments
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that [data] names, else the one that lies with a model, else None."""
+        named = self.data_arguments().get("tokenizer")
+        if named is not None:
+            return named
+        found = (find_tokenizer(self.model(side)) for side in ("dense", "sparse"))
+        return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+
+    def heldout_rows(self, models: tuple[nn.Module, nn.Module]) -> Rows:
+        """The held-out rows that the run was measured on."""
+        settings, given = self.settings(), self.data_arguments()
+        dense, sparse = (as_residual(model) for model in models)
+        data = given.get("data"), given.get("eval_data"), given.get("tokenizer")
+        rows = prepare(dense, sparse, *data, (self.model("dense"), self.model("sparse")), settings).heldout
+        return rows.first(math.ceil(settings.eval_tokens / rows.seq_len))
+
+    def save(self, folder: Path) -> None:
+        """Write the file into a run folder, with absolute local paths, so that it can be read from anywhere.
+
+        A sparse model that was trained is the one in the folder, not the one that the run started from.
+        """
+        tables = {name: dict(table) for name, table in self.tables.items()}
+        for table in tables.values():
+            for name in ("path", "eval_path", "tokenizer"):
+                if name in table and Path(table[name]).exists():
+                    table[name] = str(Path(table[name]).resolve())
+        if self.settings().train_sparse:
+            tables["sparse"]["path"] = str((folder / "sparse").resolve())
+        write_text(folder / NAME, tomli_w.dumps(tables))
