@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bridges.io.files import write_text
+from bridges.io.files import read_toml, write_text
+
+DEFAULT_SEQ_LEN = 128
+"""Tokens per row where the library cuts text or samples rows and neither the caller nor a context says otherwise."""
 
 
 class FitConfig(BaseModel):
@@ -133,10 +135,7 @@ class FitConfig(BaseModel):
     @classmethod
     def from_file(cls, path: str | Path) -> FitConfig:
         """Read TOML: the table `[fit]`, or the top level where there is none."""
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        values = read_toml(path)
         table = values.get("fit", values)
         if not isinstance(table, dict):
             raise ValueError(f"{path} has fit={table!r}; [fit] must be a table")

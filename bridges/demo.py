@@ -15,7 +15,7 @@ from bridges.channels.prompts import frozen_pair, prompts_of, text_of
 from bridges.channels.search import MOST
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
-from bridges.config import FitConfig
+from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.fit import fit
 from bridges.io.files import write_json, write_text
@@ -28,7 +28,7 @@ SETTINGS = FitConfig(
     steps=400,
     batch_size=8,
     lr=1e-3,
-    seq_len=128,
+    seq_len=DEFAULT_SEQ_LEN,
     ridge=1e-3,
     nmse_weight=0.25,
     interchange_weight=0.05,
@@ -47,7 +47,7 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     pair = load_pair()
     console.print("Fitting bridges for the bundled pair: closed form, then a short polish.", style="bold")
     train, heldout = (
-        demo_rows(pair, split, n, config.seq_len or 128, config.seed)
+        demo_rows(pair, split, n, config.seq_len or DEFAULT_SEQ_LEN, config.seed)
         for split, n in (("train", TRAIN_DOCUMENTS), ("heldout", HELDOUT_DOCUMENTS))
     )
     bridge_set = fit(pair.dense, pair.sparse, train, eval_data=heldout, config=config)

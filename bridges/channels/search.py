@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.channels.prompts import Channels, Prompts, Text, addend_of, edited, entries, inside, logits_off, p_target
+from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sampled import sampled_text
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import SIDES, ModelPair, Side
@@ -34,8 +35,8 @@ CONTROLS = 5
 """Random directions that a set is held against while it is chosen."""
 BUDGET = 0.04
 """KL that turning a set off may cost the dense model on other text, nats per token."""
-TEXT_ROWS, TEXT_TOKENS = 16, 128
-"""Of the text that is sampled to measure this cost on, where none is given."""
+TEXT_ROWS = 16
+"""Rows of the text that is sampled to measure this cost on, where none is given."""
 
 
 class Grown(NamedTuple):
@@ -70,7 +71,7 @@ def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = C
 
 def sampled(pair: ModelPair, seed: int, search: bool = True) -> Int[Tensor, "rows seq"]:
     """Text sampled from the dense model: what a `search` measures costs on, or, never the same, what is reported on."""
-    width = min(TEXT_TOKENS, pair.dense.context_length or TEXT_TOKENS)
+    width = min(DEFAULT_SEQ_LEN, pair.dense.context_length or DEFAULT_SEQ_LEN)
     return sampled_text(pair.dense, TEXT_ROWS, width, 2 * seed + search)
 
 

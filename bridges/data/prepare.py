@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridges.config import FitConfig
+from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.rows import Rows
 from bridges.data.sampled import sampled_text
 from bridges.data.sources import Wanted, load_rows
@@ -18,7 +18,6 @@ from bridges.models.residual import Batch, ResidualModel, check_tokens, context_
 
 HELDOUT = 0.05
 """Part of the rows set aside where there is no `eval_data`."""
-DEFAULT_SEQ_LEN = 128
 
 
 class Prepared(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.corpus import encode_documents, pack_rows
 from bridges.data.rows import Rows
 
@@ -38,7 +39,7 @@ def load_rows(
     if isinstance(data, Rows):
         return data
     if isinstance(data, str | PathLike):
-        return _from_text(Path(data), tokenizer, seq_len or 128, seed)
+        return _from_text(Path(data), tokenizer, seq_len or DEFAULT_SEQ_LEN, seed)
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point() or not len(data):
             raise ValueError(

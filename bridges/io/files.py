@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,17 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it was cut short or edited by hand") from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read TOML; raises ValueError that names the file if it does not exist or is not TOML."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path={str(path)!r} must be a TOML file that exists")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bridges.io.files import read_json, replacing, write_json, write_tensors, write_text
+from bridges.io.files import read_json, read_toml, replacing, write_json, write_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -53,6 +53,16 @@ def test_damaged_json_is_refused_by_name(tmp_path):
     (tmp_path / "torn.json").write_text('{"a": [1,')
     with pytest.raises(ValueError, match=r"torn.json is not valid JSON .* cut short"):
         read_json(tmp_path / "torn.json")
+
+
+def test_toml_is_read_and_what_cannot_be_read_is_refused_by_name(tmp_path):
+    (tmp_path / "run.toml").write_text("[fit]\nsteps = 3\n")
+    assert read_toml(tmp_path / "run.toml") == {"fit": {"steps": 3}}
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml is not valid TOML"):
+        read_toml(tmp_path / "bad.toml")
+    with pytest.raises(ValueError, match=r"none\.toml' must be a TOML file that exists"):
+        read_toml(str(tmp_path / "none.toml"))
 
 
 def test_tensors_come_back_whatever_their_strides_and_gradients(tmp_path):
