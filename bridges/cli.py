@@ -15,7 +15,7 @@ from bridges.bridge import BridgeSet
 from bridges.channels.prompts import Channels
 from bridges.channels.search import BUDGET, check_search
 from bridges.channels.sweep import STRENGTHS, sweep
-from bridges.data.prepare import DEFAULT_SEQ_LEN
+from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sources import load_rows
 from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate

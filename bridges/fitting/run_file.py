@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from bridges.config import FitConfig
 from bridges.data.prepare import prepare
 from bridges.data.rows import Rows
 from bridges.fitting.trainer import Processes
-from bridges.io.files import write_text
+from bridges.io.files import read_toml, write_text
 from bridges.models.loading import as_residual, find_tokenizer, load_model
 
 NAME = "run.toml"
@@ -37,12 +36,7 @@ class RunFile:
     @classmethod
     def read(cls, path: Path) -> RunFile:
         """Read a run file; ValueError names the file and what is wrong with it."""
-        if not path.is_file():
-            raise ValueError(f"CONFIG={str(path)!r} must be a TOML file; it does not exist")
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        tables = read_toml(path)
         if unknown := sorted(tables.keys() - set(TABLES)):
             raise ValueError(f"{path} has the unknown table [{unknown[0]}]; known are {', '.join(sorted(TABLES))}")
         for name, table in tables.items():
