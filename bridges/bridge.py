@@ -50,13 +50,21 @@ class Bridge(nn.Module):
 
     def encode(self, h: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
         """f(h): the sparse model's stream as read off the dense one, exactly k entries per token."""
-        return abs_topk(F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias), self.k)
+        return abs_topk(self._affine_map(h), self.k).to(self.encoder_weight.dtype)
 
     def encode_at(self, h: Float[Tensor, "*batch d_dense"], channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
         """`encode(h)[..., channels]`, bit for bit and without a gradient, at less cost for a few channels."""
         with torch.no_grad():
-            z = F.linear(h.to(self.encoder_weight.dtype), self.encoder_weight, self.encoder_bias)
-        return abs_topk_at(z, self.k, channels)
+            return abs_topk_at(self._affine_map(h), self.k, channels).to(self.encoder_weight.dtype)
+
+    def _affine_map(self, h: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
+        """W_enc h + b_enc in at least float32, also under autocast.
+
+        Rounded to half precision, many entries would equal AbsTopK's threshold, and ties go to low channels.
+        """
+        dtype = torch.promote_types(self.encoder_weight.dtype, torch.float32)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.to(dtype), self.encoder_weight.to(dtype), self.encoder_bias.to(dtype))
 
     def decode(self, z: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
         """g(z): the dense model's stream as read off the sparse one."""

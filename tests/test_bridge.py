@@ -1,6 +1,8 @@
+import copy
 import filecmp
 import json
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +102,24 @@ def test_streams_of_another_dtype_are_raised_to_the_bridges_own(bridge):
         assert bridge.encode(low).dtype == torch.float64
         assert torch.equal(bridge.encode(low), bridge.encode(low.double()))
         assert bridge.decode(normal(3, D_SPARSE).half()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_half_precision_selects_the_channels_of_float32(half):
+    """Rounded to bfloat16 before the selection, a third of these tokens would keep other, lower channels."""
+    d_dense, d_sparse, k = 64, 512, 128
+    bridge, h = Bridge(d_dense, d_sparse, k), normal(200, d_dense).float()
+    bridge.randomize(torch.Generator().manual_seed(3))
+    if half == "weights":
+        bridge, h = bridge.bfloat16(), h.bfloat16()
+    with torch.no_grad():
+        expected = copy.deepcopy(bridge).float().encode(h.float())
+    context = torch.autocast("cpu", torch.bfloat16) if half == "autocast" else nullcontext()
+    with context, torch.no_grad():
+        z = bridge.encode(h)
+        assert torch.equal(bridge.encode_at(h, [5, 500]), z[..., [5, 500]])
+    assert z.dtype == bridge.encoder_weight.dtype and torch.equal(z, expected.to(z.dtype))
+    assert torch.equal(z != 0, expected != 0) and ((z != 0).sum(-1) == k).all()
 
 
 def test_gradients_reach_kept_entries_alone(bridge):
