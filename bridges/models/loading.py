@@ -35,12 +35,13 @@ def load_model(source: nn.Module | str | Path, device: torch.device | None = Non
     return model if "device_map" in kwargs or device is None else model.to(device)  # pyright: ignore
 
 
-def find_tokenizer(source: nn.Module | str | Path) -> Any:
+def find_tokenizer(source: nn.Module | ResidualModel | str | Path) -> Any:
     """The tokenizer that lies with a model (or in the folder an object was loaded from), None without one.
 
     Its files are looked for first, on the hub too: without them transformers makes an empty tokenizer of a kind that it
     guesses.
     """
+    source = source.model if isinstance(source, ResidualModel) else source
     place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
     if not place or (isinstance(source, nn.Module) and not Path(place).is_dir()):
         return None
