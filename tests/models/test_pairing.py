@@ -16,7 +16,7 @@ class Sites(ResidualModel):
     def context(self, input_ids, attention_mask=None):
         raise NotImplementedError
 
-    sublayer = head = read_modules = norm = streaming = context
+    sublayer = head = read_modules = norm = hook_residuals = context
 
 
 def split(*layers):

@@ -1,8 +1,8 @@
-"""Calling one decoder layer by hand: its recorded arguments, its way of returning, its parts replaced for a while."""
+"""Calls of decoder layers and their modules: recorded, repeated with another stream, or replaced for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -11,44 +11,72 @@ from torch import Tensor, nn
 from bridges.models.modes import attribute
 
 
-class Call(NamedTuple):
-    """The arguments a layer was called with, the stream left out."""
+class CallArguments(NamedTuple):
+    """The arguments of a layer's call, without the stream."""
 
     args: tuple
     kwargs: dict[str, Any]
     positional: bool
-    """Whether the stream came first among `args` rather than as `hidden_states=`."""
+    """True where the stream was the first positional argument, False where it was `hidden_states=`."""
 
-    def args_with(self, hidden: Tensor) -> tuple:
-        """Positional arguments with `hidden` as the stream."""
-        return (hidden, *self.args) if self.positional else self.args
-
-    def kwargs_with(self, hidden: Tensor) -> dict[str, Any]:
-        """Keyword arguments with `hidden` as the stream."""
-        return self.kwargs if self.positional else {**self.kwargs, "hidden_states": hidden}
+    def call(self, function: Callable[..., Any], hidden: Tensor) -> Any:
+        """Call a layer, or its forward, with these arguments and `hidden` as the stream."""
+        if self.positional:
+            return function(hidden, *self.args, **self.kwargs)
+        return function(*self.args, hidden_states=hidden, **self.kwargs)
 
 
-def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The stream, and the rest of the call."""
+class LayerCall(NamedTuple):
+    """One recorded call of a layer or module that maps a stream to a stream."""
+
+    hidden: Tensor
+    """The stream that went in."""
+    arguments: CallArguments
+    output: Tensor
+    """The stream that came out."""
+    tuple_length: int
+    """Length of the tuple in which the output stood, 0 for a bare tensor."""
+
+
+def split_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, CallArguments]:
+    """The stream, and the other arguments."""
     if args:
-        return args[0], Call(args[1:], kwargs, True)
+        return args[0], CallArguments(args[1:], kwargs, True)
     rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], Call((), rest, False)
+    return kwargs["hidden_states"], CallArguments((), rest, False)
 
 
-def hidden_of(returned: Any) -> Any:
-    """The stream in what a layer or module returned, be it a tensor or a tuple that starts with one."""
-    return returned[0] if isinstance(returned, tuple) else returned
+def output_hidden(output: Any) -> Any:
+    """The stream in a layer's output: the output itself, or the first entry of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
-def like(returned: int, hidden: Tensor) -> Any:
-    """`hidden` returned as a tuple of `returned` entries, or bare where that is 0."""
-    return (hidden, *[None] * (returned - 1)) if returned else hidden
+def as_output(hidden: Tensor, tuple_length: int) -> Any:
+    """`hidden` in the form of a layer's output: first in a tuple of that length, bare where the length is 0."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
 
 @contextmanager
-def replaced_calls(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module's call is another, hooks included: what is not computed has no read to see or to edit."""
+def record_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, LayerCall]]:
+    """Inside, the last call of each module is recorded if a stream goes in and comes out, in the order of the calls."""
+    calls: dict[nn.Module, LayerCall] = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if (args and isinstance(args[0], Tensor)) or "hidden_states" in kwargs:
+            hidden, arguments = split_arguments(args, kwargs)
+            if isinstance(output_hidden(output), Tensor):
+                length = len(output) if isinstance(output, tuple) else 0
+                calls[module] = LayerCall(hidden, arguments, output_hidden(output), length)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
+        yield calls
+
+
+@contextmanager
+def replace_calls(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, calling a module calls its replacement; the module's own hooks do not run."""
     with ExitStack() as stack:
         for module, call in replacements.items():
             # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.

@@ -1,60 +1,91 @@
-"""Finding out what a Hugging Face model's parts do by running them on a few random tokens."""
+"""How a Hugging Face decoder is taken apart into sublayers, without a table of architectures.
+
+1. `decoder_layers` finds the list of decoder layers.
+2. `find_submodules` finds a layer's attention and MLP by what they do: only attention carries a change of one token to
+   a later one.
+3. `split_layer` makes two sublayers of a layer: with its MLP giving zeros it is the attention sublayer, with its
+   attention giving zeros the MLP sublayer. A layer that these two in sequence do not reproduce stays whole, a `block`.
+4. `check_chain` and `check_causal` compare the chain of sublayers with the model itself on random tokens.
+
+`adapter.py` runs what is found here.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bridges.models.huggingface.calls import Call, hidden_of, split_call
-from bridges.models.residual import input_device, position_ids
-
-PROBE_ROWS, PROBE_TOKENS = 3, 8
-
-
-class Seen(NamedTuple):
-    """One layer's or module's call as the model made it."""
-
-    hidden: Tensor
-    call: Call
-    output: Tensor
-    returned: int
-    """0 for a bare tensor, else the length of the tuple."""
+from bridges.models.huggingface.calls import (
+    CallArguments,
+    LayerCall,
+    as_output,
+    output_hidden,
+    record_calls,
+    replace_calls,
+    split_arguments,
+)
+from bridges.models.huggingface.recording import ForwardRecord, model_inputs
+from bridges.models.residual import ResidualModel, Site, input_hook
 
 
-class Child(NamedTuple):
-    """A module that maps the stream's width to itself inside a layer."""
+class Submodule(NamedTuple):
+    """What is known of a module inside a layer that maps a stream to a stream of the same width."""
 
     mixes_tokens: bool
-    returned: int
+    """True for attention (or a convolution in its place), False for an MLP."""
+    tuple_length: int
+    """Length of the tuple that it returns, 0 for a bare tensor."""
 
 
-class Observed(NamedTuple):
-    """One pass of the unchanged model."""
+class Sublayer(NamedTuple):
+    """A decoder layer with one of its two submodules giving zeros, or the whole layer."""
 
-    batch: tuple[Tensor, Tensor | None]
-    layers: list[Seen]
-    logits: Tensor
-    real: Tensor
-    """[batch, seq], True at tokens to compare: no padding, and without padding all of them."""
-
-    @property
-    def returns(self) -> list[int]:
-        """How each layer returns."""
-        return [layer.returned for layer in self.layers]
+    layer: int
+    silenced: nn.Module | None
+    """The submodule that gives zeros; None for a whole layer."""
+    readers: list[nn.Module]
+    """The submodules that read the stream at this sublayer's site."""
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The decoder without its unembedding."""
-    return getattr(model, "base_model", model)
+@dataclass(frozen=True)
+class Decomposition:
+    """A model's layers, what stands in them, and the sublayers made of them, in order."""
+
+    layers: list[nn.Module]
+    tuple_lengths: list[int]
+    """Per layer, the length of the tuple that it returns, 0 for a bare tensor."""
+    submodules: list[dict[nn.Module, Submodule]]
+    """Per layer, in the order of their calls."""
+    sublayers: list[Sublayer]
+    sites: list[Site]
+    """One per sublayer, then `final`."""
+
+    def run(
+        self, sublayer: Sublayer, hidden: Tensor, arguments: CallArguments, forward: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """The stream after a sublayer; `forward` is called in place of its layer where given."""
+        return _run(self.layers[sublayer.layer], self.submodules[sublayer.layer], sublayer, hidden, arguments, forward)
+
+
+def decompose(layers: list[nn.Module], record: ForwardRecord) -> Decomposition:
+    """Split every layer of a recorded forward pass into sublayers."""
+    submodules = [find_submodules(layer, call) for layer, call in zip(layers, record.layers, strict=True)]
+    sublayers: list[Sublayer] = []
+    for index, layer in enumerate(layers):
+        sublayers += split_layer(index, layer, submodules[index], record.layers[index])
+    sites = [Site(_site_name(sublayer, submodules[sublayer.layer])) for sublayer in sublayers]
+    return Decomposition(
+        layers, [call.tuple_length for call in record.layers], submodules, sublayers, [*sites, Site("final")]
+    )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The shallowest ModuleList as long as the configuration says there are layers; ValueError without one."""
+    """The shallowest ModuleList as long as the configuration's number of layers; ValueError without one."""
     config = getattr(model, "config", None)
     if config is None or not getattr(model, "get_output_embeddings", lambda: None)():
         raise ValueError(
@@ -68,95 +99,87 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(lists[0])
 
 
-def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-    """What to call a Hugging Face model with: no cache, and positions that follow the mask as in `generate`."""
-    device = input_device(model)
-    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
-    if attention_mask is not None:
-        inputs["attention_mask"] = attention_mask.to(device)
-        forwards = [type(module).forward for module in (model, base_model(model))]
-        if any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
-            inputs["position_ids"] = position_ids(inputs["attention_mask"])
-    return inputs
-
-
-def probes(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
-    """Random tokens without a mask, and with left and right padding. The generator is private: no global seed moves."""
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    tokens = torch.randint(vocab, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    tokens = tokens.to(input_device(model))
-    mask = torch.ones_like(tokens)
-    mask[1, :3] = 0
-    mask[2, -2:] = 0
-    return [(tokens, None), (tokens, mask)]
-
-
-def record(model: nn.Module, layers: list[nn.Module], batch: tuple[Tensor, Tensor | None]) -> Observed:
-    """One pass of the unchanged model, with every layer's call and output."""
-    with watching(layers) as seen:
-        logits = model(**model_inputs(model, *batch)).logits
-    if len(seen) < len(layers):
-        raise ValueError(
-            f"model={model.config.model_type!r} cannot be taken apart: {len(layers)} decoder layers, but "  # pyright: ignore
-            f"{len(seen)} different ones are called with the stream"
-        )
-    if foreign := [i for i, layer in enumerate(layers) if seen[layer].hidden.shape[:-1] != batch[0].shape]:
-        shape = list(seen[layers[foreign[0]]].hidden.shape)
-        raise ValueError(
-            f"model={model.config.model_type!r} cannot be taken apart: layer {foreign[0]} is given a stream of shape "  # pyright: ignore
-            f"{shape}, not [batch, seq, d_model]"
-        )
-    if batch[1] is None:
-        real = torch.ones_like(batch[0], dtype=torch.bool)
-    else:
-        # Eager attention (Gemma 2, Bloom) answers left padding in float64 with NaN: such a row proves nothing.
-        real = batch[1].bool() & logits.isfinite().all(-1)
-    return Observed(batch, [seen[layer] for layer in layers], logits, real)
-
-
-@contextmanager
-def watching(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Seen]]:
-    """Inside, the last call of each module is kept where its first input and output are tensors."""
-    seen: dict[nn.Module, Seen] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (args and isinstance(args[0], Tensor)) or "hidden_states" in kwargs:
-            hidden, call = split_call(args, kwargs)
-            if isinstance(hidden_of(output), Tensor):
-                returned = len(output) if isinstance(output, tuple) else 0
-                seen[module] = Seen(hidden, call, hidden_of(output), returned)
-
-    with ExitStack() as stack:
-        for module in modules:
-            handle = module.register_forward_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield seen
-
-
-def children(layer: nn.Module, seen: Seen) -> dict[nn.Module, Child]:
-    """The layer's own modules that map stream to stream, norms and single matrices aside.
-
-    Attention (or a convolution in its place) is told from an MLP by what it does: a change of one token reaches a
-    later one.
-    """
+def find_submodules(layer: nn.Module, call: LayerCall) -> dict[nn.Module, Submodule]:
+    """The layer's own modules that map stream to stream, without norms and single matrices."""
     candidates = [child for child in layer.children() if any(True for _ in child.children())]
-    with watching(candidates) as calls:
-        layer(*seen.call.args_with(seen.hidden), **seen.call.kwargs_with(seen.hidden))
-    width = seen.hidden.shape
+    with record_calls(candidates) as calls:
+        call.arguments.call(layer, call.hidden)
+    shape = call.hidden.shape
     return {
-        child: Child(_mixes_tokens(child, call), call.returned)
-        for child, call in calls.items()
-        if call.hidden.shape == width and call.output.shape == width
+        child: Submodule(_mixes_tokens(layer, call, child, recorded), recorded.tuple_length)
+        for child, recorded in calls.items()
+        if recorded.hidden.shape == shape and recorded.output.shape == shape
     }
 
 
-def _mixes_tokens(module: nn.Module, seen: Seen) -> bool:
-    changed = seen.hidden.clone()
+def split_layer(
+    index: int, layer: nn.Module, submodules: dict[nn.Module, Submodule], call: LayerCall
+) -> list[Sublayer]:
+    """Two sublayers where their composition is the layer itself, else the whole layer as one."""
+    mixing = [child for child, submodule in submodules.items() if submodule.mixes_tokens]
+    pointwise = [child for child, submodule in submodules.items() if not submodule.mixes_tokens]
+    if len(mixing) != 1 or len(pointwise) != 1:
+        return [Sublayer(index, None, mixing[:1])]
+    first, second = Sublayer(index, pointwise[0], mixing), Sublayer(index, mixing[0], pointwise)
+
+    def run(sublayer: Sublayer, hidden: Tensor) -> Tensor:
+        return _run(layer, submodules, sublayer, hidden, call.arguments)
+
+    middle = run(first, call.hidden)
+    sequential = run(second, middle)
+    with record_calls(pointwise) as without_attention:
+        parallel = middle + run(second, call.hidden) - call.hidden
+    if same_layer(sequential, call.output, parallel):
+        return [first, second]
+    with record_calls(pointwise) as with_attention:
+        run(Sublayer(index, None, []), call.hidden)
+    # An MLP whose input attention does not change reads the layer's own stream.
+    reads_too = torch.equal(without_attention[pointwise[0]].hidden, with_attention[pointwise[0]].hidden)
+    return [Sublayer(index, None, [*mixing, *pointwise] if reads_too else mixing)]
+
+
+def _run(
+    layer: nn.Module,
+    submodules: dict[nn.Module, Submodule],
+    sublayer: Sublayer,
+    hidden: Tensor,
+    arguments: CallArguments,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    silence = nullcontext()
+    if sublayer.silenced is not None:
+        length = submodules[sublayer.silenced].tuple_length
+
+        def zeros(*args: Any, **kwargs: Any) -> Any:
+            return as_output(torch.zeros_like(split_arguments(args, kwargs)[0]), length)
+
+        silence = replace_calls({sublayer.silenced: zeros})
+    with silence:
+        return output_hidden(arguments.call(forward or layer, hidden))
+
+
+def _site_name(sublayer: Sublayer, submodules: dict[nn.Module, Submodule]) -> str:
+    if sublayer.silenced is None:
+        return f"{sublayer.layer}.block"
+    return f"{sublayer.layer}.{'mlp' if submodules[sublayer.silenced].mixes_tokens else 'attn'}"
+
+
+def _mixes_tokens(layer: nn.Module, layer_call: LayerCall, module: nn.Module, call: LayerCall) -> bool:
+    """Whether a change of the second-last token of a module's input changes the module's output at the last one.
+
+    The module runs inside its layer: accelerate may bring its weights for the layer's call only.
+    """
+    changed = call.hidden.clone()
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(changed[:, -2].shape, generator=generator).to(changed)
     changed[:, -2] = noise * (changed.float().square().mean().sqrt() + 1).to(changed)
-    effect = hidden_of(module(*seen.call.args_with(changed), **seen.call.kwargs_with(changed))) - seen.output
+    handle = module.register_forward_pre_hook(input_hook(lambda _: changed, changed.shape[-1]), with_kwargs=True)
+    try:
+        with record_calls([module]) as calls:
+            layer_call.arguments.call(layer, layer_call.hidden)
+    finally:
+        handle.remove()
+    effect = calls[module].output - call.output
     return bool(effect[:, -1].abs().max() > 1e-3 * effect[:, -2].abs().max())
 
 
@@ -171,7 +194,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def tolerance(sample: Tensor) -> float:
-    """How far the chain may be from the model, relative to the largest magnitude: 0 for float32 and wider on CPUs.
+    """How far the chain may be from the model, relative to the largest magnitude: 0 for float32 and float64 on CPUs.
 
     Elsewhere kernels may sum in another order from call to call: 8 units of the dtype's last place, 64 for float32.
     """
@@ -181,11 +204,54 @@ def tolerance(sample: Tensor) -> float:
     return torch.finfo(sample.dtype).eps * (64 if wide else 8)
 
 
-def same_layer(split: Tensor, whole: Tensor, parallel: Tensor) -> bool:
-    """Whether two halves one after the other are the layer.
+def same_layer(sequential: Tensor, whole: Tensor, parallel: Tensor) -> bool:
+    """Whether the two halves in sequence are the layer.
 
-    Off the exact CPU dtypes a small random model could pass a tolerance while its halves run in parallel, so there the
+    Where `tolerance` is not 0, a small random model could pass it while its halves run in parallel, so there the
     sequential composition must also fit ten times better than the parallel one.
     """
-    apart = difference(split, whole)
-    return apart == 0 or (apart <= tolerance(whole) and apart <= 0.1 * difference(parallel, whole))
+    error = difference(sequential, whole)
+    return error == 0 or (error <= tolerance(whole) and error <= 0.1 * difference(parallel, whole))
+
+
+def check_chain(chain: ResidualModel, decomposition: Decomposition, record: ForwardRecord) -> None:
+    """ValueError, naming the layer and the difference, unless the chain gives the model's own logits."""
+    trace = chain.trace(*record.batch)
+    counted = record.counted
+    error = difference(trace.logits[counted], record.logits[counted])
+    if error <= tolerance(record.logits):
+        return
+    for layer, stream in _layer_inputs(decomposition, trace.residuals):
+        recorded = record.layers[layer].hidden
+        at_layer = difference(stream[counted], recorded[counted])
+        if not at_layer <= tolerance(recorded):
+            where, error = f"the input of layer {layer}", at_layer
+            break
+    else:
+        where = "the logits, after the last layer"
+    raise ValueError(
+        f"model={chain.model.config.model_type!r} cannot be taken apart: sublayers run one by one differ from the "  # pyright: ignore
+        f"model by {error:.3g} (relative) at {where}; it is not a plain decoder-only chain, or not finite"
+    )
+
+
+def _layer_inputs(decomposition: Decomposition, residuals: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each layer's index and the stream at its first site."""
+    first: dict[int, Tensor] = {}
+    for sublayer, stream in zip(decomposition.sublayers, residuals, strict=False):
+        first.setdefault(sublayer.layer, stream)
+    yield from first.items()
+
+
+def check_causal(model: nn.Module, record: ForwardRecord) -> None:
+    """ValueError if a change of the last token reaches logits before it."""
+    ids = record.batch[0].clone()
+    ids[:, -1] = (ids[:, -1] + 1) % len(model.get_input_embeddings().weight)  # pyright: ignore
+    changed = model(**model_inputs(model, ids, None)).logits
+    error = difference(changed[:, :-1], record.logits[:, :-1])
+    # Experts that take tokens together round differently.
+    if error > max(1e-4, 100 * torch.finfo(changed.dtype).eps):
+        raise ValueError(
+            f"model={model.config.model_type!r} is not a decoder: its last token changes earlier logits by "  # pyright: ignore
+            f"{error:.3g} (relative)"
+        )

@@ -1,62 +1,131 @@
-"""Measuring what the norm before a read does, by what it does to probe vectors: no norm class needs to be known."""
+"""Measuring the norm before a read by its answers to probe vectors, so that no norm class needs to be known."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from bridges.models.huggingface.decompose import difference
-from bridges.models.modes import eval_mode
-from bridges.models.residual import Norm, ResidualModel
+from bridges.models.huggingface.calls import CallArguments, as_output, replace_calls, split_arguments
+from bridges.models.huggingface.decompose import Submodule, difference
+from bridges.models.residual import Norm
+
+# A power of two, so that mean squares of +-SCALE are exact where a norm computes in float32; so large that adding eps
+# changes no bit of them in float64.
+SCALE = 2.0**24
+TOLERANCE = 1e-4
 
 
-def measure_norm(residual_model: ResidualModel, index: int, reader: int = 0) -> Norm:
-    """Gain and centring of the norm before one of a site's reads, from the reads of v, -v, 2v and v + 1.
+def measure_norm(
+    read: Callable[[Float[Tensor, "probes d_model"]], Tensor], probe: Float[Tensor, " d_model"]
+) -> Norm | None:
+    """The norm that `read` applies to each row, None where it applies something else.
 
-    Any norm of the form gain * C(v) / RMS(C(v)) + bias shows its gain as the odd part of its answer; ValueError where
-    what stands before the read is of another form.
+    A norm gain * C(h) / RMS(C(h)) + bias shows its gain in (read(v) - read(-v)) / 2, and whether C subtracts the mean
+    over channels in read(v + 1); that it divides by the RMS, in read(2 v). `probe`, from `probe_vector`, is v.
     """
-    dtype, d = residual_model.dtype, residual_model.d_model
-    scale = {torch.float64: 1e4, torch.float32: 1e3}.get(dtype, 8.0)  # large against eps, safe in float16
-    signs = torch.ones(d, dtype=torch.float64)
+    plus, minus, twice, shifted = read(torch.stack([probe, -probe, 2 * probe, probe + SCALE])).to(probe)
+    if plus.shape != probe.shape:
+        return None
+    if torch.equal(plus, probe):
+        return Norm(torch.ones_like(probe), centred=False, present=False)
+    if difference(twice, plus) > TOLERANCE:
+        return None
+    gain = (plus - minus) / 2 * probe.square().mean().sqrt() / probe
+    return Norm(gain, centred=difference(shifted, plus) < TOLERANCE)
+
+
+def probe_vector(d_model: int, device: torch.device) -> Float[Tensor, " d_model"]:
+    """Alternating signs times SCALE with mean 0, in float64, or in float32 where the device has no float64."""
+    signs = torch.ones(d_model, dtype=torch.float64)
     signs[1::2] = -1
-    signs -= signs.mean()  # an odd width would leave a mean
-    v = (signs * scale).to(dtype).to(residual_model.device)
-    with eval_mode(residual_model.model), torch.no_grad():
-        plus, minus, twice, shifted = _reads(residual_model, index, reader, [v, -v, 2 * v, v + scale])
-    half = torch.finfo(dtype).bits == 16
-    slack = 1e-2 if half else 1e-4
-    if plus.shape == v.shape and difference(plus, v.double().cpu()) == 0:
-        return Norm(torch.ones(d, dtype=torch.promote_types(dtype, torch.float32)), False, present=False)
-    if plus.shape != v.shape or difference(twice, plus) > slack:
-        name = residual_model.sites[index]
-        raise ValueError(f"site={name!r}: what stands before its read is not a LayerNorm or an RMSNorm")
-    unit = v.double().cpu() / v.double().cpu().square().mean().sqrt()
-    gain = _snap((plus - minus) / 2 / unit, residual_model, 2 * torch.finfo(dtype).eps if half else slack / 10)
-    return Norm(gain.to(torch.promote_types(dtype, torch.float32)), difference(shifted, plus) < slack)
+    probe = (signs - signs.mean()) * SCALE  # an odd width has a mean to subtract
+    return probe.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def _reads(residual_model: ResidualModel, index: int, reader: int, streams: list[Tensor]) -> list[Tensor]:
-    tokens = torch.zeros(len(streams), 1, dtype=torch.long, device=residual_model.device)
-    residual = torch.stack(streams)[:, None]
-    kept: list[Tensor] = []
-    module = residual_model.read_modules(index)[reader]
-    with residual_model.hook_modules({module: lambda read: kept.append(read)}):
-        context = residual_model.context(tokens)
-        if index == len(residual_model.sites) - 1:
-            residual_model.head(residual, context)
-        else:
-            residual_model.sublayer(index, residual, context)
-    return list(kept[-1][:, 0].double().cpu())
+def read_in_layer(
+    layer: nn.Module,
+    submodules: Mapping[nn.Module, Submodule],
+    reader: nn.Module,
+    arguments: CallArguments,
+    streams: Float[Tensor, "n 1 d_model"],
+) -> Float[Tensor, "n 1 d_model"]:
+    """What a submodule is given when `streams` enter a copy of its layer that computes in their dtype.
+
+    Attention and everything called from `reader` on are neither copied nor run; what is called before may be a norm.
+    """
+    order = list(submodules)
+    skipped = [one for one in order if submodules[one].mixes_tokens or order.index(one) >= order.index(reader)]
+    reads: dict[nn.Module, Tensor] = {}
+
+    def skip(module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            reads[module] = split_arguments(args, kwargs)[0]
+            return as_output(torch.zeros_like(reads[module]), submodules[module].tuple_length)
+
+        return call
+
+    with replace_calls({module: skip(module) for module in skipped}):
+        arguments.call(copy_as(layer, streams.dtype, skipped), streams)
+    return reads[reader]
 
 
-def _snap(gain: Tensor, residual_model: ResidualModel, slack: float) -> Tensor:
-    """The model's own weight, or one plus it, where that is what was measured: half precision rounds the probe."""
-    weights = [
-        p.detach().double().cpu()
-        for name, p in residual_model.model.named_parameters()
-        if name.endswith("weight") and p.shape == gain.shape and p.device.type != "meta"
-    ]
-    candidates = [c for w in weights for c in (w, 1 + w)]
-    nearest = min(candidates, key=lambda c: difference(c, gain), default=gain)
-    return nearest if difference(nearest, gain) <= slack else gain
+def read_in_head(
+    model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[nn.Module, Callable[..., Any]], dtype: torch.dtype
+) -> Float[Tensor, "n 1 d_model"]:
+    """What the unembedding is given in a copy of the model that computes in `dtype`, with `layers` replaced by calls.
+
+    The layers, the unembedding and every embedding are not copied.
+    """
+    reader: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    reads: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        reads.append(hidden)
+        return hidden
+
+    inside = {part for layer in layers for part in layer.modules()}
+    embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding) and part not in inside]
+    replaced = {**layers, **{one: _call_as(one, dtype) for one in embeddings}, reader: keep}
+    with replace_calls(replaced):
+        copy_as(model, dtype, replaced)(**inputs)
+    return reads[0]
+
+
+def _call_as(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = nn.Module._call_impl(module, *args, **kwargs)  # pyright: ignore[reportAssignmentType]
+        return output.to(dtype)
+
+    return call
+
+
+def copy_as(module: nn.Module, dtype: torch.dtype, shared: Iterable[nn.Module] = ()) -> nn.Module:
+    """A copy of a module that computes in `dtype`, without its hooks; `shared` submodules are not copied.
+
+    A model that accelerate offloads keeps weights elsewhere: the copy shares accelerate's hook, which brings them, and
+    casts them to the copy's dtype.
+    """
+    originals = list(module.modules())
+    memo: dict[int, object] = {id(one): one for one in shared}
+    for original in originals:
+        # A hook may refer to anything, the whole model included: none is followed.
+        memo |= {id(hooks): OrderedDict() for name, hooks in vars(original).items() if name.endswith("_hooks")}
+        if hasattr(original, "_hf_hook"):
+            memo[id(original._hf_hook)] = original._hf_hook
+    copied = deepcopy(module, memo)
+    kept = set(originals)
+    for part in copied.modules():
+        if part not in kept:
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.is_floating_point():
+                    part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    part._buffers[name] = buffer.to(dtype)
+    return copied

@@ -1,14 +1,11 @@
-import inspect
-from types import SimpleNamespace
+"""The chain of sublayers against the model's own forward pass."""
 
-import accelerate
+import inspect
+
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModel, BertConfig, BertLMHeadModel, PretrainedConfig, PreTrainedModel
 
 from bridges.models.loading import as_residual
-from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 SPLIT = ["0.attn", "0.mlp", "1.attn", "1.mlp", "final"]
 BLOCKS = ["0.block", "1.block", "final"]
@@ -97,16 +94,6 @@ def test_half_precision_splits_the_same_layers(family, dtype, tiny, tokens, padd
     assert chain.sites == FAMILIES[family]
 
 
-@pytest.mark.parametrize(
-    ("family", "parallel", "sites"),
-    [("gpt_neox", False, SPLIT), ("stablelm", True, BLOCKS), ("stablelm", False, SPLIT), ("gpt_neox", True, BLOCKS)],
-)
-def test_a_parallel_residual_is_told_by_numbers_not_by_name(family, parallel, sites, tiny, tokens):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny(family, use_parallel_residual=parallel).to(dtype)
-        assert as_residual(model).sites == sites
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "falcon", "mamba", "lfm2", "opt", "mixtral", "mpt"])
 def test_padding_and_batch_mates_do_not_reach_a_row(family, tiny, tokens, padding):
     eager = family in ("bloom", "mpt")  # their own answer to left padding in float64 is NaN
@@ -121,74 +108,6 @@ def test_padding_and_batch_mates_do_not_reach_a_row(family, tiny, tokens, paddin
             torch.testing.assert_close(logits[row][padding[row].bool()][None], expected_logits, rtol=0, atol=atol)
             for ours, theirs in zip(residuals, expected, strict=True):
                 torch.testing.assert_close(ours[row][padding[row].bool()][None], theirs, rtol=0, atol=atol)
-
-
-class NobodysLayer(nn.Module):
-    """Odd names, keyword-only stream, an attention that averages what came before, a tuple in return."""
-
-    def __init__(self, d, post_norm_bias):
-        super().__init__()
-        self.looks_back = nn.Sequential(_Average(), nn.Linear(d, d))
-        self.thinks = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
-        self.scale = nn.Parameter(torch.randn(d))
-        self.after = nn.LayerNorm(d) if post_norm_bias else nn.Identity()
-
-    def forward(self, *, hidden_states, strength):
-        hidden_states = hidden_states + self.after(self.looks_back(hidden_states * self.scale)) * strength
-        return hidden_states + self.thinks(hidden_states * self.scale), "weights"
-
-
-class _Average(nn.Module):
-    def forward(self, x):
-        return x.cumsum(-2) / torch.arange(1, 1 + x.shape[-2]).to(x)[:, None]
-
-
-class NobodysConfig(PretrainedConfig):
-    model_type = "nobodys"
-
-
-class NobodysModel(PreTrainedModel):
-    """A family that nobody named; `between` adds to the stream outside the layers, as some published models do."""
-
-    config_class = NobodysConfig
-
-    def __init__(self, n_layers=3, between=0.0, post_norm_bias=False, shared=False, streams=False):
-        super().__init__(NobodysConfig(num_hidden_layers=n_layers))
-        torch.manual_seed(0)
-        self.embed, self.between, self.streams = nn.Embedding(23, 12), between, streams
-        layers = [NobodysLayer(12, post_norm_bias) for _ in range(1 if shared else n_layers)]
-        self.steps = nn.ModuleList(layers * (n_layers // len(layers)))
-        self.out = nn.Linear(12, 23)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.normal_(module.bias)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def get_output_embeddings(self):
-        return self.out
-
-    def forward(self, input_ids, use_cache=None, attention_mask=None):
-        hidden = first = self.embed(input_ids)
-        for i, step in enumerate(self.steps):
-            if i == 2:
-                hidden = hidden + self.between * first
-            hidden = step(hidden_states=hidden, strength=1.5)[0]
-            hidden = hidden[None] if self.streams and i == 0 else hidden
-        return SimpleNamespace(logits=self.out(hidden))
-
-
-def test_a_family_that_nobody_named():
-    ids = torch.randint(23, (2, 7), generator=torch.Generator().manual_seed(0))
-    chain = check_identity(NobodysModel().eval(), ids, None)
-    assert chain.sites == ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp", "final"]
-
-
-def test_a_silenced_sublayer_that_still_adds_its_bias_makes_a_block():
-    ids = torch.randint(23, (2, 7), generator=torch.Generator().manual_seed(0))
-    chain = check_identity(NobodysModel(post_norm_bias=True).eval(), ids, None)
-    assert chain.sites == ["0.block", "1.block", "2.block", "final"]
 
 
 def test_silenced_and_skipped_modules_are_not_computed(tiny, tokens):
@@ -209,50 +128,6 @@ def test_silenced_and_skipped_modules_are_not_computed(tiny, tokens):
     calls.clear()
     chain.run_from("1.attn", context.embedding, tokens)
     assert calls == ["1.attn", "1.whole attn", "1.mlp"]
-
-
-def test_something_added_between_layers_is_refused():
-    with pytest.raises(ValueError, match=r"model='nobodys' cannot be taken apart.* differ .* by [0-9.e-]+ .*layer 2"):
-        as_residual(NobodysModel(between=0.1).eval())
-    as_residual(NobodysModel(between=0.0).eval())
-
-
-def test_layers_that_are_one_module_are_refused():
-    with pytest.raises(ValueError, match=r"'nobodys'.*3 decoder layers, but 1 different"):
-        as_residual(NobodysModel(shared=True).eval())
-
-
-def test_several_streams_are_refused():
-    with pytest.raises(ValueError, match=r"'nobodys'.*layer 1 is given a stream of shape \[1, 3, 8, 12\]"):
-        as_residual(NobodysModel(streams=True).eval())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("place", "where"), [("h.0.mlp.c_fc", "input of layer 1"), ("ln_f", "after the last layer")])
-def test_what_is_not_finite_is_refused(place, where, value, tiny):
-    model = tiny("gpt2")
-    model.transformer.get_submodule(place).bias.data[3] = value
-    with pytest.raises(ValueError, match=rf"model='gpt2'.*inf \(relative\).*{where}.*not finite"):
-        as_residual(model)
-
-
-def test_a_model_without_a_head_and_a_plain_module_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"model=LlamaModel is not .* with an unembedding; load it through AutoModelF"):
-        as_residual(AutoModel.from_config(tiny("llama").config))
-    with pytest.raises(ValueError, match="model=Linear is not a Hugging Face language model"):
-        as_residual(nn.Linear(2, 2))
-    headless = NobodysModel()
-    headless.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="'nobodys' has no list of its 7 decoder layers"):
-        as_residual(headless)
-
-
-def test_what_is_a_chain_already_stays_one(tiny):
-    chain = as_residual(tiny("gpt2"))
-    assert as_residual(chain) is chain
-    shape = {"vocab_size": 19, "block_size": 9, "n_layer": 1, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}
-    sparse = SparseTransformer(SparseConfig(**shape))
-    assert as_residual(sparse).model is sparse
 
 
 def snapshot(model):
@@ -360,55 +235,6 @@ def test_reads_are_what_the_modules_are_given(family, tiny, tokens, padding):
         assert torch.equal(read[padding.bool()], seen[module][padding.bool()])
 
 
-def offload_all(model, _folder):
-    return accelerate.cpu_offload(model, execution_device="cpu")
-
-
-def spread(model, folder):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
-
-
-def one_place(model, _folder):
-    return accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-
-
-@pytest.mark.parametrize("place", [offload_all, spread, one_place])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_spread_by_accelerate(place, dtype, tiny, tokens, padding, tmp_path):
-    plain = as_residual(tiny("llama").to(dtype))
-    model = place(tiny("llama").to(dtype), tmp_path)
-    own = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
-    assert len(own) > 5
-    chain = as_residual(model)
-    assert chain.device == torch.device("cpu") and chain.sites == SPLIT
-    with torch.no_grad():
-        expected, logits = plain.residuals(tokens, padding)
-        ours, our_logits = chain.residuals(tokens, padding)
-        assert torch.equal(our_logits, logits)
-        for i, (one, other) in enumerate(zip(ours, expected, strict=True)):
-            assert torch.equal(one, other)
-            assert torch.equal(chain.run_from(i, one, tokens, padding), logits)
-        for one, other in zip(chain.reads(tokens), plain.reads(tokens), strict=True):
-            assert torch.equal(one, other)
-    assert {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)} == own
-    assert torch.equal(chain.norm(0).gain, plain.norm(0).gain) or place is not one_place
-
-
 def test_context_length_is_the_configurations(tiny):
     assert as_residual(tiny("gpt2")).context_length == 64
     assert as_residual(tiny("bloom")).context_length is None
-
-
-def test_a_model_that_looks_ahead_is_refused():
-    config = BertConfig(
-        vocab_size=19,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        is_decoder=False,
-    )
-    with pytest.raises(ValueError, match="model='bert' is no decoder: its last token changes earlier logits"):
-        as_residual(BertLMHeadModel(config).eval())

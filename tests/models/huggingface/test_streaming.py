@@ -5,8 +5,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from bridges.models.huggingface import adapter as huggingface
-from bridges.models.huggingface import decompose as probing
+from bridges.models.huggingface import adapter
+from bridges.models.huggingface.recording import model_inputs
 from bridges.models.loading import as_residual
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
@@ -49,7 +49,7 @@ def test_streams_show_and_change_in_the_models_own_forward(family, tiny, tokens,
     tokens = tokens % model.config.vocab_size
     chain = as_residual(model)
     real = padding.bool()
-    inputs = probing.model_inputs(model, tokens, padding)
+    inputs = model_inputs(model, tokens, padding)
     with torch.no_grad():
         plain = model(**inputs).logits
         streams, _ = chain.residuals(tokens, padding)
@@ -69,7 +69,7 @@ def test_streams_show_and_change_in_the_models_own_forward(family, tiny, tokens,
             ):
                 assert torch.equal(model(**inputs).logits[real], expected[real])  # visitors of one site compose
         assert torch.equal(model(**inputs).logits, plain)
-        assert not any("forward" in vars(module) for module in model.modules()) and not huggingface._MIDDLES
+        assert not any("forward" in vars(module) for module in model.modules()) and not adapter._SPLIT_LAYERS
 
 
 @pytest.mark.parametrize("family", STREAMED)
