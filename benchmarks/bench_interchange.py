@@ -21,8 +21,9 @@ from torch import Tensor
 
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import edited, frozen_pair, prompts_of, text_of
-from bridges.data.prepare import Prepared
+from bridges.channels.prompts import frozen_pair, p_target, p_target_under_edit, run_prompts, run_reference_text
+from bridges.channels.search import NoChannelsFoundError
+from bridges.data.prepare import FitData
 from bridges.data.rows import Rows
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.fitting import interchange
@@ -86,7 +87,7 @@ def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, 
     """
     means = []
     for rows, n in ((setting.train, SETTINGS.interchange_pairs), (setting.heldout, OTHER_PAIRS)):
-        data = Prepared(Rows(rows, seed=SETTINGS.seed), Rows(rows[:1]))
+        data = FitData(Rows(rows, seed=SETTINGS.seed), Rows(rows[:1]))
         batches = data.pair_batches(SETTINGS.with_settings({"interchange_pairs": n}), 0, 1)
         with frozen_pair(pair.dense, pair.sparse, plain, check_models=False) as models:
             asked = interchange.gather_carried(models, batches, range(len(plain)))
@@ -99,20 +100,29 @@ def searched(pair: Pair, bridge_set: bridges.BridgeSet, setting: Setting) -> str
     """The single channel of every task that the dense model solves, on prompts that it was not chosen on."""
     p_dense, p_sparse, both_ways, sites = [], [], 0, []
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        elsewhere = text_of(models, setting.train[:SIDE_EFFECT_ROWS])
+        reference = run_reference_text(models, setting.train[:SIDE_EFFECT_ROWS])
         for task in setting.tasks:
             pairs = task_pairs(task, pair.tokenizer, CHOSEN_ON + setting.prompts)
-            reported = prompts_of(models, pairs.rows(CHOSEN_ON))
+            reported = run_prompts(models, pairs.rows(CHOSEN_ON))
             if solved(reported.traces.dense.logits[:, -1], reported.pairs).float().mean() < 0.9:
                 continue
-            chosen = find(models, prompts_of(models, pairs.rows(0, CHOSEN_ON)), elsewhere).best
-            p = edited(models, reported, chosen)
+            try:
+                chosen = find(models, run_prompts(models, pairs.rows(0, CHOSEN_ON)), reference).best
+            except NoChannelsFoundError:  # nothing to edit with: the task counts with the unedited models' P(target)
+                traces = reported.traces
+                p_dense.append(p_target(traces.dense.logits, reported.pairs).mean().item())
+                p_sparse.append(p_target(traces.sparse.logits, reported.pairs).mean().item())
+                sites.append("none within budget")
+                continue
+            p = p_target_under_edit(models, reported, chosen)
             p_dense.append(p.mean().item())
-            p_sparse.append(edited(models, reported, chosen, side="sparse").mean().item())
+            p_sparse.append(p_target_under_edit(models, reported, chosen, side="sparse").mean().item())
             both_ways += min(p[reported.pairs.direction == side].mean().item() for side in (0, 1)) > 0.5
             sites.append(chosen.site)
     n = len(p_dense)
-    where = ", ".join(f"{sites.count(site)} {site}" for site in bridge_set.sites if site in sites)
+    where = ", ".join(
+        f"{sites.count(site)} {site}" for site in (*bridge_set.sites, "none within budget") if site in sites
+    )
     turned = sum(p > 0.5 for p in p_dense)
     return f"{turned} of {n} | {both_ways} | {sum(p_dense) / n:.3f} | {sum(p_sparse) / n:.3f} | {where}"
 

@@ -23,6 +23,7 @@ from bridges.objective.hybrid import (
     Traces,
     batch_moments,
     ce_sum,
+    empty_moments,
     kl_of,
     residuals_at,
     run_path,
@@ -66,7 +67,8 @@ def measure(
 ) -> BridgeReport:
     """The report from this process's batches; sums are taken over all processes. Both models in evaluation mode."""
     with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
-        scale = combine_moments([batch_moments(pair, trace_pair(pair, *batch)) for batch in batches], reduce)
+        shares = [batch_moments(pair, trace_pair(pair, *batch)) for batch in batches]
+        scale = combine_moments(shares or [empty_moments(pair)], reduce)
         sums = reduce(sum_terms(pair, batches, scale.means))
     return _report(pair, sums, scale, settings or {})
 

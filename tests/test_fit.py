@@ -126,7 +126,7 @@ def test_joint_training_reaches_the_density_and_writes_the_sparse_model(tmp_path
     found = run(sparse=sparse, **{**SPARSE, "target_density": 0.25}, steps=4, output_dir=tmp_path / "run")
     for name, parameter in sparsity.sparse_parameters(sparse):
         count = max(1, round(0.25 * parameter.numel()))
-        channels = next((d for suffix, d in sparsity._CHANNELS.items() if name.endswith(suffix)), None)
+        channels = next((d for suffix, d in sparsity.CHANNEL_DIM.items() if name.endswith(suffix)), None)
         floor = 0 if channels is None else 4 * parameter.shape[channels]
         assert int(torch.count_nonzero(parameter)) <= max(count, floor)
         assert channels is not None or int(torch.count_nonzero(parameter)) == count
@@ -544,7 +544,7 @@ def test_a_run_killed_before_its_figures_were_written_only_measures_again(tmp_pa
 def separately(*arguments, **variables):
     """Start `separate_runs.py`; its standard error is raised if it fails."""
     here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here), **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", **variables}
     command = [sys.executable, str(here / "separate_runs.py"), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

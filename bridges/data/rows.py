@@ -1,4 +1,4 @@
-"""Rows: tokens in memory, given out in an order that a step number alone decides."""
+"""Rows of tokens in memory, in an order that depends on a seed and a step number alone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bridges.models.residual import Batch
+
 
 class Rows:
-    """[n, seq] tokens and their mask, reshuffled by seed whenever exhausted.
+    """Tokens [n, seq] and their mask; `take` reshuffles them by seed whenever all have been taken.
 
-    The rows of a step depend on the seed and the step alone, so a resumed run needs no cursor beside its step, and any
-    number of processes sees the same rows.
+    The rows of a step depend on the seed and the step alone, so a resumed run needs no cursor, and any number of
+    processes sees the same rows.
     """
 
     def __init__(
         self, input_ids: Int[Tensor, "n seq"], attention_mask: Int[Tensor, "n seq"] | None = None, seed: int = 0
     ):
         if input_ids.ndim != 2 or not len(input_ids):
-            raise ValueError(f"data of shape {list(input_ids.shape)} is not [n, seq] with at least one row")
+            raise ValueError(f"data of shape {list(input_ids.shape)} must be [n, seq] with at least one row")
         whole = attention_mask is None or bool(attention_mask.all())
         self.input_ids, self.seed = input_ids.cpu().long(), seed
         self.attention_mask = None if whole else attention_mask.cpu().long()  # pyright: ignore
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        """None where no token is padding."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -35,28 +37,29 @@ class Rows:
         """Tokens per row, padding included."""
         return self.input_ids.shape[1]
 
-    def take(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Rows `start` to `start + count` of the endless shuffled sequence."""
-        places = range(start, start + count)
-        index = torch.tensor([int(self._order(place // len(self))[place % len(self)]) for place in places])
+    def take(self, start: int, count: int) -> Batch:
+        """Rows `start` to `start + count` of the endless sequence of shuffled epochs."""
+        places = [divmod(position, len(self)) for position in range(start, start + count)]  # (epoch, index in it)
+        index = torch.tensor([int(_order(len(self), self.seed, epoch)[i]) for epoch, i in places])
         return self.input_ids[index], None if self.attention_mask is None else self.attention_mask[index]
 
-    def in_order(self, batch_size: int, limit: int | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """The first `limit` rows as they stand, in batches."""
-        stop = len(self) if limit is None else min(limit, len(self))
-        slices = [slice(i, min(i + batch_size, stop)) for i in range(0, stop, batch_size)]
+    def batch(self, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop`, not shuffled."""
         mask = self.attention_mask
-        return [(self.input_ids[s], None if mask is None else mask[s]) for s in slices]
+        return self.input_ids[start:stop], None if mask is None else mask[start:stop]
+
+    def in_order(self, batch_size: int) -> list[Batch]:
+        """All rows in batches, not shuffled."""
+        return [self.batch(i, i + batch_size) for i in range(0, len(self), batch_size)]
 
     def first(self, count: int) -> Rows:
-        """The first `count` rows as they stand."""
-        mask = self.attention_mask
-        return Rows(self.input_ids[:count], None if mask is None else mask[:count], self.seed)
+        """The first `count` rows."""
+        return Rows(*self.batch(0, count), self.seed)
 
     def split(self, heldout_rows: int) -> tuple[Rows, Rows]:
         """All but the last rows, and the last rows."""
-        cut, mask = len(self) - heldout_rows, self.attention_mask
-        return self.first(cut), Rows(self.input_ids[cut:], None if mask is None else mask[cut:], self.seed)
+        cut = len(self) - heldout_rows
+        return self.first(cut), Rows(*self.batch(cut, len(self)), self.seed)
 
     def fingerprint(self) -> str:
         """A hash of the tokens and the mask."""
@@ -66,6 +69,8 @@ class Rows:
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _shuffled(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self), generator=generator)
+
+@lru_cache(maxsize=4)
+def _order(n_rows: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of the rows; kept for a few epochs, since a step asks for every row by itself."""
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -10,9 +10,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from bridges.data.random_state import preserve_random_state
 from bridges.models.residual import ResidualModel, input_device
 
-ROWS_AT_A_TIME = 64
+BATCH_SIZE = 64
 
 
 @torch.no_grad()
@@ -21,15 +22,15 @@ def sample_rows(
 ) -> Int[Tensor, "n seq"]:
     """Sequences [n_rows, seq_len] from the model at temperature 1, from BOS or, without one, from a uniform token.
 
-    The same seed gives the same rows on the same machine; global random state is left as it was.
+    The same seed gives the same rows on the same machine; the global random state of every device is left as it was.
     """
     device = input_device(model)
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    with _plain_generation(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _default_generation(model), preserve_random_state():
         torch.manual_seed(seed)
-        for start in range(0, n_rows, ROWS_AT_A_TIME):
-            n = min(ROWS_AT_A_TIME, n_rows - start)
+        for start in range(0, n_rows, BATCH_SIZE):
+            n = min(BATCH_SIZE, n_rows - start)
             first = torch.randint(vocab_size, (n, 1), generator=generator)
             if bos_token_id is not None:
                 first = torch.full((n, 1), bos_token_id)
@@ -45,8 +46,8 @@ def sampled_text(dense: ResidualModel, n_rows: int, seq_len: int, seed: int) -> 
 
 
 @contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
-    """Inside, no preferences of the model's own (repetition penalty, suppressed tokens) that `generate` would add."""
+def _default_generation(model: nn.Module) -> Iterator[None]:
+    """Inside, `generate` ignores the model's own generation settings (repetition penalty, suppressed tokens)."""
     own = model.generation_config
     try:
         model.generation_config = GenerationConfig()  # pyright: ignore[reportArgumentType]

@@ -15,8 +15,8 @@ from bridges.data.corpus import encode_documents, pack_rows
 from bridges.data.rows import Rows
 
 
-class Wanted(NamedTuple):
-    """How much to read from an iterable, which may have no end: until there are so many rows and so many tokens."""
+class ReadLimit(NamedTuple):
+    """Where to stop reading an iterable, which may have no end: at so many rows and so many tokens, both."""
 
     rows: int
     tokens: int
@@ -26,15 +26,15 @@ def load_rows(
     data: Any,
     tokenizer: Any = None,
     seq_len: int | None = None,
-    wanted: Wanted | None = None,
+    limit: ReadLimit | None = None,
     seed: int = 0,
     name: str = "data",
 ) -> Rows:
     """Rows from a [n, seq] tensor, an iterable of batches or of dicts, or a path to text files.
 
     `seq_len` cuts longer rows (and is the width that text is packed to); shorter ones are padded on the right to the
-    longest. A row that is cut loses its padding on the left first. An iterable is read until `wanted` is met, else to
-    its end. ValueError names what is wrong with `data` (or whatever the caller calls it).
+    longest. A row that is cut loses its padding on the left first. An iterable is read up to `limit`, else to its
+    end. ValueError names what is wrong with `data` (or whatever the caller calls it).
     """
     if isinstance(data, Rows):
         return data
@@ -52,11 +52,11 @@ def load_rows(
         raise ValueError(
             f"{name}={type(data).__name__} is neither tokens [n, seq], an iterable of batches, nor a path to text"
         )
-    return _from_batches(data, seq_len, wanted, seed)
+    return _from_batches(data, seq_len, limit, seed)
 
 
-def _from_batches(data: Iterable[Any], seq_len: int | None, wanted: Wanted | None, seed: int) -> Rows:
-    rows = _read(data, wanted)
+def _from_batches(data: Iterable[Any], seq_len: int | None, limit: ReadLimit | None, seed: int) -> Rows:
+    rows = _read(data, limit)
     if not rows:
         raise ValueError("data holds no rows; an iterator that was read before is empty the second time")
     width = max(len(ids) for ids, _ in rows)
@@ -70,13 +70,13 @@ def _from_batches(data: Iterable[Any], seq_len: int | None, wanted: Wanted | Non
     return Rows(ids, mask, seed)
 
 
-def _read(data: Iterable[Any], wanted: Wanted | None) -> list[tuple[Tensor, Tensor]]:
+def _read(data: Iterable[Any], limit: ReadLimit | None) -> list[tuple[Tensor, Tensor]]:
     rows: list[tuple[Tensor, Tensor]] = []
     tokens = 0
     for item in data:
         rows += (new := _rows_of(item))
         tokens += sum(len(ids) for ids, _ in new)
-        if wanted is not None and len(rows) >= wanted.rows and tokens >= wanted.tokens:
+        if limit is not None and len(rows) >= limit.rows and tokens >= limit.tokens:
             break
     return rows
 

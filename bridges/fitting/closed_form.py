@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def solve_bridges(
     """
     carried: list[Carried] = []
     for group in site_groups(pair, memory_bytes):
-        moments = gather((_counted(pair, batch, group) for batch in batches()), reduce, first)
+        moments = gather(_chunks(pair, batches(), group), reduce, first)
         for site, found in zip(group, moments, strict=True):
             if not all(tensor.isfinite().all() for tensor in found.tensors()):
                 raise FloatingPointError(
@@ -89,6 +89,19 @@ def measure_read_scales(pair: ModelPair, batches: Iterable[Batch], reduce: Reduc
         for buffer, side in ((bridge.rms_dense, 0), (bridge.rms_sparse, 1)):
             buffer.fill_(sums[side * n + i] / sums[-1] if norms[side][i].present else 1.0)
         bridge.gain_sparse.copy_(norms[1][i].gain)
+
+
+def _chunks(pair: ModelPair, batches: Iterable[Batch], sites: Sequence[int]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The counted (dense, sparse) streams of every batch; one chunk without tokens for a process without batches."""
+    empty = True
+    for batch in batches:
+        empty = False
+        yield _counted(pair, batch, sites)
+    if empty:
+        weights = [pair.bridge_set[site].encoder_weight for site in sites]
+        yield [
+            (weight.new_zeros(0, pair.dense.d_model), weight.new_zeros(0, pair.sparse.d_model)) for weight in weights
+        ]
 
 
 def _counted(pair: ModelPair, batch: Batch, sites: Iterable[int]) -> list[tuple[Tensor, Tensor]]:

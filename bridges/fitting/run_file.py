@@ -15,7 +15,7 @@ from torch import nn
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
 from bridges.data.rows import Rows
-from bridges.fitting.trainer import Processes
+from bridges.fitting.trainer import ProcessGroup
 from bridges.io.files import read_toml, write_text
 from bridges.models.loading import as_residual, find_tokenizer, load_model
 
@@ -87,13 +87,13 @@ class RunFile:
             raise ValueError(f"[{side}] dtype={dtype!r} must be float32, bfloat16, float16 or auto")
         if not arguments:
             return path
-        with Processes() as processes:
+        with ProcessGroup() as processes:
             return load_model(path, processes.device, **arguments)
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         """The dense and the sparse model, on the device that a fit would use."""
         sources = [self.model(side) for side in ("dense", "sparse")]
-        with Processes() as processes:
+        with ProcessGroup() as processes:
             dense, sparse = (load_model(source, processes.device) for source in sources)
         return dense, sparse
 

@@ -9,12 +9,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from bridges.bridge_report import BridgeReport
-from bridges.io.files import replacing, write_text
+from bridges.io.files import json_text, replacing, write_text
 
-SENT = "wandb_report_sent"
+REPORT_SENT_FILE = "wandb_report_sent"
 """The file that a run folder has once its final report went to wandb: a kill may fall between the two."""
 
 
@@ -36,7 +34,7 @@ class Tracker:
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_text(row) + "\n")
         if self.run is not None:
             self.run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
@@ -44,6 +42,8 @@ class Tracker:
         """Send the final report as a table, the plot as an image and the bridge folder as an artifact; end the run."""
         if self.run is None:
             return
+        import wandb
+
         if report is not None:
             sites = report.to_dict()["sites"]
             columns = list(sites[0])
@@ -60,7 +60,7 @@ class Tracker:
             self.run.log_artifact(artifact)
         self.run.finish()
         if folder is not None:
-            write_text(folder / SENT, self.run.id)
+            write_text(folder / REPORT_SENT_FILE, self.run.id)
 
     def abort(self) -> None:
         """End a run that did not come to its end; resuming goes on in it."""
@@ -85,12 +85,14 @@ def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(json_text(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 
 def _start(output_dir: Path | None, settings: dict[str, Any]) -> Any:
     """Start or continue the run; offline, with a line that says so, where there is neither an account nor a mode."""
+    import wandb
+
     mode = os.environ.get("WANDB_MODE") or None
     if mode is None and not wandb.login(prompt=False, verify=False):
         print(

@@ -1,31 +1,24 @@
-"""The training loop: steps, optimisers, schedules, checkpoints, and the processes that share the work."""
+"""The training loop: steps, optimisers, schedules and checkpoints, on one process or several."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
 
 from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
-from bridges.fitting.checkpoint import (
-    Checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from bridges.data.random_state import preserve_random_state
+from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
-from bridges.fitting.interchange import Carried
+from bridges.fitting.start import StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
@@ -35,115 +28,91 @@ from bridges.sparsity.support import Support
 FP16_LOSS_SCALE = 1024.0
 
 
-class Processes:
-    """The processes of a run, through accelerate: who this one is, sums over all, and autocast."""
+class ProcessGroup:
+    """The processes of a run, by accelerate: this one's rank and device, sums over all of them, and autocast.
+
+    A context manager: accelerate's state is a singleton, which the user may need after this one; leaving the context
+    puts it back as it was.
+    """
 
     def __init__(self, mixed_precision: str = "no"):
-        # accelerate's state is a singleton, and the user's own Accelerator may live beside or come after this one.
-        self._before = dict(AcceleratorState._shared_state)
-        if self._before and AcceleratorState().mixed_precision != mixed_precision:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        self._shared_state = AcceleratorState._shared_state
+        self._state_before = dict(self._shared_state)
+        if self._state_before and AcceleratorState().mixed_precision != mixed_precision:
             AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
-        self.count: int = self.accelerator.num_processes
-        self.index: int = self.accelerator.process_index
-        self.main: bool = self.accelerator.is_main_process
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Leave accelerate's state as it was before."""
-        AcceleratorState._shared_state.clear()
-        AcceleratorState._shared_state.update(self._before)
+        self._shared_state.clear()
+        self._shared_state.update(self._state_before)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on the tensor's own device."""
+        if self.world_size == 1:
+            return tensor
+        total = self.accelerator.reduce(tensor.to(self.device), "sum")
+        return total.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """The main process's values on every process: an unseeded model, or another solver, may have made others."""
-        for tensor in tensors if self.count > 1 else ():
-            tensor.copy_(self.reduce(tensor.detach() if self.main else torch.zeros_like(tensor)))
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the main process's values into the tensors of every process.
 
-    def refuse_unequal(self, name: str, digest: str) -> None:
-        """ValueError unless every process has the same hexadecimal `digest`."""
-        mine = int(digest[:8], 16)
-        total = self.reduce(torch.tensor(float(mine), dtype=torch.float64)).item()
-        # All or none must raise, or the others would wait for ever.
-        unequal = self.reduce(torch.tensor(float(total != self.count * mine), dtype=torch.float64)).item()
-        if unequal:
+        Without it they may differ: a model was built without a seed, or solvers of two machines round differently.
+        """
+        for tensor in tensors if self.world_size > 1 else ():
+            tensor.copy_(self.all_reduce(tensor.detach() if self.is_main else torch.zeros_like(tensor)))
+
+    def refuse_unequal(self, name: str, description: str) -> None:
+        """ValueError on every process unless all of them give the same `description` of what `name` names."""
+        digest = hashlib.blake2b(description.encode(), digest_size=16).digest()
+        # Sums of 32-bit words are exact in float64.
+        words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
+        mine = torch.tensor(words, dtype=torch.float64)
+        differs = (self.all_reduce(mine) != self.world_size * mine).any().double()
+        # A second sum, since a process that does not see the difference would wait for the others forever.
+        if self.all_reduce(differs) > 0:
             raise ValueError(f"{name} differs between processes; seed its order, so that every process reads the same")
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on the tensor's own device."""
-        if self.count == 1:
-            return tensor
-        summed = accelerate_reduce(tensor.to(self.device), "sum")
-        return summed.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def wait(self) -> None:
-        """Until every process is here."""
+    def barrier(self) -> None:
+        """Wait until every process is here."""
         self.accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision, nothing where it is off."""
+        """Mixed precision; no context where it is off."""
         return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
 
 
 class Trainer:
-    """Gradient steps on the full objective; `state` and `restore` make every step one that a run can resume from."""
+    """Gradient steps on the full objective, from a `StartState`; `checkpoint` gives what a run can resume from.
 
-    def __init__(self, pair: ModelPair, config: FitConfig, processes: Processes):
+    The bridges, and a sparse model that trains, must hold their first values already: the support and the optimisers
+    are built from them here.
+    """
+
+    def __init__(self, pair: ModelPair, config: FitConfig, processes: ProcessGroup, start: StartState | None = None):
+        start = start or StartState()
         self.pair, self.config, self.processes = pair, config, processes
-        self.step = 0
+        self.step = start.step
+        self.interchange = start.interchange
+        self.support = _support(pair, config, start)
+        """The nonzeros that alone train, where the zeros of the start are kept."""
         self.bridge_optimizer = torch.optim.AdamW(pair.bridge_set.parameters(), lr=config.lr, weight_decay=0.0)
-        self.carried: list[Carried] = []
-        """What the interchange loss asks of every site, found with the closed form; empty without that loss."""
-        self._supports: dict[str, Tensor] | None = None
-
-    @cached_property
-    def support(self) -> Support | None:
-        """The nonzeros that alone train, where the zeros of the start are kept.
-
-        Made when the first step or checkpoint needs it: it copies the weights, which a restored run or the main
-        process may still replace.
-        """
-        if not self.config.train_sparse or self.config.target_density is not None:
-            return None
-        model = self.pair.sparse.model
-        masks = sparsity.supports(model) if self._supports is None else self._supports
-        return Support(model, masks, fast=self.config.mixed_precision == "no")
-
-    @cached_property
-    def sparse_optimizer(self) -> torch.optim.AdamW | None:
-        """Of the sparse model, where it trains."""
-        if not self.config.train_sparse:
-            return None
-        trained = [p for p in self.pair.sparse.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            trained if self.support is None else self.support.parameters(),
-            lr=self.config.sparse_lr,
-            betas=(0.9, 0.95),
-            eps=self.config.sparse_eps,
-            weight_decay=self.config.sparse_weight_decay,
-        )
-
-    @cached_property
-    def objective(self) -> Objective:
-        """The loss weights and how gradients are made."""
-        c = self.config
-        return Objective(
-            Weights(
-                c.nmse_weight,
-                c.kl_dense_to_sparse_weight,
-                c.kl_sparse_to_dense_weight,
-                c.ce_weight,
-                c.interchange_weight,
-            ),
-            c.train_sparse,
-            self.processes.reduce,
-            self.processes.autocast,
-            FP16_LOSS_SCALE if c.mixed_precision == "fp16" else 1.0,
-            self.carried if self.processes.main else (),  # gradients are summed over processes
-        )
+        restore_optimizer(self.bridge_optimizer, start.bridge_optimizer)
+        self.sparse_optimizer = _sparse_optimizer(pair, config, self.support)
+        """None where the sparse model is frozen."""
+        if self.sparse_optimizer is not None:
+            restore_optimizer(self.sparse_optimizer, start.sparse_optimizer)
+        self.objective = _objective(config, processes, start)
 
     def sampled_sites(self, step: int) -> list[int]:
         """The sites whose hybrid passes run in a step: drawn evenly by seed and step, the same on every process."""
@@ -156,7 +125,7 @@ class Trainer:
         """One step on this process's micro-batches; FloatingPointError, nothing changed, if figures are not finite."""
         step = self.step + 1
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.index)
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
         with nullcontext() if self.support is None else self.support.multiplying():
             losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
@@ -179,42 +148,21 @@ class Trainer:
             return 1.0
         return sparsity.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
 
-    def state(self) -> Checkpoint:
-        """Everything that the next step depends on."""
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next step depends on; `start_from_checkpoint` reads it."""
         tensors = {
             "bridges": self.pair.bridge_set.tensors(),
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
         }
-        if self.carried:
-            sites = zip(self.pair.bridge_set.sites, self.carried, strict=True)
-            tensors["carried"] = {f"{s}.{name}": t for s, one in sites for name, t in one._asdict().items()}
+        if self.interchange:
+            tensors["carried"] = {}
+            for site, term in zip(self.pair.bridge_set.sites, self.interchange, strict=True):
+                tensors["carried"] |= {f"{site}.squares": term.squares, f"{site}.products": term.products}
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
             tensors["supports"] = {} if self.support is None else self.support.masks
-        return Checkpoint(self.step, {}, {name: t for name, t in tensors.items() if t})
-
-    @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint."""
-        self.step = checkpoint.step
-        for name, tensor in self.pair.bridge_set.tensors().items():
-            tensor.copy_(checkpoint.tensors["bridges"][name])
-        if carried := checkpoint.tensors.get("carried"):
-            device = self.pair.dense.device
-            stored = {name: tensor.to(device) for name, tensor in carried.items()}
-            names = [[f"{site}.{name}" for name in Carried._fields] for site in self.pair.bridge_set.sites]
-            self.carried = [Carried(*(stored[name] for name in of_site)) for of_site in names]
-            vars(self).pop("objective", None)
-        restore_optimizer(self.bridge_optimizer, checkpoint.tensors.get("bridge_optimizer", {}))
-        if self.config.train_sparse:
-            for name, parameter in self.pair.sparse.model.named_parameters():
-                parameter.copy_(checkpoint.tensors["sparse"][name])
-            self._supports = checkpoint.tensors.get("supports")
-            vars(self).pop("support", None)
-            vars(self).pop("sparse_optimizer", None)
-        if self.sparse_optimizer is not None:
-            restore_optimizer(self.sparse_optimizer, checkpoint.tensors.get("sparse_optimizer", {}))
+        return Checkpoint(self.step, {}, {name: values for name, values in tensors.items() if values})
 
     def _parameters(self) -> Iterator[Tensor]:
         for optimizer in (self.bridge_optimizer, self.sparse_optimizer):
@@ -227,13 +175,13 @@ class Trainer:
 
     def _sum_gradients(self) -> None:
         """Sum gradients over processes, one reduction per dtype and device."""
-        if self.processes.count == 1:
+        if self.processes.world_size == 1:
             return
         grads = [p.grad for p in self._parameters() if p.grad is not None]
         for key in dict.fromkeys((g.dtype, g.device) for g in grads):  # in one order on every process
             group = [g for g in grads if (g.dtype, g.device) == key]
-            summed = self.processes.reduce(torch.cat([g.flatten() for g in group]))
-            for grad, part in zip(group, summed.split([g.numel() for g in group]), strict=True):
+            total = self.processes.all_reduce(torch.cat([g.flatten() for g in group]))
+            for grad, part in zip(group, total.split([g.numel() for g in group]), strict=True):
                 grad.copy_(part.view(grad.shape))
 
     def _sparse_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -247,6 +195,42 @@ class Trainer:
             self.support.scatter()
         elif config.target_density is not None:
             sparsity.project(self.pair.sparse.model, kept)
+
+
+def _support(pair: ModelPair, config: FitConfig, start: StartState) -> Support | None:
+    if not config.train_sparse or config.target_density is not None:
+        return None
+    masks = sparsity.supports(pair.sparse.model) if start.supports is None else start.supports
+    return Support(pair.sparse.model, masks, fast=config.mixed_precision == "no")
+
+
+def _sparse_optimizer(pair: ModelPair, config: FitConfig, support: Support | None) -> torch.optim.AdamW | None:
+    if not config.train_sparse:
+        return None
+    return torch.optim.AdamW(
+        [p for p in pair.sparse.model.parameters() if p.requires_grad] if support is None else support.parameters(),
+        lr=config.sparse_lr,
+        betas=(0.9, 0.95),
+        eps=config.sparse_eps,
+        weight_decay=config.sparse_weight_decay,
+    )
+
+
+def _objective(config: FitConfig, processes: ProcessGroup, start: StartState) -> Objective:
+    return Objective(
+        Weights(
+            config.nmse_weight,
+            config.kl_dense_to_sparse_weight,
+            config.kl_sparse_to_dense_weight,
+            config.ce_weight,
+            config.interchange_weight,
+        ),
+        config.train_sparse,
+        processes.all_reduce,
+        processes.autocast,
+        FP16_LOSS_SCALE if config.mixed_precision == "fp16" else 1.0,
+        start.interchange if processes.is_main else (),  # gradients are summed over processes
+    )
 
 
 def train(
@@ -263,9 +247,7 @@ def train(
     Global random state is left as it was.
     """
     config, processes = trainer.config, trainer.processes
-    device = trainer.pair.sparse.device
-    cuda = [device] if device.type == "cuda" else []
-    with interruptible() as interrupted, torch.random.fork_rng(devices=cuda):
+    with interruptible() as interrupted, preserve_random_state():
         while trainer.step < config.steps:
             started = time.perf_counter()
             losses = trainer.train_step(batches(trainer.step + 1))
@@ -279,7 +261,7 @@ def train(
             if tracker is not None:
                 tracker.log(row)
             advance(losses)
-            stop = processes.reduce(torch.tensor(float(interrupted.is_set()))).item() > 0
+            stop = processes.all_reduce(torch.tensor(float(interrupted.is_set()))).item() > 0
             if stop or trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps:
                 save()
             if stop:
@@ -287,11 +269,11 @@ def train(
 
 
 def checkpoint_saver(trainer: Trainer, folder: Path | None, state: dict[str, Any]) -> Callable[[], None]:
-    """A function that saves the trainer's present state from the main process, and waits for it on the others."""
+    """A function that saves the trainer's present state from the main process while the others wait."""
 
     def save() -> None:
-        if folder is not None and trainer.processes.main:
-            save_checkpoint(folder, trainer.state()._replace(state=state))
-        trainer.processes.wait()
+        if folder is not None and trainer.processes.is_main:
+            save_checkpoint(folder, trainer.checkpoint()._replace(state=state))
+        trainer.processes.barrier()
 
     return save

@@ -145,6 +145,15 @@ def batch_moments(pair: ModelPair, traces: Traces) -> BatchMoments:
     return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask)
 
 
+def empty_moments(pair: ModelPair) -> BatchMoments:
+    """The share of a process that has no batch: no tokens, zero means."""
+    devices = [bridge.encoder_weight.device for bridge in pair.bridge_set]
+    widths = (pair.dense.d_model, pair.sparse.d_model)
+    means = [tuple(torch.zeros(width, dtype=torch.float64, device=device) for width in widths) for device in devices]
+    squares = [tuple(torch.zeros((), dtype=torch.float64, device=device) for _ in widths) for device in devices]
+    return BatchMoments(0, 0, 0, means, squares)  # pyright: ignore[reportArgumentType]
+
+
 def trace_pair(
     pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None = None, differentiable: bool = False
 ) -> Traces:

@@ -8,7 +8,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from bridges.config import FitConfig
-from bridges.data.prepare import Prepared, prepare
+from bridges.data.prepare import FitData, prepare, share
 from bridges.data.rows import Rows
 from bridges.models.loading import as_residual
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
@@ -29,10 +29,10 @@ def sparse():
 
 @pytest.fixture
 def ready(dense, sparse):
-    def ready(data, eval_data=None, tokenizer=None, sources=None, processes=1, **settings):
+    def ready(data, eval_data=None, tokenizer=None, sources=None, world_size=1, **settings):
         models = sources or (dense.model, sparse.model)
         config = FitConfig(**settings)
-        return prepare(dense, sparse, data, eval_data, tokenizer, models, config, processes)
+        return prepare(dense, sparse, data, eval_data, tokenizer, models, config, world_size)
 
     return ready
 
@@ -74,7 +74,7 @@ def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
     settings = {"steps": 10, "batch_size": 3, "closed_form_tokens": 1, "gradient_accumulation_steps": 2}
     prepared = ready(endless(one), **settings)
     assert len(prepared.train) >= 60 and len(one) <= 17  # 10 x 3 x 2 rows and a twentieth of them more
-    assert len(ready(endless(two), processes=2, **settings).train) >= 120 and len(two) > len(one)
+    assert len(ready(endless(two), world_size=2, **settings).train) >= 120 and len(two) > len(one)
     asked = {"steps": 0, "closed_form_tokens": 1, "interchange_pairs": 50}
     assert len(ready(endless([]), interchange_weight=0.1, **asked).train) >= 50 > len(ready(endless([]), **asked).train)
     tokens = ready(endless([]), steps=0, closed_form_tokens=600).train
@@ -96,7 +96,7 @@ def test_sampled_rows_are_as_long_as_both_contexts_allow(ready):
     assert len(ready(None, sampled_rows=40, seq_len=5, eval_tokens=5).heldout) == 1
 
 
-def test_sampling_beside_eval_data(ready):
+def test_eval_data_is_held_out_where_the_training_rows_are_sampled(ready):
     prepared = ready(None, eval_data=data(6, 5), sampled_rows=4, seq_len=5)
     assert len(prepared.train) == 4 and torch.equal(prepared.heldout.input_ids, data(6, 5))
 
@@ -108,12 +108,12 @@ def test_sampling_beside_eval_data(ready):
         (torch.zeros(2, 1).long(), r"eval_data has rows of 1 real token\(s\)"),
     ],
 )
-def test_eval_data_beside_sampled_rows_is_checked_too(ready, eval_data, message):
+def test_eval_data_is_checked_where_the_training_rows_are_sampled(ready, eval_data, message):
     with pytest.raises(ValueError, match=message):
         ready(None, eval_data=eval_data, sampled_rows=4, seq_len=5)
 
 
-def test_the_refusals_name_both_values(ready):
+def test_data_that_does_not_fit_the_models_is_refused_with_both_values(ready):
     with pytest.raises(ValueError, match=r"seq_len=33 is over the models' context of 32 tokens; pass 32 or less"):
         ready(data(), seq_len=33)
     with pytest.raises(ValueError, match=r"data has rows of 40 tokens, over the models' context of 32"):
@@ -156,52 +156,49 @@ def test_two_tokenizers_must_agree(ready, dense, tiny, tmp_path):
         ready(tmp_path / "text", seq_len=5)
 
 
+def test_the_tokenizer_of_a_residual_model_is_that_of_its_model(ready, sparse, tiny, tmp_path):
+    dense = as_residual(saved(tiny("gpt2"), tmp_path / "a", ["x", "y", "z"]))
+    (tmp_path / "text.txt").write_text("x y z z " * 8)
+    prepared = ready(tmp_path / "text.txt", seq_len=5, sources=(dense, sparse))
+    assert prepared.train.input_ids[0].tolist() == [0, 1, 2, 3, 3]
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_two_processes_with_half_the_batch_take_the_same_rows(micro):
-    prepared = Prepared(Rows(data(21), seed=3), Rows(data(2)))
+    prepared = FitData(Rows(data(21), seed=3), Rows(data(2)))
     one = FitConfig(batch_size=8, gradient_accumulation_steps=micro)
     two = FitConfig(batch_size=4, gradient_accumulation_steps=micro)
     taken = []
     for step in range(1, 9):
         alone = which(prepared.step_batches(one, step, 0, 1))
-        shared = [which(prepared.step_batches(two, step, index, 2)) for index in range(2)]
+        shared = [which(prepared.step_batches(two, step, rank, 2)) for rank in range(2)]
         assert alone == shared[0] + shared[1] and len(alone) == 8 * micro
         taken += alone
     assert sorted(taken[:21]) == list(range(21))
     assert taken == which([prepared.train.take(0, len(taken))])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_closed_form_rows_are_shared_out_once_each(count):
-    prepared = Prepared(Rows(data(21)), Rows(data(2)))
-    config = FitConfig(batch_size=4, closed_form_tokens=65)  # 6 tokens a row: 11 rows
-    parts = [prepared.closed_form_batches(config, index, count) for index in range(count)]
-    first_shuffled = sorted(which([prepared.train.take(0, 11)]))
-    assert sorted(chain.from_iterable(map(which, parts))) == first_shuffled and all(parts)
-    assert max(len(ids) for part in parts for ids, _ in part) <= 4
-    everything = FitConfig(batch_size=4, closed_form_tokens=10_000)
-    whole = [prepared.closed_form_batches(everything, index, count) for index in range(count)]
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("n_rows", [1, 2, 11, 12])
+def test_shared_rows_are_each_on_one_process_in_batches_of_at_most_the_size(n_rows, world_size):
+    parts = [share(n_rows, 4, rank, world_size) for rank in range(world_size)]
+    assert sorted(row for part in parts for rows in part for row in rows) == list(range(n_rows))
+    assert max(len(rows) for part in parts for rows in part) <= 4
+    assert parts[0] and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_first_shuffled_rows_are_shared_out_once_each(world_size):
+    prepared = FitData(Rows(data(21)), Rows(data(2)))
+    parts = [prepared.train_batches(65, 4, rank, world_size) for rank in range(world_size)]  # 6 tokens a row: 11 rows
+    assert sorted(chain.from_iterable(map(which, parts))) == sorted(which([prepared.train.take(0, 11)]))
+    whole = [prepared.train_batches(10_000, 4, rank, world_size) for rank in range(world_size)]
     assert sorted(chain.from_iterable(map(which, whole))) == list(range(21))
 
 
-def test_too_few_closed_form_rows_to_share_go_to_every_process():
-    prepared = Prepared(Rows(data(21)), Rows(data(2)))
-    config = FitConfig(batch_size=4, closed_form_tokens=12)
-    shuffled = which([prepared.train.take(0, 2)])
-    assert [which(prepared.closed_form_batches(config, index, 3)) for index in range(3)] == [shuffled] * 3
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_heldout_rows_are_shared_out_once_each(count):
-    prepared = Prepared(Rows(data(21)), Rows(data(9)))
-    config = FitConfig(batch_size=4, eval_tokens=40)  # 7 rows
-    parts = [prepared.heldout_batches(config, index, count) for index in range(count)]
-    assert all(shared for _, shared in parts)
-    assert sorted(chain.from_iterable(which(part) for part, _ in parts)) == list(range(7))
-
-
-def test_too_few_heldout_rows_to_share_go_to_every_process():
-    prepared = Prepared(Rows(data(21)), Rows(data(2)))
-    for index in range(3):
-        batches, shared = prepared.heldout_batches(FitConfig(), index, 3)
-        assert not shared and which(batches) == [0, 1]
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_heldout_rows_are_shared_out_once_each(world_size):
+    prepared = FitData(Rows(data(21)), Rows(data(9)))
+    config = FitConfig(batch_size=3, eval_tokens=40)  # 7 rows
+    parts = [prepared.heldout_batches(config, rank, world_size) for rank in range(world_size)]
+    assert sorted(chain.from_iterable(map(which, parts))) == list(range(7))

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from itertools import chain
 
 import pytest
@@ -31,7 +33,7 @@ def test_the_order_does_not_depend_on_how_it_is_cut(size):
     assert first_column(rows(seed=4).take(0, 42)) != whole
 
 
-def test_shuffling_moves_no_global_seed():
+def test_shuffling_leaves_the_global_random_state():
     state = torch.get_rng_state()
     rows().take(0, 30)
     assert torch.equal(torch.get_rng_state(), state)
@@ -45,17 +47,25 @@ def test_the_mask_goes_with_its_row():
     assert rows(mask=torch.ones(7, 4).long()).take(0, 2)[1] is None
 
 
-def test_in_order_and_its_limit():
-    batches = rows().in_order(3)
-    assert [first_column(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [first_column(batch) for batch in rows().in_order(3, 5)] == [[0, 1, 2], [3, 4]]
-    assert [first_column(batch) for batch in rows().in_order(3, 99)] == [first_column(batch) for batch in batches]
+def test_in_order_gives_every_row_once_with_its_mask():
+    assert [first_column(batch) for batch in rows().in_order(3)] == [[0, 1, 2], [3, 4, 5], [6]]
     mask = torch.ones(7, 4).long()
     mask[6, 1:] = 0
     assert rows(mask=mask).in_order(3)[2][1].tolist() == [[1, 0, 0, 0]]
 
 
-def test_split_sets_the_last_rows_apart():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_a_copy_gives_the_same_rows_and_follows_a_seed_of_its_own(copied):
+    data = rows(seed=3)
+    before = first_column(data.take(0, 14))
+    copy_of_it = copied(data)
+    assert first_column(copy_of_it.take(0, 14)) == before
+    copy_of_it.seed = 4
+    assert first_column(copy_of_it.take(0, 14)) == first_column(rows(seed=4).take(0, 14)) != before
+    assert first_column(data.take(0, 14)) == before
+
+
+def test_split_gives_all_but_the_last_rows_and_the_last_rows():
     mask = torch.ones(7, 4).long()
     mask[6, 1:] = 0
     train, heldout = rows(mask=mask, seed=5).split(2)
@@ -75,6 +85,6 @@ def test_the_fingerprint_is_of_tokens_mask_and_shape_alone():
     assert len({mark, *(other.fingerprint() for other in others)}) == 6
 
 
-def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match=r"data of shape \[0, 4\] is not"):
+def test_a_tensor_without_rows_is_refused():
+    with pytest.raises(ValueError, match=r"data of shape \[0, 4\] must be \[n, seq\]"):
         Rows(torch.zeros(0, 4).long())

@@ -23,7 +23,7 @@ def from_bos(model):
     return sample_rows(model, 3000, 3, 0, VOCAB, seed=1)
 
 
-def test_one_seed_gives_one_sample_and_moves_no_global_state(model):
+def test_one_seed_gives_one_sample_and_leaves_the_global_random_state(model):
     state, given = torch.get_rng_state(), model.generation_config
     one = sample_rows(model, 70, 9, 0, VOCAB, seed=4)  # more than are made at a time
     assert torch.equal(torch.get_rng_state(), state) and model.generation_config is given
@@ -32,6 +32,13 @@ def test_one_seed_gives_one_sample_and_moves_no_global_state(model):
     assert not torch.equal(sample_rows(model, 70, 9, 0, VOCAB, seed=5), one)
     assert one.shape == (70, 9) and one.dtype == torch.int64 and not torch.equal(one[:6], one[64:])
     assert len({tuple(row) for row in one.tolist()}) > 60
+
+
+def test_sampling_leaves_the_generators_of_all_cuda_devices(model, cuda_generators):
+    """The model is on the CPU, but `torch.manual_seed` seeds every device."""
+    before = dict(cuda_generators)
+    sample_rows(model, 2, 4, 0, VOCAB, seed=4)
+    assert all(torch.equal(cuda_generators[device], state) for device, state in before.items())
 
 
 def test_rows_start_with_bos(from_bos):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import bridges
 from bridges.data.rows import Rows
-from bridges.data.sources import Wanted, load_rows
+from bridges.data.sources import ReadLimit, load_rows
 
 IDS = torch.arange(1, 21).view(4, 5)
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -114,10 +114,10 @@ def test_an_endless_source_is_read_until_rows_and_tokens_are_enough():
             i += 1
 
     source = endless()
-    assert len(load_rows(source, wanted=Wanted(rows=3, tokens=1))) == 4
+    assert len(load_rows(source, limit=ReadLimit(rows=3, tokens=1))) == 4
     assert next(source)[0, 0] == 2  # nothing was read ahead
-    assert len(load_rows(endless(), wanted=Wanted(rows=1, tokens=31))) == 8
-    assert len(load_rows([IDS], wanted=Wanted(rows=99, tokens=99))) == 4
+    assert len(load_rows(endless(), limit=ReadLimit(rows=1, tokens=31))) == 8
+    assert len(load_rows([IDS], limit=ReadLimit(rows=99, tokens=99))) == 4
 
 
 def expected_rows(tokenizer, texts, seq_len):

@@ -3,7 +3,7 @@ import torch
 from pairs import MASK, at, counted_places, gpt2, gradients, join, neox, real_places, relative, sparse_model, tokens
 
 from bridges.config import FitConfig
-from bridges.data.prepare import Prepared
+from bridges.data.prepare import FitData
 from bridges.data.rows import Rows
 from bridges.fitting.closed_form import solve_bridges
 from bridges.fitting.gradients import Objective, Weights, step_gradients
@@ -215,7 +215,7 @@ def test_a_step_adds_its_gradient_once(batches):
 
 
 def test_every_row_has_its_draws_however_they_are_shared():
-    data = Prepared(Rows(tokens(23, 6), seed=3), Rows(tokens(2, 6)))
+    data = FitData(Rows(tokens(23, 6), seed=3), Rows(tokens(2, 6)))
     whole = data.pair_batches(FitConfig(interchange_pairs=19, batch_size=19), 0, 1)
     assert len(whole) == 1 and whole[0][0].shape == (19, 6) and whole[0][2].shape == (19, 2)
     config = FitConfig(interchange_pairs=19, batch_size=3)

@@ -1,5 +1,8 @@
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 
 import pytest
@@ -10,17 +13,19 @@ from bridges.config import FitConfig
 from bridges.fitting.checkpoint import last_checkpoint
 from bridges.fitting.gradients import StepLosses, Weights, trained_parameters
 from bridges.fitting.guards import refuse_not_finite
+from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import Tracker
-from bridges.fitting.trainer import Processes, Trainer, checkpoint_saver, train
+from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, train
 from bridges.sparsity import projection as sparsity
 
 BATCH = (tokens(), MASK)
 JOINT = {"train_sparse": True, "target_density": 0.5}
 
 
-def trainer(pair=None, **settings):
+def trainer(pair=None, start=None, **settings):
     pair = pair or join(gpt2(layers=1), sparse_model(layers=1))
-    return Trainer(pair, FitConfig(**{"steps": 4, "sites_per_step": "all", "lr": 1e-2, **settings}), Processes())
+    config = FitConfig(**{"steps": 4, "sites_per_step": "all", "lr": 1e-2, **settings})
+    return Trainer(pair, config, ProcessGroup(), start)
 
 
 def tensors(found):
@@ -100,7 +105,7 @@ def test_sampled_sites_follow_the_seed_and_the_step_alone():
 
 
 @pytest.mark.parametrize("settings", [{}, JOINT, {"train_sparse": True}], ids=["frozen", "joint", "kept zeros"])
-def test_a_trainer_restored_goes_on_as_if_never_stopped(tmp_path, settings):
+def test_a_trainer_built_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, settings):
     def pair():
         sparse = sparse_model(layers=1, dropout=0.2).train(bool(settings))
         sparsity.project(sparse, 0.6)
@@ -113,9 +118,9 @@ def test_a_trainer_restored_goes_on_as_if_never_stopped(tmp_path, settings):
     for _ in range(2):
         first.train_step([BATCH])
     checkpoint_saver(first, tmp_path, {"data": "d"})()
-    second = trainer(pair(), **settings)
     torch.manual_seed(1234)  # whatever the process drew before
-    second.restore(last_checkpoint(tmp_path))
+    restored = pair()
+    second = trainer(restored, start_from_checkpoint(restored, last_checkpoint(tmp_path)), **settings)
     for _ in range(2):
         second.train_step([BATCH])
     assert second.step == 4
@@ -183,8 +188,7 @@ def test_the_loop_asks_saves_and_logs_at_its_steps():
 
 
 def test_a_loop_at_its_end_does_nothing():
-    found = trainer(steps=2)
-    found.step = 2
+    found = trainer(start=StartState(step=2), steps=2)
     assert loop(found).asked == [] and found.saved == []
 
 
@@ -202,19 +206,69 @@ def test_a_stop_on_another_process_stops_this_one_at_the_same_step(monkeypatch):
     """The sum over processes is what counts: here the other one's Ctrl-C comes in the third step."""
     found, calls = trainer(checkpoint_every=100), count(1)
 
-    def reduce(tensor):
+    def all_reduce(tensor):
         return tensor + 1 if tensor.numel() == 1 and next(calls) == 3 else tensor
 
-    monkeypatch.setattr(found.processes, "reduce", reduce)
+    monkeypatch.setattr(found.processes, "all_reduce", all_reduce)
     with pytest.raises(KeyboardInterrupt):
         loop(found)
     assert (found.asked, found.saved) == ([1, 2, 3], [3])
 
 
+def test_the_loop_leaves_the_generators_of_the_cpu_and_of_all_cuda_devices(cuda_generators):
+    found = trainer(steps=2)
+    before, cuda_before = torch.get_rng_state(), dict(cuda_generators)
+    assert loop(found).step == 2 and torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(cuda_generators[device], state) for device, state in cuda_before.items())
+
+
+def in_threads(*calls):
+    """The results, or exceptions, of calls that run at the same time; those that hang fail."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.exception(timeout=60) or future.result() for future in futures]
+
+
+def two_processes():
+    """Two groups that stand for two processes: `all_reduce` waits for the other thread and adds its tensor."""
+    barrier, tensors = threading.Barrier(2, timeout=30), [None, None]
+
+    def group(rank):
+        found = ProcessGroup()
+        found.rank, found.world_size, found.is_main = rank, 2, rank == 0
+
+        def all_reduce(tensor):
+            tensors[rank] = tensor
+            barrier.wait()
+            total = tensors[0] + tensors[1]
+            barrier.wait()
+            return total
+
+        found.all_reduce = all_reduce
+        return found
+
+    return group(0), group(1)
+
+
+@pytest.mark.parametrize(("one", "two"), [("train heldout", "train HELDOUT"), ("a", "b"), ("a", "")])
+def test_processes_that_differ_in_any_part_are_all_refused_and_none_waits(one, two):
+    groups = two_processes()
+    found = in_threads(*(partial(g.refuse_unequal, "data", text) for g, text in zip(groups, (one, two), strict=True)))
+    assert [type(error) for error in found] == [ValueError, ValueError]
+    assert "data differs between processes" in str(found[0])
+    assert in_threads(*(partial(group.refuse_unequal, "data", one) for group in groups)) == [None, None]
+
+
+def test_the_main_processs_values_are_broadcast():
+    groups, tensors = two_processes(), (torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]))
+    in_threads(*(partial(group.broadcast, [tensor]) for group, tensor in zip(groups, tensors, strict=True)))
+    assert tensors[1].tolist() == tensors[0].tolist() == [1.0, 2.0]
+
+
 def test_precisions_may_follow_one_another_in_one_process():
     for precision in ("no", "bf16", "no"):
-        processes = Processes(precision)
+        processes = ProcessGroup(precision)
         with processes.autocast():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        assert (processes.count, processes.index, processes.main) == (1, 0, True)
+        assert (processes.world_size, processes.rank, processes.is_main) == (1, 0, True)

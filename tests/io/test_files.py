@@ -1,3 +1,5 @@
+import json
+import math
 import os
 
 import pytest
@@ -47,6 +49,18 @@ def test_json_is_readable_text_with_the_same_bytes_each_time(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "a").read_text(encoding="utf-8") == '{\n  "z": [\n    1,\n    0.1\n  ],\n  "a": "é"\n}\n'
     assert read_json(tmp_path / "a") == {"z": [1, 0.1], "a": "é"}
+
+
+def test_numbers_that_json_does_not_know_are_null_wherever_they_stand(tmp_path):
+    value = {"nan": math.nan, "rows": [{"loss": -math.inf, "step": 1}, (math.inf, 0.5)], "text": "NaN", "yes": True}
+    write_json(tmp_path / "x.json", value)
+
+    def refuse(constant):
+        raise AssertionError(f"a browser does not parse {constant}")
+
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert read == {"nan": None, "rows": [{"loss": None, "step": 1}, [None, 0.5]], "text": "NaN", "yes": True}
+    assert math.isnan(value["nan"]), "the value itself is left alone"
 
 
 def test_damaged_json_is_refused_by_name(tmp_path):

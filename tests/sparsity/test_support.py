@@ -6,7 +6,7 @@ from pairs import MASK, gpt2, join, sparse_model, tokens
 
 from bridges.config import FitConfig
 from bridges.fitting.gradients import Objective, Weights, step_gradients
-from bridges.fitting.trainer import Processes, Trainer
+from bridges.fitting.trainer import ProcessGroup, Trainer
 from bridges.sparsity import projection as sparsity
 from bridges.sparsity.support import Support, use_sparse_kernels
 
@@ -52,7 +52,7 @@ def test_steps_on_the_nonzeros_are_those_on_whole_tensors(options):
     batches = [(tokens(seed=seed), MASK) for seed in range(5)]
     found, expected = (join(gpt2(), thinned(**options)) for _ in range(2))
     config = FitConfig(**SETTINGS)
-    with Processes() as processes:
+    with ProcessGroup() as processes:
         trainer = Trainer(found, config, processes)
         for batch in batches:
             trainer.train_step([batch])

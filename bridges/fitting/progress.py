@@ -1,0 +1,39 @@
+"""What a run shows while it works, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import fmean
+
+from bridges.fitting.gradients import StepLosses
+
+
+def show_plan(text: str) -> None:
+    """Print the plan of a run."""
+    from rich.console import Console
+
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def step_bar(steps: int, done: int, shown: bool) -> Iterator[Callable[[StepLosses], None]]:
+    """Show a bar over a run's steps, unless it is not to be `shown`; yields what each step's losses are given to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[losses]}"), console=Console(stderr=True), disable=not shown
+    ) as progress:
+        task = progress.add_task("fit", total=steps, completed=done, losses="")
+        yield lambda losses: progress.update(task, advance=1, losses=summary(losses))
+
+
+def summary(losses: StepLosses) -> str:
+    """A step's losses on one line, each a mean over its sites; both directions are divided by a slash."""
+    nmse = "/".join(f"{fmean(values.values()):.2f}" for values in (losses.nmse_encode, losses.nmse_decode))
+    kls = (losses.kl_dense_to_sparse, losses.kl_sparse_to_dense)
+    kl = "/".join(f"{fmean(values.values()):.2f}" for values in kls)
+    text = f"loss {losses.loss:.3f} nmse {nmse} kl {kl}"
+    return text if losses.ce is None else f"{text} ce {losses.ce:.2f}"
