@@ -35,14 +35,14 @@ COLUMNS = (
     "| in the sparse model | site of the channels |"
 )
 OTHER_PAIRS = 256
-CHOSEN = interchange.chosen_channels
+CHOSEN = interchange.choose_channels
 
 
-def inert(weight: Tensor, dz: Tensor, to_dense: Tensor, to_sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """In place of `chosen_channels`: what helps the dense model most and the sparse one not."""
-    in_dense = torch.einsum("bsd,dc,bsc->bc", to_dense, weight.to(to_dense), dz)
-    in_dense = in_dense.masked_fill((to_sparse * dz).sum(1) > 0, -torch.inf)
-    return in_dense.argmax(1), CHOSEN(weight, dz, to_dense, to_sparse)[1]
+def inert(weight: Tensor, dz: Tensor, dense_gradient: Tensor, sparse_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of `choose_channels`: of the channels that do not help the sparse model, what helps the dense most."""
+    in_dense = torch.einsum("bsd,dc,bsc->bc", dense_gradient, weight.to(dense_gradient), dz)
+    in_dense = in_dense.masked_fill((sparse_gradient * dz).sum(1) > 0, -torch.inf)
+    return in_dense.argmax(1), CHOSEN(weight, dz, dense_gradient, sparse_gradient)[1]
 
 
 def permuted(pair: Pair) -> Pair:
@@ -90,9 +90,9 @@ def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, 
         data = FitData(Rows(rows, seed=SETTINGS.seed), Rows(rows[:1]))
         batches = data.pair_batches(SETTINGS.with_settings({"interchange_pairs": n}), 0, 1)
         with frozen_pair(pair.dense, pair.sparse, plain, check_models=False) as models:
-            asked = interchange.gather_carried(models, batches, range(len(plain)))
-        left = [one.loss(bridge.decoder_weight).item() for one, bridge in zip(asked, bridge_set, strict=True)]
-        means.append(sum(left) / len(left))
+            terms = interchange.gather_quadratic_terms(models, batches, range(len(plain)))
+        values = [term.loss(bridge.decoder_weight).item() for term, bridge in zip(terms, bridge_set, strict=True)]
+        means.append(sum(values) / len(values))
     return f"{means[0]:.2f}, {means[1]:.2f}"
 
 
@@ -154,9 +154,9 @@ def main() -> None:
         if of is pair:
             row("without, random columns", of, redrawn(plain), None)
             row("with, random columns", of, redrawn(with_loss), None)
-            interchange.chosen_channels = inert
+            interchange.choose_channels = inert
             row("with, inert channels", of, fitted(of, args.weight, setting), plain)
-            interchange.chosen_channels = CHOSEN
+            interchange.choose_channels = CHOSEN
 
 
 if __name__ == "__main__":

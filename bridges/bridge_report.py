@@ -1,4 +1,4 @@
-"""BridgeReport: the held-out figures of a bridge set, each beside its controls; and the model card that shows them."""
+"""BridgeReport: the held-out figures of a bridge set, each with its controls; and the model card that shows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from bridges.io.tensors import read_keys
 
 @dataclass(frozen=True)
 class SiteFigures:
-    """One site's held-out figures; NMSE as a fraction of the target's variance, KL in nats per token."""
+    """One site's held-out figures; NMSE in parts of the target's variance, KL in nats per token.
+
+    An NMSE is NaN where the target does not vary, a recovered cross-entropy where mean ablation costs nothing.
+    """
 
     name: str
     nmse_encode: float
@@ -41,93 +44,109 @@ class SiteFigures:
 
 
 FIGURES = tuple(f.name for f in fields(SiteFigures) if f.name != "name")
+MODEL_FIGURES = ("dense_ce", "sparse_ce", "kl_sparse_alone")
+"""The figures of a report that are not of a site."""
+COLUMNS = {
+    "nmse_encode (floor)": "{nmse_encode:.3f} ({nmse_encode_floor:.3f})",
+    "nmse_decode (shuffled)": "{nmse_decode:.3f} ({nmse_decode_shuffled:.2f})",
+    "kl_dense_to_sparse (mean abl.)": "{kl_dense_to_sparse:.3f} ({kl_dense_to_sparse_mean_ablation:.2f})",
+    "kl_sparse_to_dense (mean abl.)": "{kl_sparse_to_dense:.3f} ({kl_sparse_to_dense_mean_ablation:.2f})",
+    "CE recovered, to sparse / to dense": "{ce_recovered_dense_to_sparse:.2f} / {ce_recovered_sparse_to_dense:.2f}",
+}
+"""The columns of a printed report; a control stands in brackets behind what it controls."""
 
 
 @dataclass(frozen=True)
 class BridgeReport:
-    """Held-out figures per site and over all of them."""
+    """Held-out figures of a bridge set, per site and over all sites; `evaluate` and `fit` make it.
+
+    `print(report)` shows it as a table. In Python a figure that is undefined is NaN, in `report.json` it is null.
+
+    >>> site = SiteFigures("0.mlp", 0.6, 0.5, 0.2, 1.5, 0.4, 3.0, 2.0, 1.9, 0.5, 0.8)
+    >>> report = BridgeReport((site,), dense_ce=2.5, sparse_ce=2.75, kl_sparse_alone=0.375, tokens=128)
+    >>> report.mean["nmse_decode"]
+    0.2
+    >>> report == BridgeReport.from_dict(report.to_dict())
+    True
+    """
 
     sites: tuple[SiteFigures, ...]
     dense_ce: float
     """The dense model's own cross-entropy, nats per token."""
     sparse_ce: float
+    """The sparse model's."""
     kl_sparse_alone: float
     """KL(dense || sparse), no bridge in between."""
     tokens: int
-    """Held-out tokens that the KLs were counted over."""
+    """Held-out tokens that the KLs are means over."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """The settings of the fit."""
     versions: dict[str, str] = field(default_factory=dict)
+    """The versions of the libraries that figures depend on."""
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each figure's mean over sites."""
+        """Each figure's mean over sites; NaN if it is undefined at one of them."""
         return {name: math.fsum(getattr(site, name) for site in self.sites) / len(self.sites) for name in FIGURES}
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `report.json`."""
-        return {"sites": [asdict(site) for site in self.sites], "mean": self.mean} | {
-            name: getattr(self, name)
-            for name in ("dense_ce", "sparse_ce", "kl_sparse_alone", "tokens", "settings", "versions")
-        }
+        """The content of `report.json`, undefined figures as NaN."""
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sites"}
+        return {"sites": [asdict(site) for site in self.sites], "mean": self.mean} | rest
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BridgeReport:
+        """The inverse of `to_dict`; also reads null (None), as `report.json` has it, for a figure that is undefined."""
+        rest = {name: value for name, value in values.items() if name not in ("sites", "mean")}
+        sites = tuple(SiteFigures(**_null_as_nan(site, FIGURES)) for site in values["sites"])
+        return cls(sites, **_null_as_nan(rest, MODEL_FIGURES))
 
     def save(self, path: str | Path) -> None:
         """Write `report.json`."""
         write_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BridgeReport:
-        """The inverse of `to_dict`."""
-        rest = {name: value for name, value in values.items() if name not in ("sites", "mean")}
-        return cls(sites=tuple(SiteFigures(**site) for site in values["sites"]), **rest)
-
-    @classmethod
     def load(cls, path: str | Path) -> BridgeReport:
-        """Read `report.json`."""
+        """Read `report.json`; ValueError names a file that is damaged or holds something else."""
         try:
             return cls.from_dict(read_keys(Path(path)))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of bridges: {error}") from None
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
-        """Every figure under its metric name, `eval/FIGURE/SITE` and `eval/mean/FIGURE`."""
+        """Every figure under its metric name, `eval/FIGURE/SITE`, `eval/mean/FIGURE` and `eval/FIGURE`."""
         rows = {f"{prefix}/{name}/{site.name}": getattr(site, name) for site in self.sites for name in FIGURES}
         rows |= {f"{prefix}/mean/{name}": value for name, value in self.mean.items()}
-        return rows | {f"{prefix}/{name}": getattr(self, name) for name in ("dense_ce", "sparse_ce", "kl_sparse_alone")}
+        return rows | {f"{prefix}/{name}": getattr(self, name) for name in MODEL_FIGURES}
 
     def markdown(self) -> str:
-        """The table as Markdown, sites in rows; controls stand in brackets behind what they control."""
-        head = "| site | nmse_encode (floor) | nmse_decode (shuffled) | kl_dense_to_sparse (mean abl.) "
-        head += "| kl_sparse_to_dense (mean abl.) | CE recovered, to sparse / to dense |"
-        rows = [self._row(site.name, asdict(site)) for site in self.sites] + [self._row("**mean**", self.mean)]
-        return "\n".join([head, "|" + "---|" * 6, *rows, "", self._caption()])
+        """The table as Markdown, a row per site and one of means."""
+        head, *rows = self._table()
+        rows[-1][0] = f"**{rows[-1][0]}**"
+        lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+        lines.insert(1, "|" + "---|" * len(head))
+        return "\n".join([*lines, "", self._caption()])
 
     def __str__(self) -> str:
-        lines = [line for line in self.markdown().splitlines() if not line.startswith("|---")]
-        cells = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines[:-2]]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        table = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
-        return "\n".join([*table, self._caption()])
+        rows = self._table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
+        return "\n".join([*lines, self._caption()])
 
-    @staticmethod
-    def _row(name: str, f: dict[str, Any]) -> str:
-        cells = [
-            name,
-            f"{f['nmse_encode']:.3f} ({f['nmse_encode_floor']:.3f})",
-            f"{f['nmse_decode']:.3f} ({f['nmse_decode_shuffled']:.2f})",
-            f"{f['kl_dense_to_sparse']:.3f} ({f['kl_dense_to_sparse_mean_ablation']:.2f})",
-            f"{f['kl_sparse_to_dense']:.3f} ({f['kl_sparse_to_dense_mean_ablation']:.2f})",
-            f"{f['ce_recovered_dense_to_sparse']:.2f} / {f['ce_recovered_sparse_to_dense']:.2f}",
-        ]
-        return "| " + " | ".join(cells) + " |"
+    def _table(self) -> list[list[str]]:
+        """The printed cells: the columns' names, a row per site, the means."""
+        rows = [(site.name, asdict(site)) for site in self.sites] + [("mean", self.mean)]
+        return [["site", *COLUMNS], *([name, *(cell.format(**f) for cell in COLUMNS.values())] for name, f in rows)]
 
     def _caption(self) -> str:
         return (
             f"{self.tokens} held-out tokens; KL in nats per token. Cross-entropy: dense {self.dense_ce:.3f}, "
             f"sparse {self.sparse_ce:.3f}; KL of the sparse model alone {self.kl_sparse_alone:.3f}."
         )
+
+
+def _null_as_nan(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: math.nan if value is None and name in names else value for name, value in values.items()}
 
 
 def model_card(config: dict[str, Any], report: BridgeReport | None) -> str:

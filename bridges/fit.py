@@ -20,6 +20,7 @@ from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
 from bridges.fitting.closed_form import measure_read_scales, solve_bridges
 from bridges.fitting.gradients import trained_parameters
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
+from bridges.fitting.interchange import PerturbationBatch
 from bridges.fitting.plan import describe
 from bridges.fitting.progress import show_plan, step_bar
 from bridges.fitting.start import StartState, start_from_checkpoint
@@ -194,21 +195,20 @@ class _Run:
         with processes.autocast():
             interchange = solve_bridges(
                 self.pair,
-                lambda: batches,
+                batches,
                 config.ridge,
                 config.moments_gib * 2**30,
                 processes.all_reduce,
-                processes.is_main,
-                **self._interchange(),
+                self._perturbations(),
+                config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
             )
         return StartState(interchange=interchange)
 
-    def _interchange(self) -> dict[str, Any]:
-        """What the closed form needs for the interchange loss; nothing where that is off."""
+    def _perturbations(self) -> list[PerturbationBatch]:
+        """This process's rows for the interchange loss; none where that is off."""
         if self.config.interchange_weight == 0:
-            return {}
-        pairs = self.data.pair_batches(self.config, self.processes.rank, self.processes.world_size)
-        return {"pairs": lambda: pairs, "carried_weight": self.config.interchange_weight / self.config.nmse_weight}
+            return []
+        return self.data.pair_batches(self.config, self.processes.rank, self.processes.world_size)
 
     def _step_batches(self, step: int) -> list[Batch]:
         return self.data.step_batches(self.config, step, self.processes.rank, self.processes.world_size)

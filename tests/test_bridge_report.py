@@ -1,5 +1,7 @@
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -59,18 +61,35 @@ def test_saved_and_loaded_it_is_equal_and_saved_again_the_same_bytes(report, tmp
     assert BridgeReport.from_dict(report.to_dict()) == report
 
 
-def test_a_report_that_lacks_or_has_too_much_is_refused_by_name(report, tmp_path):
+def test_a_file_with_missing_or_unknown_keys_is_refused_by_name(report, tmp_path):
     values = report.to_dict()
     for name, broken in {
         "no sites": {k: v for k, v in values.items() if k != "sites"},
         "no tokens": {k: v for k, v in values.items() if k != "tokens"},
         "odd": values | {"other": 1},
         "odd site": values | {"sites": [{"name": "0.attn"}]},
+        "not a site": values | {"sites": ["0.attn"]},
     }.items():
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=rf"{name}.json is not a report of bridges"):
             BridgeReport.load(path)
+
+
+def test_an_undefined_figure_is_nan_here_and_null_in_the_file(report, tmp_path):
+    undefined = replace(report.sites[0], nmse_decode=math.nan)
+    replace(report, sites=(undefined, report.sites[1]), sparse_ce=math.nan).save(tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text
+    stored = json.loads(text)
+    assert stored["sites"][0]["nmse_decode"] is stored["mean"]["nmse_decode"] is stored["sparse_ce"] is None
+    assert stored["settings"] == {"steps": 3, "sites": None}
+    loaded = BridgeReport.load(tmp_path / "a.json")
+    assert math.isnan(loaded.sites[0].nmse_decode) and math.isnan(loaded.mean["nmse_decode"])
+    assert math.isnan(loaded.sparse_ce) and loaded.settings["sites"] is None
+    assert loaded.sites[1] == report.sites[1] and "nan (1.50)" in str(loaded)
+    loaded.save(tmp_path / "b.json")
+    assert (tmp_path / "b.json").read_text() == text
 
 
 def test_metric_names(report):

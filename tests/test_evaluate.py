@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -20,8 +21,7 @@ from pairs import (
 )
 
 from bridges.bridge_report import FIGURES
-from bridges.evaluate import evaluate
-from bridges.models.loading import as_residual
+from bridges.evaluate import evaluate, measure
 
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
@@ -105,7 +105,7 @@ def test_figures_do_not_depend_on_how_rows_are_batched():
             assert math.isclose(one.flat()[name], value, rel_tol=1e-10), name
 
 
-def test_a_decoder_that_hears_other_tokens_does_worse_than_the_mean():
+def test_a_decoder_given_other_tokens_does_worse_than_the_mean():
     """Decoding y(x') for an independent x' misses by the sum of both variances: NMSE = 1 + var(g(z)) / var(h)."""
     model = gpt2()
     pair = identity(model)
@@ -137,7 +137,7 @@ def test_identity_bridges_between_a_model_and_itself_lose_nothing(build):
     assert report.dense_ce == report.sparse_ce and abs(report.kl_sparse_alone) < 1e-14
 
 
-def test_a_bridge_that_says_the_mean_has_nmse_1_and_the_figures_of_mean_ablation():
+def test_a_bridge_that_predicts_the_mean_has_nmse_1_and_the_figures_of_mean_ablation():
     pair = PAIRS["equal depth"]()
     n = len(pair.bridge_set)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_models_are_evaluated_without_dropout_and_left_in_their_modes():
         (tokens(4, 1), "rows of 1 real token"),
     ],
 )
-def test_data_that_cannot_be_is_refused(rows, message):
+def test_data_that_does_not_fit_the_models_is_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*join(gpt2(context=9), sparse_model()), rows)
 
@@ -202,13 +202,35 @@ def test_an_impossible_batch_size_is_refused(size, unchecked):
         evaluate(*join(gpt2(), sparse_model()), tokens(), batch_size=size)
 
 
-def test_rows_that_never_vary_have_no_nmse():
-    report = evaluate(*join(gpt2(), sparse_model()), torch.full((3, 2), 4))
-    assert math.isnan(report.sites[0].nmse_decode)
-    assert math.isfinite(report.sites[0].kl_sparse_to_dense)
+def test_where_a_target_does_not_vary_nmse_is_nan_and_null_in_the_file(tmp_path):
+    report = evaluate(*join(gpt2(), sparse_model()), tokens(1, 2))  # one counted token
+    undefined = ("nmse_encode", "nmse_encode_floor", "nmse_decode", "nmse_decode_shuffled")
+    for site in report.sites:
+        assert all(math.isnan(getattr(site, name)) for name in undefined)
+        assert math.isfinite(site.kl_sparse_to_dense) and math.isfinite(site.kl_dense_to_sparse)
+    assert math.isnan(report.mean["nmse_decode"]) and math.isfinite(report.mean["kl_sparse_to_dense"])
+    report.save(tmp_path / "report.json")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        [stored["sites"][0][name] for name in undefined] == [None] * 4 == [stored["mean"][name] for name in undefined]
+    )
 
 
-def test_chains_and_models_are_the_same_to_it():
-    pair = PAIRS["block"]()
-    models = evaluate(pair.dense.model, pair.sparse.model, pair.bridge_set, DATA)
-    assert models.flat() == evaluate(as_residual(pair.dense), pair.sparse, pair.bridge_set, DATA).flat()
+def test_models_are_given_as_objects_residual_models_or_folders(tmp_path):
+    pair = join(gpt2(dtype=torch.float32), sparse_model(dtype=torch.float32))
+    expected = evaluate(pair.dense, pair.sparse, pair.bridge_set, DATA).flat()
+    pair.dense.model.save_pretrained(tmp_path / "dense")
+    pair.sparse.model.save_pretrained(tmp_path / "sparse")
+    assert evaluate(pair.dense.model, pair.sparse.model, pair.bridge_set, DATA).flat() == expected
+    assert evaluate(str(tmp_path / "dense"), tmp_path / "sparse", pair.bridge_set, DATA).flat() == expected
+
+
+def test_two_processes_measure_what_one_does_also_where_one_has_no_batch():
+    pair = PAIRS["equal depth"]()
+    whole = measure(pair, [(tokens(), MASK)])
+    noted = []
+    measure(pair, [(tokens(), MASK)], lambda sums: noted.append(sums.clone()) or sums)
+    from_other = iter(noted)
+    shared = measure(pair, [], lambda sums: sums + next(from_other))
+    assert shared.flat() == whole.flat() and shared.tokens == whole.tokens == 17
+    assert len(noted) == 3, "one reduction of means, one of squares, one of all figures"

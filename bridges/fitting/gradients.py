@@ -1,20 +1,25 @@
-"""The gradients of one training step: the objective of method section 2, one tail's graph alive at a time."""
+"""The gradients of one training step: the objective of method section 2, one tail's graph in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bridges.fitting.interchange import Carried
-from bridges.models.residual import Batch
-from bridges.objective.hybrid import ModelPair, Side, Traces, batch_moments, ce_sum, kl_sum, squared_errors, trace_pair
-from bridges.objective.normalizers import Normalizers, Reduce, combine_moments, no_reduce
+from bridges.fitting.interchange import QuadraticTerm
+from bridges.models.residual import Batch, Trace
+from bridges.objective.hybrid import ModelPair, Traces, batch_moments, ce_sum, kl_sum, squared_errors, trace_pair
+from bridges.objective.normalizers import BatchMoments, Normalizers, combine_moments, nmse
+from bridges.objective.sums import Reduce, Sums, no_reduce
+
+SITE_LOSSES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange")
+"""The losses that every site has of its own."""
 
 
 class Weights(NamedTuple):
@@ -29,7 +34,10 @@ class Weights(NamedTuple):
 
 @dataclass
 class StepLosses:
-    """What a step measured, summed over micro-batches and processes; KL only at the sampled sites."""
+    """The losses of a step by site, over all its micro-batches and processes.
+
+    A KL is given at the sampled sites alone, an NMSE where the target varies.
+    """
 
     nmse_encode: dict[str, float] = field(default_factory=dict)
     nmse_decode: dict[str, float] = field(default_factory=dict)
@@ -37,53 +45,109 @@ class StepLosses:
     kl_sparse_to_dense: dict[str, float] = field(default_factory=dict)
     interchange: dict[str, float] = field(default_factory=dict)
     ce: float | None = None
+    """The sparse model's own cross-entropy; None where it does not train."""
     loss: float = 0.0
+    """The objective."""
     tokens: int = 0
 
     def row(self) -> dict[str, float]:
         """The losses under their metric names."""
-        names = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange")
         row = {"train/loss": self.loss}
-        row |= {f"train/{name}/{site}": value for name in names for site, value in getattr(self, name).items()}
+        row |= {f"train/{name}/{site}": value for name in SITE_LOSSES for site, value in getattr(self, name).items()}
         return row if self.ce is None else {**row, "train/ce": self.ce}
 
 
 class Objective(NamedTuple):
-    """How a step's gradients are made."""
+    """What a step minimises, and how its gradients are computed."""
 
     weights: Weights
     train_sparse: bool = False
     reduce: Reduce = no_reduce
     autocast: Callable[[], AbstractContextManager] = nullcontext
     loss_scale: float = 1.0
-    """Static factor on every loss while gradients pass through float16; divided out again."""
-    carried: Sequence[Carried] = ()
-    """What the interchange loss asks of every site, on the process that adds it: it knows no batch."""
+    """Static factor on every loss, so that gradients do not underflow in float16; they are divided by it at the end."""
+    interchange: Sequence[QuadraticTerm] = ()
+    """The interchange loss of every site; on one process alone, since it belongs to no batch."""
+
+    def backward(self, loss: Float[Tensor, ""], weight: float) -> None:
+        """Add the gradient of `weight * loss`."""
+        if weight:
+            (weight * self.loss_scale * loss).backward()
+
+
+@dataclass
+class StepSums(Sums):
+    """The losses of some micro-batches, each already divided by the step's normalizers; float64 on the CPU."""
+
+    nmse_encode: Float[Tensor, " n_sites"]
+    nmse_decode: Float[Tensor, " n_sites"]
+    kl_dense_to_sparse: Float[Tensor, " n_sites"]
+    kl_sparse_to_dense: Float[Tensor, " n_sites"]
+    interchange: Float[Tensor, " n_sites"]
+    ce: Float[Tensor, ""]
+
+    @classmethod
+    def zeros(cls, n_sites: int) -> StepSums:
+        """The losses of no batch."""
+        shapes = [(n_sites,)] * len(SITE_LOSSES) + [()]
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def step_gradients(
     pair: ModelPair, batches: Sequence[Batch], sampled: Sequence[int], objective: Objective
 ) -> StepLosses:
-    """Add the objective's gradients to the bridges (and to the sparse model where it trains); returns the losses.
+    """Add the objective's gradients to the bridges, and to the sparse model if it trains; returns the losses.
 
-    The reconstruction losses run at every site, the KLs at the `sampled` ones: with those drawn evenly the gradient is
-    unbiased. `batches` are micro-batches; what the sums are divided by is gathered over all of them and over all
-    processes first, since ratios do not add. Gradients are summed over processes by the caller.
+    The reconstruction losses run at every site, the KLs at the `sampled` ones: drawn evenly, these give an unbiased
+    gradient. `batches` are micro-batches. What the sums are divided by is gathered over all of them and over all
+    processes first, since ratios do not add. The caller sums the gradients over processes.
     """
-    kept = _trace(pair, batches[0], objective) if len(batches) == 1 else None
-    shares = [batch_moments(pair, kept or _trace(pair, batch, objective, grad=False)) for batch in batches]
-    scale = combine_moments(shares, objective.reduce)
     n = len(pair.bridge_set)
-    terms = torch.zeros(5 * n + 1, dtype=torch.float64)
-    for i, one in enumerate(objective.carried):
-        loss = one.loss(pair.bridge_set[i].decoder_weight)
-        terms[4 * n + i] = loss.detach().double().cpu()
-        (objective.weights.interchange / n * objective.loss_scale * loss).backward()
-    for batch in batches:
-        terms += _micro_batch(pair, kept or _trace(pair, batch, objective), scale, sampled, objective)
+    moments, passes = _forward_passes(pair, batches, objective)
+    normalizers = combine_moments(moments, objective.reduce)
+    sums = StepSums.zeros(n)
+    for i, term in enumerate(objective.interchange):
+        loss = term.loss(pair.bridge_set[i].decoder_weight)
+        sums.interchange[i] += _figure(loss)
+        objective.backward(loss, objective.weights.interchange / n)
+    for forward in passes:
+        _micro_batch(sums, pair, forward(), normalizers, sampled, objective)
     if objective.loss_scale != 1:
         _unscale(pair, objective)
-    return _losses(pair, objective.reduce(terms), sampled, objective, int(scale.tokens))
+    return _losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective)
+
+
+def _forward_passes(
+    pair: ModelPair, batches: Sequence[Batch], objective: Objective
+) -> tuple[list[BatchMoments], list[Callable[[], Traces]]]:
+    """The moments of every micro-batch, and functions that give their traces with a graph.
+
+    A single batch is run once. Several are run twice, since their graphs would not fit into memory together; the second
+    time draws the dropout masks of the first, so that sums and divisors are of the same streams.
+    """
+    if len(batches) == 1:
+        traces = _trace(pair, batches[0], objective)
+        return [batch_moments(pair, traces)], [lambda: traces]
+    moments, passes = [], []
+    for batch in batches:
+        passes.append(partial(_trace_again, pair, batch, objective, _random_state(pair.sparse.device)))
+        moments.append(batch_moments(pair, _trace(pair, batch, objective, grad=False)))
+    return moments, passes
+
+
+def _trace_again(pair: ModelPair, batch: Batch, objective: Objective, random_state: list[Tensor]) -> Traces:
+    """`_trace` with the random draws that follow `random_state`; the generators go on from where they are now."""
+    device = pair.sparse.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(random_state[0])
+        for device_state in random_state[1:]:
+            torch.cuda.set_rng_state(device_state, device)
+        return _trace(pair, batch, objective)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The state of the CPU's generator, and of the device's where that is a GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _trace(pair: ModelPair, batch: Batch, objective: Objective, grad: bool = True) -> Traces:
@@ -93,53 +157,52 @@ def _trace(pair: ModelPair, batch: Batch, objective: Objective, grad: bool = Tru
 
 
 def _micro_batch(
-    pair: ModelPair, traces: Traces, scale: Normalizers, sampled: Sequence[int], objective: Objective
-) -> Float[Tensor, " terms"]:
-    """Backward of every loss, each freed before the next; the sums, already divided by the step's scale."""
+    sums: StepSums,
+    pair: ModelPair,
+    traces: Traces,
+    normalizers: Normalizers,
+    sampled: Sequence[int],
+    objective: Objective,
+) -> None:
+    """Add a micro-batch's part of every loss to the sums, and its gradient; each graph is freed before the next."""
     n, weights = len(pair.bridge_set), objective.weights
     # Each loss stops at a leaf of its own site; what arrives there goes through the sparse model once, at the end.
     leaves = [h.detach().requires_grad_(objective.train_sparse) for h in traces.sparse.residuals]
     cut = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
-    terms = torch.zeros(5 * n + 1, dtype=torch.float64)
 
-    def add(place: int, loss: Tensor, weight: float) -> None:
-        terms[place] = loss.detach().double().cpu()
-        if weight:
-            (weight * objective.loss_scale * loss).backward()
+    def add(total: Tensor, i: int, loss: Tensor, weight: float) -> None:
+        total[i] += _figure(loss)
+        objective.backward(loss, weight)
 
     for i in range(n):
         with objective.autocast():
             encode, decode = squared_errors(pair, cut, i)
-        add(i, encode / _divisor(scale.variance_sparse[i]).to(encode), weights.nmse / n)
-        add(n + i, decode / _divisor(scale.variance_dense[i]).to(decode), weights.nmse / n)
-    directions: list[tuple[Side, int, float]] = [
-        ("dense", 2 * n, weights.kl_dense_to_sparse),
-        ("sparse", 3 * n, weights.kl_sparse_to_dense),
-    ]
+        add(sums.nmse_encode, i, nmse(encode, normalizers.variance_sparse[i]), weights.nmse / n)
+        add(sums.nmse_decode, i, nmse(decode, normalizers.variance_dense[i]), weights.nmse / n)
     for i in sampled:
-        for start, place, weight in directions:
-            with objective.autocast():
-                loss = kl_sum(pair, cut, i, start)
-            add(place + i, loss / scale.tokens.to(loss), weight / len(sampled))
+        with objective.autocast():
+            kl = kl_sum(pair, cut, i, "dense")
+        add(sums.kl_dense_to_sparse, i, kl / normalizers.tokens.to(kl), weights.kl_dense_to_sparse / len(sampled))
+        with objective.autocast():
+            kl = kl_sum(pair, cut, i, "sparse")
+        add(sums.kl_sparse_to_dense, i, kl / normalizers.tokens.to(kl), weights.kl_sparse_to_dense / len(sampled))
     if objective.train_sparse:
-        loss = ce_sum(traces, traces.sparse.logits)
-        loss = loss / _divisor(scale.predictions).to(loss.device).float()
-        terms[-1] = loss.detach().double().cpu()
-        _through_sparse(traces, leaves, weights.ce * objective.loss_scale * loss)
-    return terms
+        ce = ce_sum(traces, traces.sparse.logits)
+        ce = ce / normalizers.predictions.clamp(min=1).to(ce.device).float()
+        sums.ce += _figure(ce)
+        _backward_through_sparse(traces, leaves, weights.ce * objective.loss_scale * ce)
 
 
-def _divisor(total: Tensor) -> Tensor:
-    """Infinite where nothing counts or the target does not vary (a step of very short rows): the loss there is 0."""
-    return torch.where(total > 0, total, torch.inf)
+def _figure(loss: Tensor) -> Tensor:
+    return loss.detach().double().cpu()
 
 
-def _detached(trace):
+def _detached(trace: Trace) -> Trace:
     return trace._replace(residuals=[h.detach() for h in trace.residuals], logits=trace.logits.detach())
 
 
-def _through_sparse(traces: Traces, leaves: list[Tensor], ce: Tensor) -> None:
-    """One backward through the sparse model for everything that reached its streams, and its own loss."""
+def _backward_through_sparse(traces: Traces, leaves: list[Tensor], ce: Tensor) -> None:
+    """One backward pass through the sparse model, of the gradients at its streams and of its own loss."""
     reached = [(h, leaf.grad) for h, leaf in zip(traces.sparse.residuals, leaves, strict=True) if leaf.grad is not None]
     # A stream that comes from frozen parameters alone has no graph.
     ends = [(h, grad) for h, grad in [*reached, (ce, torch.ones_like(ce))] if h.requires_grad]
@@ -158,21 +221,32 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
     return [*pair.bridge_set.parameters(), *sparse]
 
 
-def _losses(pair: ModelPair, terms: Tensor, sampled: Sequence[int], objective: Objective, tokens: int) -> StepLosses:
-    sites, n, weights = pair.bridge_set.sites, len(pair.bridge_set), objective.weights
-    encode, decode, to_sparse, to_dense, interchange = terms[:-1].view(5, n).tolist()
+def _losses(
+    pair: ModelPair, sums: StepSums, normalizers: Normalizers, sampled: Sequence[int], objective: Objective
+) -> StepLosses:
+    sites, weights = pair.bridge_set.sites, objective.weights
+    n = len(sites)
+
+    def by_site(values: Tensor, kept: Iterable[int]) -> dict[str, float]:
+        return {sites[i]: values[i].item() for i in kept}
+
+    def varying(variance: Tensor) -> list[int]:
+        """The sites where the NMSE is defined."""
+        return [i for i, value in enumerate(variance.tolist()) if value != 0]
+
     losses = StepLosses(
-        nmse_encode=dict(zip(sites, encode, strict=True)),
-        nmse_decode=dict(zip(sites, decode, strict=True)),
-        kl_dense_to_sparse={sites[i]: to_sparse[i] for i in sampled},
-        kl_sparse_to_dense={sites[i]: to_dense[i] for i in sampled},
-        interchange=dict(zip(sites, interchange, strict=True)) if weights.interchange else {},
-        ce=terms[-1].item() if objective.train_sparse else None,
-        tokens=tokens,
+        nmse_encode=by_site(sums.nmse_encode, varying(normalizers.variance_sparse)),
+        nmse_decode=by_site(sums.nmse_decode, varying(normalizers.variance_dense)),
+        kl_dense_to_sparse=by_site(sums.kl_dense_to_sparse, sampled),
+        kl_sparse_to_dense=by_site(sums.kl_sparse_to_dense, sampled),
+        interchange=by_site(sums.interchange, range(n)) if weights.interchange else {},
+        ce=sums.ce.item() if objective.train_sparse else None,
+        tokens=int(normalizers.tokens),
     )
-    losses.loss = weights.nmse * (sum(encode) + sum(decode)) / n
-    losses.loss += weights.kl_dense_to_sparse * sum(to_sparse) / len(sampled)
-    losses.loss += weights.kl_sparse_to_dense * sum(to_dense) / len(sampled)
-    losses.loss += weights.interchange * sum(interchange) / n
+    # Means over all sites, or all sampled ones: a site whose target does not vary counts as 0.
+    losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n
+    losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / len(sampled)
+    losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / len(sampled)
+    losses.loss += weights.interchange * sum(losses.interchange.values()) / n
     losses.loss += weights.ce * (losses.ce or 0.0)
     return losses

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import nan
 from statistics import fmean
 
 from bridges.fitting.gradients import StepLosses
@@ -32,8 +33,12 @@ def step_bar(steps: int, done: int, shown: bool) -> Iterator[Callable[[StepLosse
 
 def summary(losses: StepLosses) -> str:
     """A step's losses on one line, each a mean over its sites; both directions are divided by a slash."""
-    nmse = "/".join(f"{fmean(values.values()):.2f}" for values in (losses.nmse_encode, losses.nmse_decode))
-    kls = (losses.kl_dense_to_sparse, losses.kl_sparse_to_dense)
-    kl = "/".join(f"{fmean(values.values()):.2f}" for values in kls)
+    nmse = f"{_mean(losses.nmse_encode):.2f}/{_mean(losses.nmse_decode):.2f}"
+    kl = f"{_mean(losses.kl_dense_to_sparse):.2f}/{_mean(losses.kl_sparse_to_dense):.2f}"
     text = f"loss {losses.loss:.3f} nmse {nmse} kl {kl}"
     return text if losses.ce is None else f"{text} ce {losses.ce:.2f}"
+
+
+def _mean(losses: Mapping[str, float]) -> float:
+    """NaN where no site's target varies."""
+    return fmean(losses.values()) if losses else nan

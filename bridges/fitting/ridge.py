@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bridges.fitting.interchange import Carried
-from bridges.objective.normalizers import Reduce, no_reduce
+from bridges.objective.sums import Reduce, no_reduce, reduce_together
 
 
 class Affine(NamedTuple):
@@ -18,6 +17,17 @@ class Affine(NamedTuple):
 
     weight: Float[Tensor, "d_out d_in"]
     bias: Float[Tensor, " d_out"]
+
+
+class Penalty(NamedTuple):
+    """A quadratic term in the weight W [d_out, d_in] that is minimised together with the NMSE of W x + bias.
+
+    weight * (sum_c diagonal[c] |W[:, c]|^2 - 2 sum(cross * W))
+    """
+
+    diagonal: Float[Tensor, " d_in"]
+    cross: Float[Tensor, "d_out d_in"]
+    weight: float
 
 
 class Moments:
@@ -49,32 +59,28 @@ class Moments:
             self.yy += y.T @ y
 
     def tensors(self) -> list[Tensor]:
-        """The six sums, in place."""
+        """The six sums themselves, not copies."""
         return [self.n, self.x, self.y, self.xx, self.xy, self.yy]
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both halves; they must share their shift."""
+        """The moments of the rows of both; ValueError unless they are about the same shift."""
         if not (torch.equal(self.shift_x, other.shift_x) and torch.equal(self.shift_y, other.shift_y)):
-            raise ValueError("moments about different shifts do not add; gather both about one")
-        merged = Moments(self.shift_x, self.shift_y)
-        for into, one, two in zip(merged.tensors(), self.tensors(), other.tensors(), strict=True):
+            raise ValueError("moments about different shifts cannot be added; gather both about the same shift")
+        total = Moments(self.shift_x, self.shift_y)
+        for into, one, two in zip(total.tensors(), self.tensors(), other.tensors(), strict=True):
             into.copy_(one + two)
-        return merged
+        return total
 
     def reduce(self, reduce: Reduce) -> None:
-        """Sum over processes: one reduction of everything."""
-        flat = reduce(torch.cat([t.flatten() for t in self.tensors()]))
-        parts = flat.split([t.numel() for t in self.tensors()])
-        for into, part in zip(self.tensors(), parts, strict=True):
-            into.copy_(part.view(into.shape))
+        """Sum over processes, which must share the shift: one reduction of everything."""
+        for into, total in zip(self.tensors(), reduce_together(self.tensors(), reduce), strict=True):
+            into.copy_(total)
 
-    def solve(
-        self, ridge: float, reverse: bool = False, carried: Carried | None = None, carried_weight: float = 0.0
-    ) -> Affine:
-        """Least squares of y on x, or of x on y when `reverse`; intercept unpenalised, float64.
+    def solve(self, ridge: float, reverse: bool = False, penalty: Penalty | None = None) -> Affine:
+        """Ridge regression of y on x, or of x on y when `reverse`, in float64.
 
-        The penalty is `ridge` times the mean variance of the input's channels; `carried_weight` is that of the
-        interchange loss against the NMSE. ValueError if there is nothing to regress on.
+        The ridge is `ridge` times the mean variance of the input's channels; the intercept is not penalised. `penalty`
+        is added to the NMSE. Raises ValueError if there are fewer than two rows.
         """
         if self.n < 2:
             raise ValueError(f"the closed form needs at least 2 tokens, got {int(self.n)}; pass more data")
@@ -86,25 +92,24 @@ class Moments:
         if reverse:
             cov_xx, cov_xy, cov_yy, mean_x, mean_y = cov_yy, cov_xy.T, cov_xx, mean_y, mean_x
         penalised = cov_xx + ridge * cov_xx.trace() / len(cov_xx) * torch.eye(len(cov_xx)).to(cov_xx)
-        if carried is not None:
-            scale = carried_weight * cov_yy.trace()  # the NMSE is in parts of it
-            penalised += scale * carried.squares.to(cov_xx).diag()
-            cov_xy = cov_xy + scale * carried.products.to(cov_xx).T
+        if penalty is not None:
+            scale = penalty.weight * cov_yy.trace()  # the covariances are those of the NMSE times the target's variance
+            penalised += scale * penalty.diagonal.to(cov_xx).diag()
+            cov_xy = cov_xy + scale * penalty.cross.to(cov_xx).T
         weight = _solve(penalised, cov_xy).T
         return Affine(weight, mean_y - weight @ mean_x)
 
 
-def gather(
-    chunks: Iterable[Sequence[tuple[Tensor, Tensor]]], reduce: Reduce = no_reduce, first: bool = True
-) -> list[Moments]:
-    """Moments of each site from chunks that hold one (x, y) per site, summed over processes.
+def gather(chunks: Iterable[Sequence[tuple[Tensor, Tensor]]], reduce: Reduce = no_reduce) -> list[Moments]:
+    """The moments of each site over all processes, from chunks that hold one (x, y) per site.
 
-    The shift is the first chunk's mean on the process where `first` is true, so that all processes share it.
+    A chunk may have no rows, but every process needs at least one chunk. The shift, which all processes must share, is
+    the mean of their first chunks.
     """
     moments: list[Moments] = []
     for chunk in chunks:
         if not moments:
-            moments = [Moments(_shift(x, reduce, first), _shift(y, reduce, first)) for x, y in chunk]
+            moments = [Moments(*_shared_means(x, y, reduce)) for x, y in chunk]
         for site, (x, y) in zip(moments, chunk, strict=True):
             site.update(x, y)
     for site in moments:
@@ -112,13 +117,15 @@ def gather(
     return moments
 
 
-def _shift(x: Tensor, reduce: Reduce, first: bool) -> Tensor:
-    mean = x.double().mean(0) if len(x) else x.new_zeros(x.shape[1], dtype=torch.float64)
-    return reduce(mean if first else torch.zeros_like(mean))
+def _shared_means(x: Tensor, y: Tensor, reduce: Reduce) -> list[Tensor]:
+    """The means of x and of y over the rows of all processes, zero where there are none."""
+    n = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+    n, *sums = reduce_together([n, x.double().sum(0), y.double().sum(0)], reduce)
+    return [total / n.clamp(min=1) for total in sums]
 
 
 def _solve(penalised: Tensor, cross: Tensor) -> Tensor:
-    """penalised^-1 cross; directions without variance get weight 0 where no penalty rules them out."""
+    """penalised^-1 cross; without a penalty, directions of the input that do not vary get weight 0."""
     factor, failed = torch.linalg.cholesky_ex(penalised)
     diagonal = factor.diagonal()
     if not failed and diagonal.min() > 1e-7 * diagonal.max():

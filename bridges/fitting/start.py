@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bridges.fitting.checkpoint import Checkpoint
-from bridges.fitting.interchange import Carried
+from bridges.fitting.interchange import QuadraticTerm, terms_from_tensors
 from bridges.objective.hybrid import ModelPair
 
 
@@ -19,7 +19,7 @@ class StartState:
 
     step: int = 0
     """Steps done."""
-    interchange: Sequence[Carried] = ()
+    interchange: Sequence[QuadraticTerm] = ()
     """The interchange loss of every site; empty without that loss."""
     supports: Mapping[str, Tensor] | None = None
     """Masks of the entries that train in a sparse model whose zeros stay; None: those that are not zero now."""
@@ -38,9 +38,8 @@ def start_from_checkpoint(pair: ModelPair, checkpoint: Checkpoint) -> StartState
         for name, parameter in pair.sparse.model.named_parameters():
             parameter.copy_(tensors["sparse"][name])
     interchange = []
-    if "carried" in tensors:
-        stored = {name: tensor.to(pair.dense.device) for name, tensor in tensors["carried"].items()}
-        interchange = [Carried(stored[f"{site}.squares"], stored[f"{site}.products"]) for site in pair.bridge_set.sites]
+    if "interchange" in tensors:
+        interchange = terms_from_tensors(pair.bridge_set.sites, tensors["interchange"], pair.dense.device)
     return StartState(
         checkpoint.step,
         interchange,

@@ -18,6 +18,7 @@ from bridges.data.random_state import preserve_random_state
 from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
+from bridges.fitting.interchange import terms_to_tensors
 from bridges.fitting.start import StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
@@ -155,9 +156,7 @@ class Trainer:
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
         }
         if self.interchange:
-            tensors["carried"] = {}
-            for site, term in zip(self.pair.bridge_set.sites, self.interchange, strict=True):
-                tensors["carried"] |= {f"{site}.squares": term.squares, f"{site}.products": term.products}
+            tensors["interchange"] = terms_to_tensors(self.pair.bridge_set.sites, self.interchange)
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)

@@ -1,8 +1,21 @@
-"""Hybrid passes and the losses on them (paper A.3; method, section 2)."""
+"""Hybrid passes through two bridged models, and the paper's losses on them (paper A.3; method, section 2).
+
+At every bridged site i, with h the residual streams of the dense model (d) and the sparse one (s), f the encoder, g the
+decoder and y the dense model's logits:
+
+    nmse_encode[i]        = NMSE(f_i(h_i^d), stopgrad h_i^s)                 NMSE(p, t) = sum |p - t|^2
+    nmse_decode[i]        = NMSE(g_i(h_i^s), h_i^d)                                       / sum |t - mean(t)|^2
+    kl_dense_to_sparse[i] = KL(y || sparse sublayers from site i on, run on f_i(h_i^d))
+    kl_sparse_to_dense[i] = KL(y || dense  sublayers from site i on, run on g_i(h_i^s))
+
+The KLs are means over real tokens; the NMSEs count the tokens of `counted_tokens`. The hybrid passes of both KLs are
+paths that change models once, of the many that `run_path` can run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +27,14 @@ from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen
 from bridges.models.residual import ResidualModel, Trace, check_tokens
-from bridges.objective.normalizers import BatchMoments, combine_moments, counted_tokens, predicting, stream_moments
+from bridges.objective.normalizers import (
+    BatchMoments,
+    combine_moments,
+    counted_tokens,
+    nmse,
+    predicting_tokens,
+    stream_moments,
+)
 from bridges.ops.kl import kl_divergence
 
 Side = Literal["dense", "sparse"]
@@ -22,12 +42,155 @@ SIDES: tuple[Side, Side] = ("dense", "sparse")
 
 
 class HybridLosses(NamedTuple):
-    """One entry per bridged site; NMSE as a fraction of the target's variance, KL in nats per token."""
+    """The four losses of `hybrid_losses`, one entry per site; NMSE in parts of the target's variance, KL in nats.
+
+    >>> losses = HybridLosses(*torch.tensor([[0.5], [0.25], [1.5], [2.0]]))
+    >>> losses.kl_dense_to_sparse
+    tensor([1.5000])
+    """
 
     nmse_encode: Float[Tensor, " n_sites"]
     nmse_decode: Float[Tensor, " n_sites"]
     kl_dense_to_sparse: Float[Tensor, " n_sites"]
     kl_sparse_to_dense: Float[Tensor, " n_sites"]
+
+
+def run_path(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> Float[Tensor, "b s vocab"]:
+    """Logits of a hybrid pass: `path[j]` names the model that runs the sublayers before bridged site j.
+
+    The path's last entry names the model that runs from the last bridged site to the logits. Where the side changes,
+    the stream crosses the bridge of that site, by f from dense to sparse and by g from sparse to dense. The sublayers
+    before the first change are not run again: `traces` holds their result.
+    """
+    n = len(pair.bridge_set)
+    first = next((j for j in range(n) if path[j] != path[j + 1]), None)
+    if first is None:
+        return traces.side(path[0]).logits
+    stream = traces.side(path[first]).residuals[pair.site(path[first], first)]
+    for j in range(first, n):
+        side = path[j + 1]
+        if path[j] != side:
+            stream = pair.cross(j, stream, to=side)
+        model, context, site = pair.model(side), traces.side(side).context, pair.site(side, j)
+        if j == n - 1:
+            return model.tail(site, stream, context)
+        stream = model.run(site, pair.site(side, j + 1), stream, context)
+    raise AssertionError("a path ends at the logits")
+
+
+def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:
+    """The path that begins on side `start` and changes once, at `bridge`."""
+    end: Side = "sparse" if start == "dense" else "dense"
+    return (start,) * (bridge + 1) + (end,) * (n_sites - bridge)
+
+
+def squared_errors(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The numerators of nmse_encode and nmse_decode at one site: sum |p - t|^2 over counted tokens and channels."""
+    h_dense, h_sparse = residuals_at(pair, traces, bridge)
+    counted = counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask)
+    maps = pair.bridge_set[bridge]
+    # The encoder's target gets no gradient: the sparse model would learn to be easy to predict.
+    return (
+        _squared_error(maps.encode(h_dense), h_sparse.detach(), counted),
+        _squared_error(maps.decode(h_sparse), h_dense.detach(), counted),
+    )
+
+
+def kl_sum(pair: ModelPair, traces: Traces, bridge: int, start: Side) -> Float[Tensor, ""]:
+    """The numerator of a KL: the sum over real tokens of KL(y || hybrid pass that changes models at `bridge`), nats."""
+    return kl_from_dense(traces, run_path(pair, traces, single_switch_path(len(pair.bridge_set), bridge, start)))
+
+
+def kl_from_dense(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
+    """The sum over real tokens of KL(y || softmax(logits)), nats, y the dense model's own prediction."""
+    target = traces.dense.logits.detach().to(logits.device)
+    mask = traces.dense.context.attention_mask
+    if mask is None:
+        return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1))
+    real = mask.bool().to(logits.device)
+    return kl_divergence(target[real], logits[real])
+
+
+def ce_sum(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
+    """The sum of next-token cross-entropy over the tokens of `predicting_tokens`, nats, in at least float32."""
+    ids, mask = traces.dense.context.input_ids.to(logits.device), traces.dense.context.attention_mask
+    predicting = predicting_tokens(ids, mask if mask is None else mask.to(logits.device))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits[:, :-1][predicting].to(wide), ids[:, 1:][predicting], reduction="sum")
+
+
+def hybrid_losses(
+    dense: nn.Module | ResidualModel | str | Path,
+    sparse: nn.Module | ResidualModel | str | Path,
+    bridge_set: BridgeSet,
+    input_ids: Int[Tensor, "b s"],
+    attention_mask: Int[Tensor, "b s"] | None = None,
+    sites: Sequence[str] | None = None,
+    *,
+    check_models: bool = True,
+) -> HybridLosses:
+    """The reconstruction and hybrid losses of a bridge set on a batch (paper A.3; method, section 2).
+
+    Args:
+        dense: the dense model: a model object, a `ResidualModel`, a folder or a hub id. It runs in evaluation mode.
+        sparse: the sparse model, given in the same ways. It runs in the mode it is in.
+        bridge_set: the bridges between them.
+        input_ids: tokens [batch, seq].
+        attention_mask: 1 at real tokens, 0 at padding, [batch, seq]; None where no token is padding.
+        sites: sparse sites to compute the losses at, in this order; by default all that have a bridge.
+        check_models: whether to refuse models that the bridges were not fitted to.
+
+    Returns:
+        Four tensors [n_sites], differentiable with respect to the bridges, and to the sparse model where its parameters
+        require gradients. An NMSE is in parts of the target's variance, and NaN where the target does not vary; a KL is
+        a mean over real tokens, in nats.
+
+    Raises:
+        ValueError: the bridges were fitted to other models, or tokens, mask or sites do not fit.
+        OSError: no model is found at a path or hub id.
+
+    >>> import bridges
+    >>> pair = bridges.load_pair()
+    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> losses = bridges.hybrid_losses(pair.dense, pair.sparse, bridge_set, ids[:2])
+    >>> losses.nmse_decode.shape
+    torch.Size([1])
+    >>> sum(loss.sum() for loss in losses).backward()
+    """
+    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
+    if check_models:
+        bridge_set.check_models(pair.dense.model, pair.sparse.model)
+    check_tokens("input_ids", input_ids, attention_mask, pair.dense, pair.sparse)
+    if sites is not None and not len(sites):
+        raise ValueError(f"sites={sites!r} names no site; name one or more, or leave it out for all")
+    bridges = range(len(bridge_set)) if sites is None else [bridge_set.index(site) for site in sites]
+    with frozen(pair.dense.model):  # the dense model is a fixed target: no dropout, no gradient
+        return _losses(pair, trace_pair(pair, input_ids, attention_mask), bridges)
+
+
+def _losses(pair: ModelPair, traces: Traces, bridges: Sequence[int]) -> HybridLosses:
+    normalizers = combine_moments([batch_moments(pair, traces)])
+    rows = []
+    for i in bridges:
+        error_encode, error_decode = squared_errors(pair, traces, i)
+        kls = [kl_sum(pair, traces, i, start) for start in SIDES]
+        rows.append(
+            (
+                nmse(error_encode, normalizers.variance_sparse[i]),
+                nmse(error_decode, normalizers.variance_dense[i]),
+                *(kl / normalizers.tokens.to(kl) for kl in kls),
+            )
+        )
+    device = rows[0][0].device
+    return HybridLosses(*(torch.stack([loss.to(device) for loss in column]) for column in zip(*rows, strict=True)))
+
+
+def _squared_error(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    # Padding may hold anything, NaN included, so it is left out rather than multiplied by zero. Under autocast the
+    # prediction may be float16, in which squares over 65504 overflow.
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(wide) - target.to(wide))[counted.to(prediction.device)].square().sum()
 
 
 class ModelPair(NamedTuple):
@@ -45,9 +208,15 @@ class ModelPair(NamedTuple):
         """The index, in one side's model, of the site that a bridge joins."""
         return self.model(side).index(self.bridge_set.site_pairs[bridge][side == "sparse"])
 
+    def cross(self, bridge: int, stream: Float[Tensor, "b s _"], to: Side) -> Float[Tensor, "b s _"]:
+        """A stream of one side, carried over a bridge to the other; on that side's device and in its dtype."""
+        maps, model = self.bridge_set[bridge], self.model(to)
+        stream = stream.to(maps.encoder_weight.device)
+        return (maps.encode(stream) if to == "sparse" else maps.decode(stream)).to(model.device, model.dtype)
+
 
 class Traces(NamedTuple):
-    """One batch through both models, each by itself."""
+    """The forward passes of both models on one batch, each by itself."""
 
     dense: Trace
     sparse: Trace
@@ -57,107 +226,10 @@ class Traces(NamedTuple):
         return self.dense if side == "dense" else self.sparse
 
 
-def run_path(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> Float[Tensor, "b s vocab"]:
-    """Logits of the hybrid pass in which `path[j]` runs the stretch before bridged site j, the last entry the end.
-
-    Where the side changes, the stream crosses the bridge there: f from dense to sparse, g from sparse to dense. What
-    comes before the first change is one model by itself, so it is taken from `traces`.
-    """
-    n = len(pair.bridge_set)
-    first = next((j for j in range(n) if path[j] != path[j + 1]), None)
-    if first is None:
-        return traces.side(path[0]).logits
-    stream = traces.side(path[first]).residuals[pair.site(path[first], first)]
-    for j in range(first, n):
-        if path[j] != path[j + 1]:
-            bridge = pair.bridge_set[j]
-            stream = stream.to(bridge.encoder_weight.device)
-            crossed = bridge.encode(stream) if path[j + 1] == "sparse" else bridge.decode(stream)
-            stream = crossed.to(pair.model(path[j + 1]).device, pair.model(path[j + 1]).dtype)
-        model, context = pair.model(path[j + 1]), traces.side(path[j + 1]).context
-        here = pair.site(path[j + 1], j)
-        if j == n - 1:
-            return model.tail(here, stream, context)
-        stream = model.run(here, pair.site(path[j + 1], j + 1), stream, context)
-    raise AssertionError("a path ends at the logits")
-
-
-def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:
-    """The path that begins on side `start` and changes once, at `bridge`."""
-    end: Side = "sparse" if start == "dense" else "dense"
-    return (start,) * (bridge + 1) + (end,) * (n_sites - bridge)
-
-
-def kl_sum(pair: ModelPair, traces: Traces, bridge: int, start: Side) -> Float[Tensor, ""]:
-    """sum over real tokens of KL(y^d || hybrid pass that crosses at `bridge`), nats."""
-    logits = run_path(pair, traces, single_switch_path(len(pair.bridge_set), bridge, start))
-    return kl_of(traces, logits)
-
-
-def kl_of(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
-    """sum over real tokens of KL(y^d || softmax(logits)), nats."""
-    target = traces.dense.logits.detach().to(logits.device)
-    mask = traces.dense.context.attention_mask
-    if mask is None:
-        return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1))
-    real = mask.bool().to(logits.device)
-    return kl_divergence(target[real], logits[real])
-
-
-def ce_sum(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
-    """sum of next-token cross-entropy over real tokens that a real one follows, nats, in at least float32."""
-    ids, mask = traces.dense.context.input_ids.to(logits.device), traces.dense.context.attention_mask
-    there = predicting(ids, mask if mask is None else mask.to(logits.device))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[:, :-1][there].to(wide), ids[:, 1:][there], reduction="sum")
-
-
-def squared_errors(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The numerators of nmse_encode and nmse_decode at one site: sum |p - t|^2 over counted tokens and channels."""
-    h_dense, h_sparse = residuals_at(pair, traces, bridge)
-    counted = counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask)
-    maps = pair.bridge_set[bridge]
-    # The encoder's target gets no gradient: the sparse model would learn to be easy to predict.
-    return (
-        _squared(maps.encode(h_dense), h_sparse.detach(), counted),
-        _squared(maps.decode(h_sparse), h_dense.detach(), counted),
-    )
-
-
-def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:
-    """The dense and the sparse stream [batch, seq, d_model] at one bridged site."""
-    dense = traces.dense.residuals[pair.site("dense", bridge)]
-    sparse = traces.sparse.residuals[pair.site("sparse", bridge)]
-    device = pair.bridge_set[bridge].encoder_weight.device
-    return dense.to(device), sparse.to(device)
-
-
-def _squared(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    # Padding may hold anything, NaN included, so it is left out rather than multiplied by zero. Under autocast the
-    # prediction may be float16, in which squares over 65504 overflow.
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.to(wide))[counted.to(prediction.device)].square().sum()
-
-
-def batch_moments(pair: ModelPair, traces: Traces) -> BatchMoments:
-    """This batch's share of what the losses are divided by."""
-    streams = [residuals_at(pair, traces, i) for i in range(len(pair.bridge_set))]
-    return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask)
-
-
-def empty_moments(pair: ModelPair) -> BatchMoments:
-    """The share of a process that has no batch: no tokens, zero means."""
-    devices = [bridge.encoder_weight.device for bridge in pair.bridge_set]
-    widths = (pair.dense.d_model, pair.sparse.d_model)
-    means = [tuple(torch.zeros(width, dtype=torch.float64, device=device) for width in widths) for device in devices]
-    squares = [tuple(torch.zeros((), dtype=torch.float64, device=device) for _ in widths) for device in devices]
-    return BatchMoments(0, 0, 0, means, squares)  # pyright: ignore[reportArgumentType]
-
-
 def trace_pair(
     pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None = None, differentiable: bool = False
 ) -> Traces:
-    """One batch through both models, each on its own device."""
+    """Run both models on one batch, each on its own device; `differentiable` as in `ResidualModel.trace`."""
 
     def on(model: ResidualModel) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
@@ -166,40 +238,20 @@ def trace_pair(
     return Traces(on(pair.dense), on(pair.sparse))
 
 
-def hybrid_losses(
-    dense: nn.Module | ResidualModel,
-    sparse: nn.Module | ResidualModel,
-    bridge_set: BridgeSet,
-    input_ids: Int[Tensor, "b s"],
-    attention_mask: Int[Tensor, "b s"] | None = None,
-    sites: Sequence[str] | None = None,
-    *,
-    check_models: bool = True,
-) -> HybridLosses:
-    """The four losses of method section 2 at every bridged site, or at `sites`; each [n_sites], differentiable.
-
-    ValueError if the set was fitted to other models, unless `check_models` is False.
-    """
-    pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
-    if check_models:
-        bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    check_tokens("input_ids", input_ids, attention_mask, pair.dense, pair.sparse)
-    if sites is not None and not len(sites):
-        raise ValueError(f"sites={sites!r} names none; leave it out for all")
-    with frozen(pair.dense.model):  # the dense model is a fixed target: no dropout, no gradient
-        return _losses(pair, input_ids, attention_mask, sites)
+def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:
+    """The dense and the sparse stream [batch, seq, d_model] at one bridged site, on the bridge's device."""
+    device = pair.bridge_set[bridge].encoder_weight.device
+    dense, sparse = (traces.side(side).residuals[pair.site(side, bridge)].to(device) for side in SIDES)
+    return dense, sparse
 
 
-def _losses(
-    pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None, sites: Sequence[str] | None
-) -> HybridLosses:
-    bridge_set = pair.bridge_set
-    traces = trace_pair(pair, input_ids, attention_mask)
-    scale = combine_moments([batch_moments(pair, traces)])
-    rows = []
-    for i in range(len(bridge_set)) if sites is None else [bridge_set.index(site) for site in sites]:
-        sums = [*squared_errors(pair, traces, i), *(kl_sum(pair, traces, i, start) for start in ("dense", "sparse"))]
-        divisors = (scale.variance_sparse[i], scale.variance_dense[i], scale.tokens, scale.tokens)
-        rows.append([total / divisor.to(total) for total, divisor in zip(sums, divisors, strict=True)])
-    device = rows[0][0].device
-    return HybridLosses(*(torch.stack([term.to(device) for term in column]) for column in zip(*rows, strict=True)))
+def batch_moments(pair: ModelPair, traces: Traces) -> BatchMoments:
+    """One batch's part of what the losses are divided by."""
+    streams = [residuals_at(pair, traces, i) for i in range(len(pair.bridge_set))]
+    return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask)
+
+
+def empty_moments(pair: ModelPair) -> BatchMoments:
+    """The moments of a process that has no batch."""
+    device = pair.bridge_set[0].encoder_weight.device
+    return BatchMoments.empty(len(pair.bridge_set), pair.dense.d_model, pair.sparse.d_model, device)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over processes."""
+from bridges.objective.sums import Reduce, Sums, add_up, no_reduce
 
 
-def no_reduce(tensor: Tensor) -> Tensor:
-    """The reduction of a single process."""
-    return tensor
+def nmse(squared_error: Float[Tensor, "*sites"], variance: Float[Tensor, "*sites"]) -> Float[Tensor, "*sites"]:
+    """The normalised mean squared error: sum |p - t|^2 over sum |t - mean(t)|^2, in the dtype of the error.
+
+    Where the target does not vary (`variance` is 0: every counted token has the same stream, or none counts), the NMSE
+    is undefined. It is then NaN, and its gradient is zero.
+    """
+    variance = variance.to(squared_error)
+    defined = variance != 0  # a variance of NaN is that of a target of NaN, which must show
+    # A second `where`, because the gradient of a quotient by 0 is NaN even where the quotient is not used.
+    return torch.where(defined, squared_error / torch.where(defined, variance, 1), torch.nan)
 
 
 class Normalizers(NamedTuple):
-    """The divisors of a step's losses, float64; over batches and processes their parts add up, ratios do not."""
+    """What losses are divided by, in float64. Over batches and processes the divisors add up, the ratios do not."""
 
     tokens: Float[Tensor, ""]
     """Real tokens, over which KL is averaged."""
@@ -28,27 +35,37 @@ class Normalizers(NamedTuple):
     variance_dense: Float[Tensor, " n_sites"]
     """sum |t - mean(t)|^2 over counted tokens and channels."""
     variance_sparse: Float[Tensor, " n_sites"]
-    means: list[tuple[Tensor, Tensor]]
-    """Each bridged site's mean (dense, sparse) stream over counted tokens."""
+    mean_dense: Float[Tensor, "n_sites d_dense"]
+    """Each bridged site's mean stream over counted tokens."""
+    mean_sparse: Float[Tensor, "n_sites d_sparse"]
 
 
 class BatchMoments(NamedTuple):
-    """One batch's part in a `Normalizers`, float64; a list entry per bridged site, each (dense, sparse)."""
+    """One batch's part of `Normalizers`, in float64."""
 
     tokens: int
     predictions: int
-    count: int
-    means: list[tuple[Tensor, Tensor]]
-    squares: list[tuple[Tensor, Tensor]]
+    counted: int
+    """Tokens that the means and squares are over."""
+    mean_dense: Float[Tensor, "n_sites d_dense"]
+    mean_sparse: Float[Tensor, "n_sites d_sparse"]
+    squares_dense: Float[Tensor, " n_sites"]
     """sum |t - mean of this batch|^2."""
+    squares_sparse: Float[Tensor, " n_sites"]
+
+    @classmethod
+    def empty(cls, n_sites: int, d_dense: int, d_sparse: int, device: torch.device) -> BatchMoments:
+        """The moments of no tokens, for a process that has no batch."""
+        shapes = ((n_sites, d_dense), (n_sites, d_sparse), (n_sites,), (n_sites,))
+        return cls(0, 0, 0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 def counted_tokens(
     input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
 ) -> Bool[Tensor, "b s"]:
-    """True at the tokens that NMSE, moments and RMS count: real ones, each row's first left out.
+    """True at the tokens that NMSE, moments and RMS count: real tokens, without each row's first.
 
-    The first real token is where attention sinks stand; its norm, tens of times the rest, would dominate.
+    The first real token is where attention sinks are; its norm, tens of times the others', would dominate.
     """
     if attention_mask is None:
         counted = torch.ones_like(input_ids, dtype=torch.bool)
@@ -58,10 +75,10 @@ def counted_tokens(
     return real & (real.long().cumsum(-1) > 1)
 
 
-def predicting(
+def predicting_tokens(
     input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
 ) -> Bool[Tensor, "b s-1"]:
-    """True at the tokens, the row's last place aside, that are real and followed by a real one."""
+    """True at the tokens, without each row's last position, that are real and followed by a real token."""
     if attention_mask is None:
         return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
     real = attention_mask.bool()
@@ -69,44 +86,73 @@ def predicting(
 
 
 def stream_moments(
-    streams: Sequence[tuple[Tensor, Tensor]], input_ids: Tensor, attention_mask: Tensor | None
+    streams: Sequence[tuple[Tensor, Tensor]],
+    input_ids: Int[Tensor, "b s"],
+    attention_mask: Int[Tensor, "b s"] | None,
 ) -> BatchMoments:
-    """The share of one batch, from the (dense, sparse) streams at every bridged site."""
+    """The moments of one batch, from its (dense, sparse) streams [batch, seq, d_model] at every bridged site."""
     counted = counted_tokens(input_ids, attention_mask)
+    (mean_dense, squares_dense), (mean_sparse, squares_sparse) = (
+        _means_and_squares(side, counted) for side in zip(*streams, strict=True)
+    )
+    return BatchMoments(
+        tokens=input_ids.numel() if attention_mask is None else int(attention_mask.sum()),
+        predictions=int(predicting_tokens(input_ids, attention_mask).sum()),
+        counted=int(counted.sum()),
+        mean_dense=mean_dense,
+        mean_sparse=mean_sparse,
+        squares_dense=squares_dense,
+        squares_sparse=squares_sparse,
+    )
+
+
+def combine_moments(moments: Sequence[BatchMoments], reduce: Reduce = no_reduce) -> Normalizers:
+    """The normalizers of several batches together, over all processes: one reduction of means, then one of squares."""
+    totals = add_up(_TokenSums.of(one) for one in moments).reduced(reduce)
+    counted = totals.counted.clamp(min=1)
+    mean_dense, mean_sparse = totals.streams_dense / counted, totals.streams_sparse / counted
+    squares = add_up(_Squares.about(mean_dense, mean_sparse, one) for one in moments).reduced(reduce)
+    return Normalizers(totals.tokens, totals.predictions, squares.dense, squares.sparse, mean_dense, mean_sparse)
+
+
+@dataclass
+class _TokenSums(Sums):
+    tokens: Float[Tensor, ""]
+    predictions: Float[Tensor, ""]
+    counted: Float[Tensor, ""]
+    streams_dense: Float[Tensor, "n_sites d_dense"]
+    streams_sparse: Float[Tensor, "n_sites d_sparse"]
+
+    @classmethod
+    def of(cls, one: BatchMoments) -> _TokenSums:
+        tokens, predictions, counted = torch.tensor([one.tokens, one.predictions, one.counted]).to(one.mean_dense)
+        return cls(tokens, predictions, counted, counted * one.mean_dense, counted * one.mean_sparse)
+
+
+@dataclass
+class _Squares(Sums):
+    dense: Float[Tensor, " n_sites"]
+    sparse: Float[Tensor, " n_sites"]
+
+    @classmethod
+    def about(cls, mean_dense: Tensor, mean_sparse: Tensor, one: BatchMoments) -> _Squares:
+        """sum |t - mean|^2 over one batch, from its squares about its own mean."""
+
+        def moved(squares: Tensor, offset: Tensor) -> Tensor:
+            return squares + one.counted * offset.square().sum(1)
+
+        return cls(
+            moved(one.squares_dense, one.mean_dense - mean_dense),
+            moved(one.squares_sparse, one.mean_sparse - mean_sparse),
+        )
+
+
+def _means_and_squares(streams: Sequence[Tensor], counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [n_sites, d_model] and sum of squares about it [n_sites] over counted tokens."""
     means, squares = [], []
-    for site in streams:
-        moments = [_mean_and_square(h, counted) for h in site]
-        means.append(tuple(mean for mean, _ in moments))
-        squares.append(tuple(square for _, square in moments))
-    tokens = input_ids.numel() if attention_mask is None else int(attention_mask.sum())
-    return BatchMoments(tokens, int(predicting(input_ids, attention_mask).sum()), int(counted.sum()), means, squares)
-
-
-def combine_moments(shares: Sequence[BatchMoments], reduce: Reduce = no_reduce) -> Normalizers:
-    """The divisors of several batches together, over all processes: one sum of means, then one of squares."""
-    sites = range(len(shares[0].means))
-    device = shares[0].means[0][0].device
-
-    def flat(share: BatchMoments) -> Tensor:
-        header = torch.tensor([share.tokens, share.predictions, share.count], dtype=torch.float64, device=device)
-        means = [share.count * mean.to(device) for site in share.means for mean in site]
-        return torch.cat([header, *means])
-
-    total = reduce(torch.stack([flat(share) for share in shares]).sum(0))
-    widths = [len(mean) for site in shares[0].means for mean in site]
-    overall = (total[3:] / total[2].clamp(min=1)).split(widths)
-    squares = torch.zeros(len(sites), 2, dtype=torch.float64, device=device)
-    for share in shares:
-        for i in sites:
-            for side in (0, 1):
-                off = share.means[i][side].to(device) - overall[2 * i + side]
-                squares[i, side] += share.squares[i][side].to(device) + share.count * off.square().sum()
-    squares = reduce(squares)
-    means = list(zip(overall[::2], overall[1::2], strict=True))
-    return Normalizers(total[0], total[1], squares[:, 0], squares[:, 1], means)
-
-
-def _mean_and_square(h: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    h = h.detach()[counted.to(h.device)].double()
-    mean = h.sum(0) / max(len(h), 1)  # a batch of single tokens counts none
-    return mean, (h - mean).square().sum()
+    for h in streams:
+        rows = h.detach()[counted.to(h.device)].double()
+        mean = rows.sum(0) / max(len(rows), 1)  # a batch whose rows have one real token each counts none
+        means.append(mean.to(streams[0].device))
+        squares.append((rows - mean).square().sum().to(streams[0].device))
+    return torch.stack(means), torch.stack(squares)

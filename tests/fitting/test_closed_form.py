@@ -42,7 +42,7 @@ def ridge_regression(x, y, ridge):
 
 def test_every_site_gets_its_ridge_regression_in_both_directions_and_no_abs_topk(pair):
     """The encoder's target is the stream before AbsTopK: the solution is that of the affine map alone."""
-    solve_bridges(pair, batches, ridge=1e-3, memory_bytes=1e9)
+    solve_bridges(pair, batches(), ridge=1e-3, memory_bytes=1e9)
     for place, bridge in enumerate(pair.bridge_set):
         dense, sparse = rows_at(pair, place)
         for found, expected in (
@@ -53,21 +53,23 @@ def test_every_site_gets_its_ridge_regression_in_both_directions_and_no_abs_topk
                 torch.testing.assert_close(one.detach(), other, rtol=1e-8, atol=1e-9)
 
 
-def test_groups_by_memory_give_what_one_group_gives(pair):
-    passes = []
+def test_groups_of_sites_give_what_one_group_gives_at_a_pass_each(pair):
+    class Passes(list):
+        count = 0
 
-    def counted_passes():
-        passes.append(1)
-        return batches()
+        def __iter__(self):
+            self.count += 1
+            return super().__iter__()
 
-    solve_bridges(pair, counted_passes, ridge=1e-4, memory_bytes=1e9)
-    whole, at_once = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}, len(passes)
+    once, grouped = Passes(batches()), Passes(batches())
+    solve_bridges(pair, once, ridge=1e-4, memory_bytes=1e9)
+    whole = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}
     for tensor in pair.bridge_set.parameters():
         tensor.data.zero_()
-    solve_bridges(pair, counted_passes, ridge=1e-4, memory_bytes=2.5 * 8 * (8**2 + 12**2 + 8 * 12))
-    assert (at_once, len(passes) - at_once) == (1, 3)
+    solve_bridges(pair, grouped, ridge=1e-4, memory_bytes=2.5 * 8 * (8**2 + 12**2 + 8 * 12))
+    assert (once.count, grouped.count) == (1, 3)
     for name, tensor in pair.bridge_set.tensors().items():
-        if "rms" not in name and "gain" not in name:  # units are measured apart
+        if "rms" not in name and "gain" not in name:  # measured by measure_read_scales
             assert torch.equal(tensor, whole[name])
 
 
@@ -110,9 +112,35 @@ def test_rms_is_one_where_no_norm_stands_before_the_sublayer():
     assert [bridge.rms_dense.item() == 1 for bridge in pair.bridge_set] == [True, True, False]
 
 
-def test_processes_add_their_rms(pair):
-    measure_read_scales(pair, batches())
-    alone = [(b.rms_dense.clone(), b.rms_sparse.clone()) for b in pair.bridge_set]
-    measure_read_scales(pair, batches(), reduce=lambda sums: 2 * sums)
-    for bridge, (dense, sparse) in zip(pair.bridge_set, alone, strict=True):
-        assert torch.equal(bridge.rms_dense, dense) and torch.equal(bridge.rms_sparse, sparse)
+class OtherProcess:
+    """Records the sums of a process that has every batch, then adds them to those of one that has none."""
+
+    def __init__(self):
+        self.sums = []
+
+    def record(self, sums):
+        self.sums.append(sums.clone())
+        return sums
+
+    def add(self, sums):
+        return sums + self.sums.pop(0)
+
+
+@pytest.mark.parametrize("what", ["bridges", "read scales"])
+def test_a_process_without_batches_ends_with_the_sums_of_the_others(pair, what):
+    other = OtherProcess()
+    # An interchange loss of zero pairs: its sums are reduced too.
+    runs = {
+        "bridges": lambda rows, reduce: solve_bridges(pair, rows, 1e-3, 1e9, reduce, [], 0.5),
+        "read scales": lambda rows, reduce: measure_read_scales(pair, rows, reduce),
+    }
+    runs[what](batches(), other.record)
+    whole = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}
+    for tensor in pair.bridge_set.tensors().values():
+        tensor.data.zero_()
+    runs[what]([], other.add)
+    assert not other.sums
+    measured = ("rms_dense", "rms_sparse", "gain_sparse")
+    for name, tensor in pair.bridge_set.tensors().items():
+        if name.endswith(measured) == (what == "read scales"):
+            torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-14)

@@ -1,11 +1,15 @@
+import math
 from itertools import combinations
 
 import pytest
 import torch
-from pairs import MASK, gpt2, gradients, join, naive_losses, naive_objective, neox, sparse_model, tokens
+from pairs import MASK, gpt2, gradients, join, naive_losses, naive_nmse, naive_objective, neox, sparse_model, tokens
 from torch.autograd.graph import saved_tensors_hooks
 
+from bridges.fit import fit
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, trained_parameters
+from bridges.fitting.guards import refuse_not_finite
+from bridges.objective.normalizers import counted_tokens
 
 WEIGHTS = Weights(nmse=0.7, kl_dense_to_sparse=1.3, kl_sparse_to_dense=0.6, ce=0.9)
 PAIRS = {
@@ -48,7 +52,7 @@ def test_a_steps_gradients_are_plain_autograd_of_the_naive_objective(build, trai
 
 
 @pytest.mark.parametrize("train_sparse", [False, True])
-def test_sampled_sites_cost_their_kls_alone_while_nmse_runs_everywhere(train_sparse):
+def test_kls_run_at_the_sampled_sites_and_nmse_at_every_site(train_sparse):
     pair, ids = PAIRS["equal depth"](), tokens()
     losses, found = stepped(pair, [(ids, MASK)], [1, 4], Objective(WEIGHTS, train_sparse))
     loss, expected = naive_gradients(pair, WEIGHTS, ids, MASK, train_sparse, sampled=[1, 4])
@@ -184,6 +188,69 @@ def test_a_step_in_which_no_target_varies_has_no_reconstruction_loss(mask):
     """One counted token, or none; with none that another follows, no cross-entropy either."""
     pair, mask = PAIRS["equal depth"](), torch.tensor(mask)
     losses, found = stepped(pair, [(tokens(1, 3), mask)], [1], Objective(WEIGHTS, True))
-    assert set(losses.nmse_encode.values()) == set(losses.nmse_decode.values()) == {0.0}
+    assert losses.nmse_encode == losses.nmse_decode == {}
+    assert not any("nmse" in name for name in losses.row()) and math.isfinite(losses.loss)
+    refuse_not_finite(losses, 1)
     assert losses.kl_sparse_to_dense["0.mlp"] > 0 and (losses.ce > 0) == bool(mask[0, 1])
     assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
+
+
+def test_a_site_whose_target_does_not_vary_is_left_out_and_counts_as_zero_in_the_mean():
+    """One token at every position and no position embedding: the first stream is the same embedding everywhere."""
+    pair, ids = PAIRS["equal depth"](), torch.full((3, 6), 4)
+    with torch.no_grad():
+        pair.dense.model.transformer.wpe.weight.zero_()
+        pair.sparse.model.transformer.wpe.weight.zero_()
+    weights = Weights(1.0, 0.0, 0.0, 0.0)
+    losses, found = stepped(pair, [(ids, None)], [4], Objective(weights))
+    assert "0.attn" not in losses.nmse_encode and "0.attn" not in losses.nmse_decode
+    assert "train/nmse_encode/0.attn" not in losses.row() and "train/nmse_encode/0.mlp" in losses.row()
+    total = sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())
+    assert losses.loss == pytest.approx(total / 5, rel=1e-12)
+    first = list(pair.bridge_set[0].parameters())
+    assert not any(g.any() for g in found[: len(first)]) and all(g.isfinite().all() for g in found)
+
+
+def test_a_run_is_not_stopped_by_steps_in_which_no_target_varies():
+    """Rows of two tokens, one of them counted, and one row per step."""
+    settings = {"steps": 2, "batch_size": 1, "sites": ("0.mlp", "final"), "sites_per_step": "all"}
+    found = fit(gpt2(), sparse_model(), tokens(40, 2), progress=False, **settings)
+    for row in found.history:
+        assert math.isfinite(row["train/loss"]) and not any("nmse" in name for name in row)
+        assert row["train/kl_sparse_to_dense/final"] > 0
+    assert all(math.isfinite(value) for value in found.report.mean.values())
+
+
+def test_a_loss_that_is_nan_for_another_reason_stays():
+    pair = PAIRS["equal depth"]()
+    with torch.no_grad():
+        pair.sparse.model.transformer.h[1].mlp.c_proj.weight[0, 0] = float("nan")
+    losses, _ = stepped(pair, [(tokens(), MASK)], [1], Objective(WEIGHTS))
+    assert math.isnan(losses.nmse_encode["final"]) and math.isnan(losses.loss)
+    with pytest.raises(FloatingPointError, match="step 1: nmse_encode at site final is nan"):
+        refuse_not_finite(losses, 1)
+
+
+def test_with_dropout_micro_batches_are_divided_by_the_variance_of_the_streams_they_sum_over(monkeypatch):
+    pair, ids = join(gpt2(), sparse_model(dropout=0.4)), tokens()
+    pair.sparse.model.train()
+    batches = [(ids[:1], MASK[:1]), (ids[1:], MASK[1:])]
+    runs, trace = [], pair.sparse.trace
+
+    def recorded(*args):
+        runs.append(trace(*args))
+        return runs[-1]
+
+    monkeypatch.setattr(pair.sparse, "trace", recorded)
+    torch.manual_seed(0)
+    losses = step_gradients(pair, batches, [1], Objective(WEIGHTS, True))
+    summed = runs[-2:]  # the passes that gradients came from, one for each micro-batch
+    dense = pair.dense.residuals(ids, MASK)[0]
+    counted = counted_tokens(ids, MASK)
+    for i, bridge in enumerate(pair.bridge_set):
+        z = torch.cat([run.residuals[i] for run in summed]).detach()[counted]
+        h = dense[i].detach()[counted]
+        assert losses.nmse_encode[pair.bridge_set.sites[i]] == pytest.approx(naive_nmse(bridge.encode(h), z).item())
+        assert losses.nmse_decode[pair.bridge_set.sites[i]] == pytest.approx(naive_nmse(bridge.decode(z), h).item())
+    pair.sparse.model.eval()
+    assert not torch.equal(trace(*batches[0]).residuals[-1], summed[0].residuals[-1]), "dropout was on"

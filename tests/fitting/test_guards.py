@@ -1,4 +1,4 @@
-"""What stops a run: each figure that is not finite by name, and the signals of a user who has had enough."""
+"""What stops a run: each figure that is not finite, by name, and Ctrl-C."""
 
 import math
 import os
@@ -8,13 +8,11 @@ import threading
 import pytest
 import torch
 
-from bridges.fitting.gradients import StepLosses
+from bridges.fitting.gradients import SITE_LOSSES, StepLosses
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 
 
-@pytest.mark.parametrize(
-    "name", ["nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange"]
-)
+@pytest.mark.parametrize("name", SITE_LOSSES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_refused_by_step_name_and_site(name, value):
     losses = StepLosses(**{name: {"0.attn": 1.0, "1.mlp": value}})
@@ -22,7 +20,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_step_name_and_site(name, value)
         refuse_not_finite(losses, 7)
 
 
-def test_so_is_the_sparse_models_own_loss_and_nothing_else():
+def test_a_cross_entropy_that_is_not_finite_is_refused_and_large_losses_are_not():
     with pytest.raises(FloatingPointError, match="step 3: the sparse model's cross-entropy is nan; lower sparse_lr"):
         refuse_not_finite(StepLosses(ce=math.nan), 3)
     refuse_not_finite(StepLosses(nmse_encode={"0.attn": 1e30}, ce=0.0), 3)
@@ -39,7 +37,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_handlers_come_back(number):
+def test_the_first_signal_sets_the_event_and_restores_the_handlers(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     with interruptible() as interrupted:
         assert not interrupted.is_set() and signal.getsignal(number) is not before[number]
@@ -49,7 +47,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_handlers_come_back_after_an_error_and_other_threads_have_none():
+def test_handlers_are_restored_after_an_error_and_other_threads_set_none():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyError), interruptible():
         raise KeyError

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bridges.fitting.ridge import Moments, gather
+from bridges.fitting.ridge import Moments, Penalty, gather
 
 
 def rows(n, d, seed, dtype=torch.float64, offset=0.0, condition=1.0):
@@ -48,7 +48,7 @@ def test_merged_halves_are_the_whole():
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12 * two.abs().max().item())
 
 
-def test_moments_about_different_shifts_do_not_add():
+def test_moments_about_different_shifts_are_refused():
     x, y = rows(10, 2, 0), rows(10, 2, 1)
     with pytest.raises(ValueError, match="different shifts"):
         moments_of((x, y)) + moments_of((x + 1, y))
@@ -135,28 +135,43 @@ def test_gathering_in_chunks_is_gathering_at_once_site_by_site():
             torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-11)
 
 
-def test_a_first_chunk_without_tokens_is_no_obstacle():
+def test_the_first_chunk_may_have_no_rows():
     x, y = rows(40, 3, 24, offset=5.0), rows(40, 2, 25)
     found = gather([[(x[:0], y[:0])], [(x, y)]])[0].solve(0.0)
     torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
 
 
-def test_the_other_processes_take_the_first_ones_shift_and_all_end_with_the_sum():
+@pytest.mark.parametrize("mine", [40, 0], ids=["rows of its own", "no rows"])
+def test_two_processes_share_the_mean_of_their_first_chunks_as_shift_and_end_with_the_sum(mine):
     x, y = rows(80, 3, 26, offset=9.0), rows(80, 2, 27)
-    theirs = [x[:40].mean(0), y[:40].mean(0), None]
-    first = moments_of((x[:40], y[:40]))
+    here, there = (x[:mine], y[:mine]), (x[mine:], y[mine:])
+    shift = x.mean(0), y.mean(0)
+    answers = [
+        torch.cat([torch.tensor([len(there[0])]).double(), there[0].sum(0), there[1].sum(0)]),
+        torch.cat([t.flatten() for t in moments_of(there, shift=shift).tensors()]),
+    ]
+    found = gather([[here]], lambda tensor: tensor + answers.pop(0))[0]
+    assert not answers
+    torch.testing.assert_close(found.shift_x, shift[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.solve(0.0).weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.solve(0.0).bias, regress(x, y)[1], rtol=1e-10, atol=1e-12)
 
-    def reduce(tensor):
-        """What this process, the second, gets back: the first one's shift, then the sum of both moments."""
-        seen = theirs.pop(0)
-        if seen is not None:
-            assert not tensor.any()
-            return tensor + seen
-        return tensor + torch.cat([t.flatten() for t in first.tensors()])
 
-    found = gather([[(x[40:], y[40:])]], reduce, first=False)[0].solve(0.0)
-    torch.testing.assert_close(found.weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found.bias, regress(x, y)[1], rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_penalty_is_minimised_together_with_the_nmse(reverse):
+    """The gradient of NMSE + ridge + penalty, by autograd, is zero at the solution."""
+    x, y = rows(100, 4, 40, offset=2.0), rows(100, 3, 41)
+    source, target = (y, x) if reverse else (x, y)
+    d_in, d_out, generator = source.shape[1], target.shape[1], torch.Generator().manual_seed(42)
+    diagonal = torch.rand(d_in, generator=generator, dtype=torch.float64)
+    cross = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    found = moments_of((x, y)).solve(0.2, reverse, Penalty(diagonal, cross, 0.7))
+    weight, bias = (tensor.clone().requires_grad_() for tensor in found)
+    variance = (target - target.mean(0)).square().sum()
+    ridge = 0.2 * source.var(0, unbiased=False).mean() * len(source) * weight.square().sum() / variance
+    penalty = 0.7 * ((weight.square() * diagonal).sum() - 2 * (weight * cross).sum())
+    loss = (source @ weight.T + bias - target).square().sum() / variance + ridge + penalty
+    assert max(slope.abs().max() for slope in torch.autograd.grad(loss, [weight, bias])) < 1e-12
 
 
 def test_moments_keep_their_precision_in_a_run_of_mixed_precision():

@@ -79,11 +79,27 @@ def test_padding_may_hold_any_token_and_a_mask_of_ones_is_no_mask(ids):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
 
 
-def test_models_themselves_do_as_well_as_their_chains(ids):
-    pair = PAIRS["equal depth"]()
-    chains = hybrid_losses(pair.dense, pair.sparse, pair.bridge_set, ids)
-    models = hybrid_losses(pair.dense.model, pair.sparse.model, pair.bridge_set, ids)
-    assert all(torch.equal(one, two) for one, two in zip(chains, models, strict=True))
+def test_models_are_given_as_objects_residual_models_or_folders(ids, tmp_path):
+    pair = join(gpt2(dtype=torch.float32), sparse_model(dtype=torch.float32))
+    expected = hybrid_losses(pair.dense, pair.sparse, pair.bridge_set, ids)
+    pair.dense.model.save_pretrained(tmp_path / "dense")
+    pair.sparse.model.save_pretrained(tmp_path / "sparse")
+    for dense, sparse in (
+        (pair.dense.model, pair.sparse.model),
+        (tmp_path / "dense", str(tmp_path / "sparse")),
+    ):
+        found = hybrid_losses(dense, sparse, pair.bridge_set, ids)
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_where_the_target_does_not_vary_the_nmse_is_nan_and_the_gradients_are_finite():
+    """One counted token, so both targets are their own means."""
+    pair, ids = PAIRS["equal depth"](), tokens(1, 2)
+    losses = hybrid_losses(*pair, ids)
+    assert losses.nmse_encode.isnan().all() and losses.nmse_decode.isnan().all()
+    sum(loss.sum() for loss in losses).backward()
+    found = gradients([*pair.bridge_set.parameters(), *pair.sparse.model.parameters()])
+    assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +110,10 @@ def test_models_themselves_do_as_well_as_their_chains(ids):
         ({"input_ids": torch.zeros(4).long()}, r"input_ids=\(4,\) must be a tensor of token ids"),
         ({"input_ids": torch.zeros(2, 1).long()}, r"input_ids has rows of 1 real token\(s\)"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask \(1, 3\) must have the shape \(2, 4\)"),
-        ({"sites": []}, r"sites=\[\] names none"),
+        ({"sites": []}, r"sites=\[\] names no site"),
     ],
 )
-def test_tokens_and_sites_that_cannot_be_are_refused(given, message, unchecked):
+def test_tokens_and_sites_that_do_not_fit_are_refused(given, message, unchecked):
     pair = join(gpt2(), sparse_model())
     with pytest.raises(ValueError, match=message):
         hybrid_losses(*pair, **({"input_ids": torch.zeros(2, 4).long()} | given))
@@ -152,7 +168,7 @@ def test_a_path_without_a_change_is_the_models_own_logits(ids):
         assert torch.equal(run_path(pair, traces, ["sparse"] * (n + 1)), pair.sparse.model(ids).logits)
 
 
-def test_a_crossing_changes_once_at_its_bridge():
+def test_a_single_switch_path_changes_sides_at_its_bridge():
     assert single_switch_path(3, 1, "dense") == ("dense", "dense", "sparse", "sparse")
     assert single_switch_path(2, 0, "sparse") == ("sparse", "dense", "dense")
 
