@@ -16,7 +16,8 @@ from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import HybridLosses, hybrid_losses
 from bridges.ops.abs_topk import abs_topk
-from bridges.steering.edits import Edit, counterfactual, load_edits, save_edits
+from bridges.steering.counterfactual import counterfactual
+from bridges.steering.edits import Edit, load_edits, save_edits
 from bridges.steering.export import directions, export_direction
 from bridges.steering.steer import steer
 from bridges.tasks.pairs import TASKS, task_pairs

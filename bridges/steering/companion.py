@@ -1,116 +1,93 @@
-"""A model run beside another one on the same tokens, with a cache of its own that follows the other's."""
+"""A model that runs beside another one on the same tokens, with a cache of its own that follows the other's."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from itertools import count
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import Cache, DynamicCache
 
-from bridges.models.huggingface.decompose import model_inputs
-from bridges.models.residual import input_device
+from bridges.models.huggingface.recording import model_inputs
+from bridges.models.residual import ResidualModel
+from bridges.steering.model_call import CacheRecords, ModelCall
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One forward call of the leading model, as far as those beside it need to know."""
+class Companion:
+    """Runs a model on every token that the dense model reads, once.
 
-    input_ids: Int[Tensor, "b s"]
-    attention_mask: Int[Tensor, "b t"] | None
-    """Over the cached tokens and the new ones, None where none is padding."""
-    cache: Cache | None
-    """The leading model's, None without one (or before the model has made it)."""
-    cached: bool
-    """Whether the leading model keeps a cache from this call on."""
-    past: int
-    """Tokens in the cache before this call."""
-    picked: bool = False
-    """Whether logits of tokens picked by index are asked for."""
-
-
-_MARKS = count()
-"""Numbers that tell shadows apart for good: an id may be given again, a copied cache keeps its number."""
-
-
-class Shadow:
-    """A model that sees every token that the leading model sees, once.
-
-    Its cache layers are appended to the leading model's cache, so that whatever happens to that (beams reordered, rows
-    repeated or dropped, tokens taken back) happens to both.
+    Its cache layers are appended to the dense model's cache, so that whatever happens to that (beams reordered, rows
+    repeated or dropped, tokens taken back) happens to both. `detach_caches` removes them.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._latest: Cache | None = None
-        self._mark = next(_MARKS)
+        self._caches: CacheRecords[Cache] = CacheRecords()
+        """The companion's own cache, by the dense model's."""
 
     @torch.no_grad()
-    def run(self, call: Pass) -> None:
-        """Run on the call's new tokens; ValueError where the leading cache holds tokens that were not seen here."""
+    def run(self, call: ModelCall) -> Cache | None:
+        """Run on the call's new tokens; returns the companion's own cache, None for a call without a cache.
+
+        After the call, `attach_cache` lets it follow the dense model's. Raises ValueError if that holds tokens that the
+        companion did not see.
+        """
         inputs = model_inputs(self.model, call.input_ids, call.attention_mask)
         if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][:, call.past :]
-        if not call.cached:
+            inputs["position_ids"] = inputs["position_ids"][:, call.n_past :]
+        if not call.uses_cache:
             self.model(**inputs)
-            return
-        own = self._start() if call.past == 0 else self._continued(call)
+            return None
+        own = self._new_cache() if call.n_past == 0 else self._cache_of(call)
         self.model(**{**inputs, "use_cache": True, "past_key_values": own})
-        self._latest = own
-        if call.past == 0 and call.cache is not None and call.cache.layers:
-            self.join(call.cache)  # one without layers yet is joined after the call, when the model has made its own
+        return own
 
-    def join(self, leading: Cache) -> None:
-        """From now on the latest cache follows the leading one."""
-        own, joined = self._latest, vars(leading).setdefault("_shadows", {})
-        if own is not None and joined.get(self._mark) is not own:
-            leading.layers.extend(own.layers)
-            joined[self._mark] = own
+    def attach_cache(self, cache: Cache, own: Cache) -> None:
+        """Let the companion's own cache follow a cache of the dense model, whose layers must exist already."""
+        before = self._caches.get(cache)
+        if before is own:
+            return
+        if before is not None:
+            _remove_layers(cache, before)
+        cache.layers.extend(own.layers)
+        self._caches.set(cache, own)
 
-    def _start(self) -> Cache:
+    def detach_caches(self) -> None:
+        """Remove the companion's layers from every cache that they were appended to, and from deep copies of it."""
+        for cache, own in self._caches.items():
+            _remove_layers(cache, own)
+        self._caches.clear()
+
+    def _new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)  # pyright: ignore[reportArgumentType]
 
-    def _continued(self, call: Pass) -> Cache:
-        own = vars(call.cache).get("_shadows", {}).get(self._mark) if call.cache is not None else None
-        if own is None or own.get_seq_length() != call.past:
+    def _cache_of(self, call: ModelCall) -> Cache:
+        own = self._caches.get(call.cache)
+        if own is None or own.get_seq_length() != call.n_past:
             raise ValueError(
-                f"past_key_values holds {call.past} tokens that were not read inside this steer(); start the prompt "
+                f"past_key_values holds {call.n_past} tokens that were not read inside this steer(); start the prompt "
                 "inside it, or use source='encoder' with edits at one site"
             )
         return own
 
 
-@cache  # asked at every token
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a method's parameters, without its self."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _remove_layers(cache: Cache, own: Cache) -> None:
+    gone = {id(layer) for layer in own.layers}
+    cache.layers[:] = [layer for layer in cache.layers if id(layer) not in gone]
 
 
-def leading_pass(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pass:
-    """What a call of a Hugging Face model says; ValueError where it gives embeddings in place of tokens."""
-    given = {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
-    input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
-    if input_ids is None:
-        raise ValueError("inputs_embeds: steer needs input_ids, to know the tokens that an edit is read from or put at")
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            "past_key_values: a static cache has one length, so readings cannot follow it; use the default (dynamic) "
-            "cache, or edits that add one number everywhere"
-        )
-    past = 0 if cache is None else int(cache.get_seq_length())
-    use_cache = given.get("use_cache")
-    use_cache = getattr(model.config, "use_cache", False) if use_cache is None else use_cache  # pyright: ignore
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} must be [batch, seq]: steer counts real tokens by it")
-    if mask is not None and mask.shape[1] != past + input_ids.shape[1]:
-        raise ValueError(
-            f"attention_mask {tuple(mask.shape)} must cover {past} cached and {input_ids.shape[1]} new tokens"
-        )
-    picked = isinstance(given.get("logits_to_keep"), Tensor)
-    return Pass(input_ids.to(input_device(model)), mask, cache, cache is not None or bool(use_cache), past, picked)
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def model_lock(model: nn.Module | ResidualModel | str | Path) -> AbstractContextManager[Any]:
+    """A lock held while a model is taken apart or read, as threads that steer two dense models may share a sparse one.
+
+    A model that is named by a folder or hub id is loaded anew each time, so it needs none.
+    """
+    if isinstance(model, str | Path):
+        return nullcontext()
+    return _LOCKS.setdefault(model.model if isinstance(model, ResidualModel) else model, RLock())

@@ -1,4 +1,4 @@
-"""A fixed edit as plain vectors, for use without this library: safetensors, or a control vector of llama.cpp."""
+"""Fixed edits as plain vectors: tensors, a safetensors file, or a control vector for llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,9 +19,18 @@ from bridges.steering.edits import Edit, as_edit_list, check_edits
 def directions(
     bridge_set: BridgeSet, edits: Edit | Sequence[Edit], strength: float = 1.0
 ) -> dict[str, Float[Tensor, " d_dense"]]:
-    """What fixed edits add to the dense stream at every position (`at="residual"`), by dense site.
+    """Return what fixed edits add to the dense stream at every position (`at="residual"`), by dense site.
 
-    ValueError for an edit that is not one number added everywhere, or that these bridges do not know.
+    Source: method.md, section 4. The vectors are [d_dense]; edits of one site sum. Raises ValueError for an edit that
+    is not one number added at every position, or that these bridges cannot carry over.
+
+    >>> import bridges, torch
+    >>> pair = bridges.load_pair()
+    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> found = directions(bridge_set, [Edit("0.mlp", 3, 2.0, "add"), Edit("0.mlp", 5, -1.0, "add")])
+    >>> {site: vector.shape for site, vector in found.items()}
+    {'0.mlp': torch.Size([64])}
     """
     found: dict[str, Tensor] = {}
     edits = as_edit_list(edits)
@@ -39,41 +48,55 @@ def directions(
 
 
 def export_direction(
-    dense: nn.Module | ResidualModel,
+    dense: nn.Module | ResidualModel | str | Path,
     bridge_set: BridgeSet,
     edits: Edit | Sequence[Edit],
     path: str | Path,
     *,
     strength: float = 1.0,
 ) -> None:
-    """Write fixed edits as `PATH.safetensors` (one vector per dense site, to be added to the stream there) or as
-    `PATH.gguf`, a control vector that llama.cpp takes with `--control-vector`.
+    """Write fixed edits as plain vectors, for use without this library.
+
+    `path` ends in `.safetensors` (one vector [d_dense] per dense site, to be added to the stream there) or in `.gguf`
+    (a control vector that llama.cpp takes with `--control-vector`; needs the gguf package). `dense` is a model object,
+    a `ResidualModel`, a folder or a hub id; only a control vector needs it, for the layers.
 
     llama.cpp adds `direction.N` to the output of layer N, from 1 on. So its vectors can stand at the sites `2.attn`
-    (the output of layer 1), `3.attn`, ..., and `final`; ValueError for another site, a file of another kind, or an edit
-    that is no fixed direction.
+    (the output of layer 1), `3.attn`, ..., and `final`. Raises ValueError for another site, another file name, or an
+    edit that is not a fixed direction.
+
+    >>> import bridges, torch
+    >>> from tempfile import TemporaryDirectory
+    >>> from safetensors.torch import load_file
+    >>> pair = bridges.load_pair()
+    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> with TemporaryDirectory() as folder:
+    ...     export_direction(pair.dense, bridge_set, Edit("0.mlp", 3, 2.0, "add"), f"{folder}/d.safetensors")
+    ...     list(load_file(f"{folder}/d.safetensors"))
+    ['0.mlp']
     """
     path, vectors = Path(path), directions(bridge_set, edits, strength)
     if not vectors:
-        raise ValueError(f"edits={edits!r} holds none, so there is nothing to export")
+        raise ValueError(f"edits={edits!r} must hold an edit to export")
     if path.suffix == ".safetensors":
         write_tensors(path, vectors)
     elif path.suffix == ".gguf":
         chain = as_residual(dense)
-        layers = {_layer(chain, site): vector for site, vector in vectors.items()}
-        _write_gguf(path, layers, chain.model.config.model_type, _layers(chain))  # pyright: ignore
+        layers = {_output_layer(chain, site): vector for site, vector in vectors.items()}
+        _write_gguf(path, layers, chain.model.config.model_type, _n_layers(chain))  # pyright: ignore
     else:
         raise ValueError(f"path={str(path)!r} must end in .safetensors or .gguf")
 
 
-def _layers(chain: ResidualModel) -> int:
+def _n_layers(chain: ResidualModel) -> int:
     return 1 + max(site.layer for site in chain.sites if site.layer is not None)
 
 
-def _layer(chain: ResidualModel, name: str) -> int:
+def _output_layer(chain: ResidualModel, name: str) -> int:
     """The layer whose output is the stream at a site."""
     site = Site(name)
-    layer = _layers(chain) - 1 if site.layer is None else site.layer - 1
+    layer = _n_layers(chain) - 1 if site.layer is None else site.layer - 1
     if layer < 1 or site.kind == "mlp":
         raise ValueError(
             f"site={name!r} is not the output of a layer that llama.cpp's control vectors reach (sites 2.attn, 3.attn, "

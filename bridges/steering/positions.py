@@ -1,4 +1,4 @@
-"""Where edits fall and how much they change there: positions, readings, the order of several edits of one channel."""
+"""Where the tokens of a forward call stand in their rows, and which of them belong to a prompt."""
 
 from __future__ import annotations
 
@@ -13,207 +13,166 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
-from bridges.bridge import BridgeSet
-from bridges.models.residual import ResidualModel, position_ids
-from bridges.steering.companion import Pass
-from bridges.steering.edits import Edit
+from bridges.models.residual import position_ids
+from bridges.steering.model_call import CacheRecords, ModelCall
 
 
-@dataclass(frozen=True)
-class Window:
-    """Where a call's new tokens stand in their rows."""
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as it was given, padding included."""
 
-    mask: Int[Tensor, "b t"]
+    input_ids: Int[Tensor, "b width"]
+    attention_mask: Int[Tensor, "b end"]
+    """Over the tokens before the prompt, if any, and its own."""
+
+    @property
+    def start(self) -> int:
+        """Column of its first token; 0 unless `generate` was given the new tokens of a longer row alone."""
+        return self.end - self.input_ids.shape[1]
+
+    @property
+    def end(self) -> int:
+        """Column after its last token."""
+        return self.attention_mask.shape[1]
+
+    def for_rows(self, rows: int) -> Prompt:
+        """The prompt with each row repeated, as `generate` does for beams; `rows` is a multiple of its own."""
+        times = rows // len(self.input_ids)
+        return Prompt(*(tensor.repeat_interleave(times, 0) for tensor in (self.input_ids, self.attention_mask)))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpan:
+    """The new tokens of one call."""
+
+    attention_mask: Int[Tensor, "b t"]
     """Over the tokens before the call and its own."""
-    prompt: Int[Tensor, "b 1"] | None
-    """Real tokens of the row's prompt, None where the prompt is over."""
-    prompt_width: int
-    """Columns of the prompt, 0 where it is over."""
     start: int
     """Column of the first new token, padding included."""
+    prompt: Prompt | None
+    """The prompt that the call reads, or a piece of which it reads; None after the prompt."""
 
     @cached_property
     def real(self) -> Bool[Tensor, "b s"]:
         """True at the new tokens that are not padding."""
-        return self.mask[:, self.start :].bool()
+        return self.attention_mask[:, self.start :].bool()
 
     @cached_property
-    def place(self) -> Int[Tensor, "b s"]:
+    def positions(self) -> Int[Tensor, "b s"]:
         """Each new token's index among its row's real ones."""
-        return position_ids(self.mask)[:, self.start :]
+        return position_ids(self.attention_mask)[:, self.start :]
 
-    def at(self, positions: tuple[int, ...]) -> Bool[Tensor, "b s"]:
+    @cached_property
+    def prompt_lengths(self) -> Int[Tensor, "b 1"] | None:
+        """Real tokens of each row up to the prompt's end; None after the prompt."""
+        if self.prompt is None:
+            return None
+        mask, end = self.attention_mask, self.prompt.end
+        given = self.prompt.for_rows(len(mask)).attention_mask.to(mask.device)
+        # What the call has of the mask counts: `generate` may have inferred it from the padding token.
+        return torch.cat([mask[:, :end], given[:, mask.shape[1] :]], 1).sum(1, keepdim=True)
+
+    def mask_at(self, positions: Sequence[int]) -> Bool[Tensor, "b s"]:
         """True at the tokens that an edit's positions name."""
-        here = torch.zeros_like(self.real)
+        named = torch.zeros_like(self.real)
         for position in positions:
             if position >= 0:
-                here |= self.place == position
-            elif self.prompt is not None:
-                here |= self.place == self.prompt + position
-        return here & self.real
+                named |= self.positions == position
+            elif self.prompt_lengths is not None:
+                named |= self.positions == self.prompt_lengths + position
+        return named & self.real
 
-    def columns(self, value: Float[Tensor, "rows prompt"]) -> Float[Tensor, "b s"]:
-        """A value per token of the prompt: the part that falls here, zero after the prompt."""
+    def prompt_values(self, value: Float[Tensor, "rows prompt"]) -> Float[Tensor, "b s"]:
+        """The part of a value per prompt token that falls on the new tokens; zero after the prompt.
+
+        Raises ValueError if `value` does not fit the prompts.
+        """
         rows, width = self.real.shape
         if rows % len(value):
             raise ValueError(f"value={tuple(value.shape)} is for {len(value)} rows, the model was given {rows}")
-        prompts = (rows, self.prompt_width)
-        if self.start == 0 and self.prompt_width < value.shape[1]:
-            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {prompts}")
-        if self.start == 0 and self.prompt_width > value.shape[1] and not self.real[:, 0].all():
+        first, end = (0, 0) if self.prompt is None else (self.prompt.start, self.prompt.end)
+        if first == self.start < end:
+            self._check_width(value, end - first)
+        # A cache may hold tokens before the prompt, and new tokens may follow it.
+        values = F.pad(value.to(self.real.device), (first, 0))[:, self.start : min(self.start + width, end)]
+        values = F.pad(values, (0, width - values.shape[1]))
+        return values.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
+
+    def _check_width(self, value: Tensor, prompt_width: int) -> None:
+        shape = (len(self.real), prompt_width)
+        if prompt_width < value.shape[1]:
+            raise ValueError(f"value={tuple(value.shape)} is longer than the prompts, {shape}")
+        if prompt_width > value.shape[1] and not self.real[:, 0].all():
             raise ValueError(
-                f"value={tuple(value.shape)} is shorter than the prompts, {prompts}, which are padded on the left; "
-                "make it of the padded prompts"
+                f"value={tuple(value.shape)} is shorter than the prompts, {shape}, which are padded on the left; make "
+                "it from the padded prompts"
             )
-        here = value[:, self.start : min(self.start + width, self.prompt_width)].to(self.real.device)
-        here = F.pad(here, (0, width - here.shape[1]))
-        return here.repeat_interleave(rows // len(value), dim=0)  # as generate repeats prompts for beams
 
 
-class Windows:
-    """Where each call's new tokens stand; it remembers the last prompt, since a call does not say what that is.
+class PromptTracker:
+    """Finds what the prompt of each call is: a forward call does not say it.
 
-    The prompt is what `generate` was given. Of other calls it is what the first of a cache is given; without a cache a
-    call of one token more carries on from the last one, any other is a prompt of its own.
+    The prompt is what `generate` is given, in whatever pieces it is read. Outside `generate` it is what the first call
+    on a cache reads; a call without a cache is its own prompt.
     """
 
-    def __init__(self, edits: Sequence[Edit]):
-        named = (edit.positions for edit in edits if edit.positions is not None)
-        self._from_the_end = next((p for p in named if min(p, default=0) < 0), None)  # pyright: ignore
-        self._prompt: Tensor | None = None
-        self._width = 0
-        self._told: tuple[Tensor, Tensor] | None = None
-        """The prompt of the `generate` at hand, and its mask."""
-        self._cache: Cache | None = None
-        """The cache that it is read into."""
-        self._started = False
+    def __init__(self, from_the_end: tuple[int, ...] | None = None):
+        """`from_the_end`: positions of an edit that count from the prompt's end, which must then have been read."""
+        self._from_the_end = from_the_end
+        self._records: CacheRecords[Prompt] = CacheRecords()
+        """The prompt that was last read into each cache."""
+        self._generate_prompts: Sequence[Prompt] = ()
+        """Of the `generate` that is running: its prompt, then that of its guidance if there is any."""
 
     @contextmanager
-    def generating(self, prompt: Int[Tensor, "b s"], mask: Tensor | None) -> Iterator[None]:
-        """Inside, calls belong to a `generate` of this prompt, in whatever pieces it comes."""
-        whole = torch.ones_like(prompt) if mask is None or mask.shape != prompt.shape else mask.long()
-        outer = self._told, self._cache
-        self._told, self._cache = (prompt, whole), None
-        self._prompt, self._width = None, 0
+    def generating(self, prompts: Sequence[Prompt]) -> Iterator[None]:
+        """Inside, calls belong to a `generate` that was given these prompts: its own, then that of guidance if any."""
+        outer, self._generate_prompts = self._generate_prompts, prompts
         try:
             yield
         finally:
-            self._told, self._cache = outer
+            self._generate_prompts = outer
 
-    def of(self, call: Pass) -> Window:
-        """ValueError where an edit counts from the end of a prompt that was not seen."""
+    def locate(self, call: ModelCall) -> TokenSpan:
+        """Where the call's tokens stand.
+
+        Raises ValueError if positions count from the end of a prompt that was not read inside this steer().
+        """
         ids, mask = call.input_ids, call.attention_mask
-        mask = ids.new_ones(len(ids), call.past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
-        self._started |= call.past == 0
-        if not self._started and self._from_the_end is not None:
+        mask = ids.new_ones(len(ids), call.n_past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
+        seen = call.n_past == 0 or self._records.get(call.cache) is not None
+        if self._from_the_end is not None and not seen:
             raise ValueError(
-                f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.past} "
+                f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.n_past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        if (told := self._told_prompt(call)) is not None:
-            width = told.shape[1]
-            told = torch.cat([mask[:, :width], told[:, mask.shape[1] :]], 1)  # the call knows what generate inferred
-            return Window(mask, told.sum(1, keepdim=True), width, call.past)
-        if call.past > 0:  # any cache may go on, not that of the last prompt alone
-            return Window(mask, None, 0, call.past)
-        width = self._own_prompt_width(call)
-        return Window(mask, mask[:, :width].sum(1, keepdim=True), width, call.past)
+        prompt = next((one for one in self._generate_prompts if self._reads(call, one)), None)
+        if prompt is None and call.n_past == 0:
+            prompt = Prompt(ids, mask)
+        return TokenSpan(mask, call.n_past, prompt)
 
-    def _told_prompt(self, call: Pass) -> Int[Tensor, "b prompt"] | None:
-        """The mask of the prompt that `generate` was given, where this call reads some of it; None elsewhere.
+    def record(self, cache: Cache, span: TokenSpan) -> None:
+        """Remember the prompt that a call has read into a cache."""
+        if span.prompt is not None:
+            self._records.set(cache, span.prompt)
 
-        Not every call inside is of that prompt: guidance, for one, reads another beside it.
-        """
-        ids, past = call.input_ids, call.past
-        if self._told is None or past >= self._told[0].shape[1] or len(ids) % len(self._told[0]):
-            return None
-        if self._cache is not None and call.cache is not self._cache:
-            return None
-        times = len(ids) // len(self._told[0])
-        prompt, mask = (tensor.to(ids.device).repeat_interleave(times, 0) for tensor in self._told)
-        here = prompt[:, past : past + ids.shape[1]]
-        if not torch.equal(ids[:, : here.shape[1]], here):
-            return None
-        self._cache = call.cache
-        return mask
+    def clear(self) -> None:
+        """Forget every cache."""
+        self._records.clear()
 
-    def _own_prompt_width(self, call: Pass) -> int:
-        ids, known, before = call.input_ids, self._prompt, self._width
-        self._width = ids.shape[1]
-        one_more = not call.cached and ids.shape[1] == before + 1
-        if one_more and known is not None and torch.equal(ids[:, : known.shape[1]], known):
-            return known.shape[1]
-        self._prompt = ids.clone()
-        return ids.shape[1]
+    def _reads(self, call: ModelCall, prompt: Prompt) -> bool:
+        """Whether a call inside `generate` reads one of its prompts, or a piece of it."""
+        ids, start = call.input_ids, call.n_past - prompt.start
+        rows, width = prompt.input_ids.shape
+        if not 0 <= start < width or len(ids) % rows or not self._may_read(call, prompt):
+            return False
+        given = prompt.for_rows(len(ids)).input_ids.to(ids.device)[:, start : start + ids.shape[1]]
+        return torch.equal(ids[:, : given.shape[1]], given)
 
-
-@dataclass
-class Place:
-    """The edits at one bridged site and what they need there."""
-
-    bridge: int
-    dense_site: int
-    sparse_site: int | None
-    channels: list[int]
-    edits: list[Edit]
-    to_stream: Float[Tensor, "channels d_dense"]
-    """What one read unit of each channel adds to the dense stream, strength included."""
-    read_unit: Float[Tensor, " channels"]
-    """gain_s / R_s: what one unit of each channel of the sparse stream is in a read."""
-    reading: Float[Tensor, "b s channels"] | None = None
-
-    @property
-    def constant(self) -> bool:
-        """Whether all edits add one number everywhere, so that the sum is one vector."""
-        return all(edit.constant for edit in self.edits)
-
-    @property
-    def mode(self) -> str | None:
-        """That of the first edit that needs the channel's reading, None where none does."""
-        return next((edit.mode for edit in self.edits if edit.mode != "add"), None)
-
-    def changes(self, window: Window) -> Float[Tensor, "b s channels"]:
-        """dn of every channel: what the edits, one after another, make of its reading, less the reading."""
-        shape = (*window.real.shape, len(self.channels))
-        before = self.to_stream.new_zeros(shape) if self.reading is None else self.reading.to(self.to_stream)
-        after = list(before.unbind(-1))
-        for edit in self.edits:
-            i = self.channels.index(edit.channel)
-            after[i] = _applied(edit, after[i], window)
-        return torch.stack(after, -1) - before
-
-    def total(self) -> Float[Tensor, " channels"]:
-        """dn of every channel where all edits are constant."""
-        sums = [sum(float(e.value) for e in self.edits if e.channel == channel) for channel in self.channels]
-        return self.to_stream.new_tensor(sums)
-
-
-def _applied(edit: Edit, v: Tensor, window: Window) -> Tensor:
-    if isinstance(edit.value, Tensor):
-        return v + window.columns(edit.value).to(v)
-    changed = edit.value if edit.mode == "set" else v + edit.value if edit.mode == "add" else v * edit.value
-    here = window.real if edit.positions is None else window.at(edit.positions)  # pyright: ignore[reportArgumentType]
-    return torch.where(here.to(v.device), changed, v)
-
-
-def place_of(
-    dense: ResidualModel,
-    sparse: ResidualModel | None,
-    bridge_set: BridgeSet,
-    site: str,
-    edits: list[Edit],
-    strength: float,
-) -> Place:
-    """The edits of one sparse site, with what a read unit of each channel means to the dense stream."""
-    i = bridge_set.index(site)
-    channels = list(dict.fromkeys(edit.channel for edit in edits))
-    bridge, (dense_site, sparse_site) = bridge_set[i], bridge_set.site_pairs[i]
-    return Place(
-        i,
-        dense.index(dense_site),
-        None if sparse is None else sparse.index(sparse_site),
-        channels,
-        edits,
-        strength * bridge.read_columns(channels),
-        bridge.gain_sparse[channels] / bridge.rms_sparse.to(bridge.gain_sparse),
-    )
+    def _may_read(self, call: ModelCall, prompt: Prompt) -> bool:
+        if call.cache is None:  # every call then reads the whole prompt and what followed it
+            return call.input_ids.shape[1] >= prompt.input_ids.shape[1]
+        # The first cache that reads the prompt goes on with it. Guidance has a cache of its own, whose first call is
+        # its prompt; one token of that may equal the prompt's first by chance.
+        readers = [cache for cache, known in self._records.items() if known is prompt]
+        return prompt is self._generate_prompts[0] and all(cache is call.cache for cache in readers)

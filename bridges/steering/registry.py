@@ -1,92 +1,121 @@
-"""The steerings that are installed in a model: paused together, and told together what `generate` is asked for."""
+"""Wraps `forward` and `generate` of a steered model, so that every steer() active in it follows its calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
-from threading import RLock
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
+from functools import partial, update_wrapper
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from bridges.models.modes import attribute
-from bridges.models.residual import ResidualModel
-from bridges.steering.positions import Windows
+from bridges.steering.positions import Prompt
 
 
-class Steering:
-    """One `steer()`, as far as the others are concerned."""
+class CallTracker(ABC):
+    """What one steer() does around the calls of its model."""
 
-    idle: bool
-    windows: Windows
+    @abstractmethod
+    def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one forward pass of the model, by calling `forward` with the arguments."""
 
-
-class Installed(list[Steering]):
-    """The steerings in a model, innermost last; they may leave in any order."""
-
-    def __init__(self):
-        super().__init__()
-        self.leaving = ExitStack()
-        """What the last of them does when it leaves."""
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, the model runs as if none were."""
-        before = [steering.idle for steering in self]
-        try:
-            for steering in self:
-                steering.idle = True
-            yield
-        finally:
-            for steering, idle in zip(self, before, strict=True):
-                steering.idle = idle
-
-    def telling(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """`generate`, whose prompt is told: its first pass may hold a part of it, or guesses of what follows."""
-
-        @wraps(generate)
-        def told(*args: Any, **kwargs: Any) -> Any:
-            prompts = [
-                ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if isinstance(ids, Tensor)
-            ]
-            with ExitStack() as stack:
-                for steering in self if prompts else ():
-                    stack.enter_context(steering.windows.generating(prompts[0], kwargs.get("attention_mask")))
-                return generate(*args, **kwargs)
-
-        return told
-
-    def __deepcopy__(self, _memo: Any) -> Installed:
-        raise ValueError("the model is steered, and a copy of it would be by halves; leave steer() before copying it")
+    @abstractmethod
+    def generating(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        """Inside, a `generate` with these prompts runs."""
 
 
-def installed(model: nn.Module | ResidualModel) -> Installed:
-    """Those in a model, an empty list where there is none."""
-    return vars(model.model if isinstance(model, ResidualModel) else model).get("_steering", Installed())
+class _Registry:
+    """The trackers of one model, which may come and go in any order."""
+
+    def __init__(self) -> None:
+        self.trackers: list[CallTracker] = []
+        self.undo = ExitStack()
+        """Gives the model its own methods back."""
+
+
+_REGISTRIES: WeakKeyDictionary[nn.Module, _Registry] = WeakKeyDictionary()
+"""The registry of every model that has trackers."""
 
 
 @contextmanager
-def listed(model: nn.Module, steering: Steering) -> Iterator[None]:
-    """Inside, a steering is among those of its model."""
-    active = installed(model)
-    if not active:
-        active.leaving.enter_context(attribute(model, "_steering", active))
-        if hasattr(model, "generate"):
-            active.leaving.enter_context(attribute(model, "generate", active.telling(model.generate)))  # pyright: ignore
-    active.append(steering)
+def register(model: nn.Module, tracker: CallTracker) -> Iterator[None]:
+    """Inside, the tracker follows every call of `model(...)` and `model.generate(...)`."""
+    registry = _REGISTRIES.setdefault(model, _Registry())
+    if not registry.trackers:
+        for name, wrap in (("forward", wrap_forward), ("generate", wrap_generate)):
+            if hasattr(model, name):
+                wrapped = _Wrapped(getattr(model, name), wrap(getattr(model, name), registry.trackers))
+                registry.undo.enter_context(attribute(model, name, wrapped))
+    registry.trackers.append(tracker)
     try:
         yield
     finally:
-        active.remove(steering)
-        if not active:
-            active.leaving.close()
+        registry.trackers.remove(tracker)
+        if not registry.trackers:
+            registry.undo.close()
+            del _REGISTRIES[model]
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+class _Wrapped:
+    """A method in place of a model's own. A deep copy of the model has its own method, not this one."""
+
+    def __init__(self, method: Callable[..., Any], replacement: Callable[..., Any]):
+        update_wrapper(self, method)  # Hugging Face looks at its signature
+        self._replacement = replacement
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._replacement(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deepcopy(self.__wrapped__, memo)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def lock(model: nn.Module | ResidualModel) -> Any:
-    """Held while a model is taken apart or read: threads that steer two dense models may share one sparse model."""
-    return _LOCKS.setdefault(model.model if isinstance(model, ResidualModel) else model, RLock())
+def wrap_forward(forward: Callable[..., Any], trackers: Sequence[CallTracker]) -> Callable[..., Any]:
+    """`forward`, run by every tracker, each around the one before it."""
+
+    def tracked(*args: Any, **kwargs: Any) -> Any:
+        run = forward
+        for tracker in trackers:
+            run = partial(tracker.forward, run)
+        return run(*args, **kwargs)
+
+    return tracked
+
+
+def wrap_generate(generate: Callable[..., Any], trackers: Sequence[CallTracker]) -> Callable[..., Any]:
+    """`generate`, whose prompt every tracker is given: its first forward pass may read a piece of it, or more."""
+
+    def tracked(*args: Any, **kwargs: Any) -> Any:
+        prompts = _prompts(args, kwargs)
+        with ExitStack() as stack:
+            for tracker in trackers if prompts else ():
+                stack.enter_context(tracker.generating(prompts))
+            return generate(*args, **kwargs)
+
+    return tracked
+
+
+def _prompts(args: tuple, kwargs: dict[str, Any]) -> list[Prompt]:
+    """The prompt that `generate` is given, then that of its guidance; empty where it is given no tokens."""
+    inputs = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    ids = next((one for one in inputs if isinstance(one, Tensor)), None)
+    if ids is None:
+        return []
+    prompts = [_prompt(ids, kwargs.get("attention_mask"))]
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) is not None:
+        negative = kwargs.get("negative_prompt_ids")
+        negative = ids[:, -1:] if negative is None else negative
+        prompts.append(_prompt(negative, kwargs.get("negative_prompt_attention_mask")))
+    return prompts
+
+
+def _prompt(ids: Tensor, mask: Tensor | None) -> Prompt:
+    """A mask longer than the tokens covers those of a cache, too, which they follow."""
+    fits = mask is not None and len(mask) == len(ids) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]
+    return Prompt(ids, mask.long() if fits else torch.ones_like(ids))  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,240 +1,284 @@
-"""steer(): inside, an ordinary Hugging Face model runs with edits of sparse channels pushed into it."""
+"""steer(): inside it, an ordinary Hugging Face model runs with edits of sparse channels pushed into it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.utils.generic import ModelOutput
 
 from bridges.bridge import BridgeSet
-from bridges.models.huggingface.decompose import base_model
 from bridges.models.loading import as_residual
-from bridges.models.modes import eval_mode
 from bridges.models.residual import HookFunction, ResidualModel
-from bridges.steering.companion import Pass, Shadow, leading_pass
-from bridges.steering.delta import EntryPoint, stream_to_read
-from bridges.steering.edits import Edit, as_edit_list, check_edits
-from bridges.steering.positions import Place, Windows, place_of
-from bridges.steering.registry import Steering, installed, listed, lock
+from bridges.steering.call_state import CallState, CurrentCall, change_hook, encode_hook
+from bridges.steering.companion import model_lock
+from bridges.steering.delta import EntryPoint
+from bridges.steering.edits import Edit, SiteEdit, as_edit_list, build_site_edit, check_edits
+from bridges.steering.model_call import ModelCall, parse_call, returned_caches
+from bridges.steering.positions import Prompt, PromptTracker
+from bridges.steering.readings import CompanionReader, Readings
+from bridges.steering.registry import CallTracker, register
 
 Source = Literal["sparse", "encoder"]
 
 
 @contextmanager
 def steer(
-    dense: nn.Module | ResidualModel,
+    dense: nn.Module | ResidualModel | str | Path,
     bridge_set: BridgeSet,
     edits: Edit | Sequence[Edit],
     *,
-    sparse: nn.Module | ResidualModel | None = None,
+    sparse: nn.Module | ResidualModel | str | Path | None = None,
     strength: float = 1.0,
     at: EntryPoint = "read",
     source: Source = "sparse",
     check_models: bool = True,
-) -> Iterator[None]:
-    """Inside, `dense` runs with the edits pushed through the decoders into it (method, section 4; paper A.4).
+) -> Iterator[nn.Module]:
+    """Run the dense model with edits of sparse channels, pushed through the bridges' decoders into it.
 
-    Forward passes and `generate` work as ever: with a (dynamic) cache or without, greedy, sampled or with beams, padded
-    on either side. `at="read"`: the edit enters the input of the dense sublayer alone; `at="residual"`: the stream, so
-    that every later layer sees it. Edits that set or scale need the channel's reading: of the `sparse` model, which
-    runs beside the dense one on the same tokens, or (`source="encoder"`) of the encoder on the unedited dense stream.
-    Readings carry no gradient. Edits of one channel compose in order; contexts nest. Strength 0 or no edits change no
-    bit. The prompt is what `generate` is given; of other calls the first of a cache, or without a cache one that is not
-    the last call and a token more.
+    Source: method.md, section 4; paper A.4. `dense` and `sparse` are model objects, `ResidualModel`s, folders or hub
+    ids; the context yields the dense model. Inside, its forward passes and `generate` work as usual: with a (dynamic)
+    cache or without, greedy, sampled or with beams, padded on either side. Contexts nest; edits of one channel apply in
+    order. Strength 0 or no edits install nothing and change no bit.
 
-    The model is as it was on every way out. ValueError, before anything is changed, for edits that cannot be, or models
-    other than those the bridges were fitted to (unless `check_models` is False).
+    `at="read"` adds each edit to the input of the dense sublayer alone; `at="residual"` adds it to the stream, so that
+    every later layer sees it. Edits that set or scale need the channel's reading: from the `sparse` model, which runs
+    on the same tokens, or (`source="encoder"`) from the encoder on the unedited dense stream. Readings carry no
+    gradient.
+
+    Negative positions, and values per token, refer to the prompt. The prompt is what `generate` is given, in whatever
+    pieces it is read. Outside `generate` it is what the first call on a cache reads, and a call without a cache is its
+    own prompt: in a loop over growing prefixes without a cache, position -1 is the last token of every call.
+
+    On every way out the model is as it was, and so are the caches that it filled: they hold its own layers alone. Edits
+    belong to the model, not to a thread: another thread that uses the same dense model meanwhile gets them too. Two
+    threads may steer two dense models, which may share a sparse one.
+
+    Raises ValueError, before anything is changed, for edits that the bridges cannot carry over, and for models other
+    than those the bridges were fitted to (unless `check_models` is False), at strength 0 too.
+
+    >>> import bridges, torch
+    >>> pair = bridges.load_pair()
+    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> with steer(pair.dense, bridge_set, Edit("0.mlp", 3, 2.0, "add")) as dense, torch.no_grad():
+    ...     steered = dense(ids[:1]).logits  # [1, 32, 1024]
+    >>> torch.equal(steered, pair.dense(ids[:1]).logits)
+    False
     """
     edits = as_edit_list(edits)
     for name, value, known in (("at", at, get_args(EntryPoint)), ("source", source, get_args(Source))):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     check_edits(bridge_set, edits, strength)
-    if not edits or strength == 0:
-        yield
-        return
-    with installed(dense).paused():  # so that taking the model apart meets no outer edit
-        chain, beside = as_residual(dense), None
+    with _unedited(dense):  # taking the model apart must not meet the edits of an outer steer()
+        chain, sparse_chain = as_residual(dense), None
         if sparse is not None:
-            with lock(sparse):
-                beside = as_residual(sparse)
+            with model_lock(sparse):
+                sparse_chain = as_residual(sparse)
         if check_models:
-            bridge_set.check_models(chain.model, None if beside is None else beside.model)
-        steering = _Steering(chain, beside, bridge_set, edits, strength, at, source)
-    with steering.installed():
+            bridge_set.check_models(chain.model, None if sparse_chain is None else sparse_chain.model)
+        plan = _build_plan(chain, sparse_chain, bridge_set, edits, strength, at, source)
+    if edits and strength != 0:
+        with _installed(plan):
+            yield chain.model
+    else:
+        yield chain.model
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What one steer() does. Nothing of it changes."""
+
+    dense: ResidualModel
+    sparse: ResidualModel | None
+    site_edits: list[SiteEdit]
+    """In the order of the dense sites."""
+    at: EntryPoint
+    source: Source
+
+    @property
+    def reading(self) -> list[SiteEdit]:
+        """Those that need readings."""
+        return [site_edit for site_edit in self.site_edits if site_edit.reading_mode]
+
+    @property
+    def edits_head_input(self) -> bool:
+        """Whether an edit changes what the unembedding reads."""
+        return self.at == "read" and self.site_edits[-1].dense_site == len(self.dense.sites) - 1
+
+
+def _build_plan(
+    dense: ResidualModel,
+    sparse: ResidualModel | None,
+    bridge_set: BridgeSet,
+    edits: list[Edit],
+    strength: float,
+    at: EntryPoint,
+    source: Source,
+) -> _Plan:
+    site_edits = [
+        build_site_edit(dense, sparse, bridge_set, site, [e for e in edits if e.site == site], strength, at)
+        for site in dict.fromkeys(edit.site for edit in edits)
+    ]
+    site_edits.sort(key=lambda site_edit: site_edit.dense_site)
+    plan = _Plan(dense, sparse, site_edits, at, source)
+    if plan.reading and source == "sparse" and sparse is None:
+        first = plan.reading[0]
+        raise ValueError(
+            f"mode={first.reading_mode!r} at site={first.edits[0].site!r} needs the channel's reading: pass sparse=, "
+            "the model to read it from, or source='encoder'"
+        )
+    return plan
+
+
+class _ActivePlans(list[_Plan]):
+    """The plans of every steer() that a model is in, kept on the model as `_steer_plans`."""
+
+    paused = False
+    """Whether the model runs without any edit for a while."""
+
+    def __deepcopy__(self, _memo: Any) -> _ActivePlans:
+        if self.paused:  # whoever takes the model apart copies pieces of it, without their hooks
+            return _ActivePlans()
+        raise ValueError("model is steered, and a copy would keep the hooks of the edits; leave steer() to copy it")
+
+
+def _active_plans(model: nn.Module | ResidualModel | str | Path) -> _ActivePlans:
+    model = model.model if isinstance(model, ResidualModel) else model
+    return vars(model).get("_steer_plans", _ActivePlans()) if isinstance(model, nn.Module) else _ActivePlans()
+
+
+@contextmanager
+def _unedited(model: nn.Module | ResidualModel | str | Path) -> Iterator[None]:
+    """Inside, the model runs without the edits of any steer()."""
+    active = _active_plans(model)
+    before, active.paused = active.paused, True
+    try:
+        yield
+    finally:
+        active.paused = before
+
+
+@contextmanager
+def _installed(plan: _Plan) -> Iterator[None]:
+    """Inside, the model runs with the edits."""
+    model, active = plan.dense.model, _active_plans(plan.dense)
+    with ExitStack() as stack:
+        tracker = None
+        if not all(site_edit.constant for site_edit in plan.site_edits):
+            tracker = _CallTracker(plan, active)
+            stack.callback(tracker.close)
+            stack.enter_context(register(model, tracker))
+        stack.enter_context(_listed(plan, active))
+        for site_edit in plan.site_edits:
+            for hook in _hooks(plan, site_edit, active, tracker):
+                stack.enter_context(hook)
         yield
 
 
-class _Steering(Steering):
-    """One `steer()`: what it hooks into the model, and what it knows of the call at hand."""
+@contextmanager
+def _listed(plan: _Plan, active: _ActivePlans) -> Iterator[None]:
+    """Inside, the plan is among those of its model. Plans may leave in any order; the last one removes the list."""
+    attributes = vars(plan.dense.model)
+    attributes["_steer_plans"] = active
+    active.append(plan)
+    try:
+        yield
+    finally:
+        active.remove(plan)
+        if not active:
+            del attributes["_steer_plans"]
 
-    def __init__(
-        self,
-        dense: ResidualModel,
-        sparse: ResidualModel | None,
-        bridge_set: BridgeSet,
-        edits: list[Edit],
-        strength: float,
-        at: EntryPoint,
-        source: Source,
-    ):
-        self.dense, self.sparse, self.bridge_set, self.at = dense, sparse, bridge_set, at
-        self.places = [
-            place_of(dense, sparse, bridge_set, site, [e for e in edits if e.site == site], strength)
-            for site in dict.fromkeys(edit.site for edit in edits)
-        ]
-        self.places.sort(key=lambda place: place.dense_site)
-        self.readers = {p.bridge: _readers(dense, bridge_set, p) for p in self.places} if at == "read" else {}
-        self.idle = self.running = False
-        self.windows, self.window = Windows(edits), None
-        reading = [place for place in self.places if place.mode]
-        if reading and source == "sparse" and sparse is None:
-            raise ValueError(
-                f"mode={reading[0].mode!r} at site={reading[0].edits[0].site!r} needs the channel's reading: pass "
-                "sparse=, the model to read it from, or source='encoder'"
-            )
-        self.source, self.reading = source, reading
-        self.in_flight: list[Place] = []
-        self.apart: list[Place] = []
-        self.beside = sparse if source == "sparse" else dense
-        self.shadow = Shadow(self.beside.model) if reading and self.beside is not None else None
 
-    def _in_flight(self) -> list[Place]:
-        """What the encoder reads off the edited run: the first edited site, where nothing was edited before it.
+def _hooks(
+    plan: _Plan, site_edit: SiteEdit, active: _ActivePlans, tracker: _CallTracker | None
+) -> Iterator[AbstractContextManager[None]]:
+    """The hooks of one site: they add its edits to the stream, or to what each module reads of it."""
 
-        Later sites, and all of them where another steer() is active, need an unedited run of their own.
-        """
-        first = self.reading[:1] == self.places[:1] and list(installed(self.dense)) == [self]
-        return self.reading[:1] if self.source == "encoder" and first else []
+    def unless_paused(hook: HookFunction) -> HookFunction:
+        return lambda h: None if active.paused else hook(h)
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside, the model runs with the edits."""
-        model = self.dense.model
-        with ExitStack() as stack:
-            if not all(place.constant for place in self.places):
-                handles = [
-                    model.register_forward_pre_hook(self._before, with_kwargs=True),
-                    model.register_forward_hook(self._after, always_call=True),
-                ]
-                if (base := base_model(model)) is not model:
-                    handles.append(base.register_forward_pre_hook(self._refuse_alone))
-                for handle in handles:
-                    stack.callback(handle.remove)
-            stack.enter_context(listed(model, self))
-            for place in self.places:
-                for context in self._hooks(place):
-                    stack.enter_context(context)
-            yield
+    def add(unit: Tensor) -> HookFunction:
+        if site_edit.constant or tracker is None:
+            return _constant_hook(site_edit, unit)
+        return change_hook(site_edit, unit, tracker.current)
 
-    def _hooks(self, place: Place) -> Iterator[Any]:
-        add = _Adding(self, place, place.to_stream) if self.at == "residual" else None
+    add_to_stream = add(site_edit.to_stream) if plan.at == "residual" else None
+    if tracker is not None and plan.source == "encoder" and site_edit.reading_mode:
+        add_to_stream = encode_hook(site_edit, add_to_stream, tracker.current)
+    if add_to_stream is not None:
+        yield plan.dense.hook_residuals({site_edit.dense_site: unless_paused(add_to_stream)})
+    yield plan.dense.hook_modules({module: unless_paused(add(unit)) for module, unit in site_edit.to_reads.items()})
 
-        def on_stream(h: Tensor) -> Tensor | None:
-            if place in self.in_flight:
-                self._encode(place, h)
-            return None if add is None else add(h)
 
-        if add is not None or (self.source == "encoder" and place in self.reading):
-            yield self.dense.hook_residuals({place.dense_site: self._unless_idle(on_stream)})
-        if add is None:
-            readers = {m: self._unless_idle(_Adding(self, place, unit)) for m, unit in self.readers[place.bridge]}
-            yield self.dense.hook_modules(readers)
+def _constant_hook(site_edit: SiteEdit, unit: Float[Tensor, "channels d"]) -> HookFunction:
+    """Adds one vector at every token."""
+    vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def _unless_idle(self, visitor: HookFunction) -> HookFunction:
-        return lambda h: None if self.idle else visitor(h)
+    def hook(h: Tensor) -> Tensor:
+        key = (h.dtype, h.device)
+        if key not in vectors:
+            vectors[key] = (site_edit.constant_change() @ unit).to(device=h.device, dtype=h.dtype)
+        return h + vectors[key]
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward pass of the dense model: where its tokens stand, and the readings taken apart."""
-        if self.idle:
-            return
-        self.running = True
-        call = leading_pass(model, args, kwargs)
-        if call.picked and self.at == "read" and self.places[-1].dense_site == len(self.dense.sites) - 1:
+    return hook
+
+
+class _CallTracker(CallTracker):
+    """Runs each call of the model with its state at hand, where edits depend on tokens, prompts or readings."""
+
+    def __init__(self, plan: _Plan, active: _ActivePlans):
+        self.plan, self.active = plan, active
+        from_the_end = (edit.positions for one in plan.site_edits for edit in one.edits if edit.counts_from_end)
+        self.prompts = PromptTracker(next(from_the_end, None))  # pyright: ignore[reportArgumentType]
+        chain = plan.dense if plan.source == "encoder" else plan.sparse
+        self.reader = CompanionReader(chain, plan.source == "encoder") if plan.reading and chain is not None else None
+        self.current = CurrentCall(plan.dense.model)
+
+    def close(self) -> None:
+        """Leave the caches that were used as the dense model alone would have made them."""
+        self.prompts.clear()
+        if self.reader is not None:
+            self.reader.companion.detach_caches()
+
+    def generating(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        """Inside, a `generate` with these prompts runs."""
+        return self.prompts.generating(prompts)
+
+    def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one forward pass of the model."""
+        if self.active.paused:
+            return forward(*args, **kwargs)
+        call = parse_call(self.plan.dense.model, args, kwargs)
+        if call.logits_by_index and self.plan.edits_head_input:
             raise ValueError("logits_to_keep: with an edit of what the head reads give a number of tokens, not indices")
-        self.window = self.windows.of(call)
-        self.in_flight = self._in_flight()
-        self.apart = [place for place in self.reading if place not in self.in_flight]
-        if self.apart:
-            assert self.beside is not None
-            itself = self.beside.model is model
-            with lock(self.beside.model), installed(model).paused() if itself else eval_mode(self.beside.model):
-                self._read(call)
+        span = self.prompts.locate(call)
+        readings, companion_cache = self._read(call)
+        with self.current.running(CallState(span, readings)):
+            output = forward(*args, **kwargs)
+        for cache in {call.cache, *returned_caches(output)} - {None}:
+            self.prompts.record(cache, span)
+            if self.reader is not None and companion_cache is not None:
+                self.reader.companion.attach_cache(cache, companion_cache)
+        return output
 
-    def _refuse_alone(self, base: nn.Module, _args: tuple) -> None:
-        if not (self.idle or self.running):
-            raise ValueError(
-                f"model={type(base).__name__} was called by itself inside steer(); call the whole model, which is told "
-                "where its tokens stand"
-            )
+    def _read(self, call: ModelCall) -> tuple[Readings, Cache | None]:
+        """The readings that need a run of their own, and the cache of that run."""
+        apart = [site_edit for site_edit in self.plan.reading if self._needs_own_run(site_edit)]
+        if self.reader is None or not apart:
+            return {}, None
+        same = self.reader.chain.model is self.plan.dense.model
+        with _unedited(self.plan.dense) if same else nullcontext():
+            return self.reader.read(call, apart)
 
-    def _after(self, _model: nn.Module, _args: tuple, output: Any) -> None:
-        if self.idle:
-            return
-        self.running = False
-        if self.apart and isinstance(output, tuple | ModelOutput):
-            parts = output.values() if isinstance(output, ModelOutput) else output
-            for cache in (part for part in parts if isinstance(part, Cache)):
-                assert self.shadow is not None
-                self.shadow.join(cache)  # one that the model made for itself, or filled only now
-
-    def _read(self, call: Pass) -> None:
-        assert self.shadow is not None and self.beside is not None
-        if self.source == "sparse":
-            visitors = {p.sparse_site: self._keep(p) for p in self.apart}
-            with self.beside.hook_reads(visitors):  # pyright: ignore[reportArgumentType]
-                self.shadow.run(call)
-        else:
-            visitors = {p.dense_site: lambda h, p=p: self._encode(p, h) for p in self.apart}
-            with eval_mode(self.shadow.model), self.beside.hook_residuals(visitors):
-                self.shadow.run(call)
-
-    def _keep(self, place: Place) -> HookFunction:
-        def keep(read: Tensor) -> None:
-            place.reading = read[..., place.channels].detach()
-
-        return keep
-
-    @torch.no_grad()
-    def _encode(self, place: Place, h: Tensor) -> None:
-        """v = gain_s z / R_s with z = f(h): the encoder's reading of the unedited stream."""
-        bridge = self.bridge_set[place.bridge]
-        z = bridge.encode_at(h.detach().to(bridge.encoder_weight.device), place.channels)
-        place.reading = (z * place.read_unit).to(h.device)
-
-
-class _Adding:
-    """A visitor that adds a site's edits to a stream or to a read."""
-
-    def __init__(self, steering: _Steering, place: Place, unit: Float[Tensor, "channels d"]):
-        self.steering, self.place, self.unit = steering, place, unit
-        self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def __call__(self, h: Tensor) -> Tensor:
-        if self.place.constant:
-            key = (h.dtype, h.device)
-            if key not in self._vectors:
-                self._vectors[key] = (self.place.total() @ self.unit).to(device=h.device, dtype=h.dtype)
-            return h + self._vectors[key]
-        window = self.steering.window
-        assert window is not None, "the model's own forward ran first"
-        changes = self.place.changes(window)
-        added = (changes @ self.unit.to(changes)).to(h)
-        return h + added[:, -h.shape[1] :]  # the head reads the last tokens alone where logits_to_keep says so
-
-
-def _readers(dense: ResidualModel, bridge_set: BridgeSet, place: Place) -> list[tuple[nn.Module, Tensor]]:
-    """Every module that reads the site's stream, with what a read unit of each channel adds to its input."""
-    modules, rms = dense.read_modules(place.dense_site), bridge_set[place.bridge].rms_dense
-    norms = [dense.norm(place.dense_site, reader) for reader in range(len(modules))]
-    if any((norm.centred, norm.present) != (norms[0].centred, norms[0].present) for norm in norms):
-        raise ValueError(
-            f"site={dense.sites[place.dense_site]!r} is read through norms of two kinds; use at='residual'"
-        )
-    return [(m, stream_to_read(norm, rms, place.to_stream)) for m, norm in zip(modules, norms, strict=True)]
+    def _needs_own_run(self, site_edit: SiteEdit) -> bool:
+        """Whether the stream at the site may be edited already when the encoder could read it on its way."""
+        first = site_edit is self.plan.site_edits[0] and len(self.active) == 1
+        return self.plan.source == "sparse" or not first

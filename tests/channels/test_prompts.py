@@ -17,7 +17,7 @@ from bridges.channels.prompts import (
     prompts_of,
 )
 from bridges.channels.search import predicted_effects
-from bridges.steering.edits import counterfactual
+from bridges.steering.counterfactual import counterfactual
 from bridges.steering.steer import steer
 
 

@@ -18,7 +18,8 @@ from bridges.channels.side_effects import (
     other_tasks,
     side_effects,
 )
-from bridges.steering.edits import Edit, counterfactual
+from bridges.steering.counterfactual import counterfactual
+from bridges.steering.edits import Edit
 from bridges.steering.steer import steer
 from bridges.tasks.pairs import TASKS, probability
 

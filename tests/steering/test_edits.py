@@ -36,7 +36,7 @@ REFUSED = {
     "integers": (dict(value=torch.ones(3, 2, dtype=torch.long), mode="add"), "of torch.int64 must be finite numbers"),
     "nan": (dict(value=torch.full((1, 2), float("nan")), mode="add"), "must be finite numbers"),
     "per token, set": (dict(value=torch.ones(1, 2)), "mode='set' takes one number"),
-    "per token, positions": (dict(value=torch.ones(1, 2), mode="add", positions=1), "exclude each other"),
+    "per token, positions": (dict(value=torch.ones(1, 2), mode="add", positions=1), "cannot go with a value per token"),
     "positions": (dict(positions=[0.5]), r"positions=\[0.5\] must be integers or None"),
     "true among positions": (dict(positions=[True, 2]), r"positions=\[True, 2\] must be integers or None"),
     "a table of positions": (dict(positions=[[1, 2]]), r"positions=\[\[1, 2\]\] must be integers or None"),
@@ -46,14 +46,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused(given, message, unchecked):
+def test_invalid_fields_are_refused(given, message, unchecked):
     with pytest.raises(ValueError, match=message):
         Edit(**({"site": "0.attn", "channel": 1, "value": 1.0} | given))
 
 
 DAMAGED = {
-    "a list": ("[]", "holds no edits"),
-    "no list": ('{"edits": 3}', "holds no edits"),
+    "a list": ("[]", "must be JSON with a list of objects"),
+    "no list": ('{"edits": 3}', "must be JSON with a list of objects"),
     "cut": ('{"edits": [', "is not valid JSON"),
     "a key too many": (
         json.dumps({"edits": [EDITS[0].to_dict() | {"strength": 2}]}),
@@ -85,10 +85,10 @@ def test_a_tensors_numbers_come_back_to_the_last_bit(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"edits": [1]}', "holds no edits; it must be JSON with a list of objects"),
+        ('{"edits": [1]}', "must be JSON with a list of objects under .edits."),
         (
             '{"edits": [{"site": "0.attn", "channel": 1, "value": [[1, 2], [3]], "mode": "add", "positions": null}]}',
-            "rows of numbers that are equally long",
+            "rows of numbers of one length",
         ),
     ],
 )

@@ -72,7 +72,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("edit", "name", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_exported_is_refused(pair, tmp_path, edit, name, message):
+def test_edits_and_paths_that_cannot_be_exported_are_refused(pair, tmp_path, edit, name, message):
     with pytest.raises(ValueError, match=message):
         export_direction(pair.dense.model, pair.bridge_set, edit, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -82,7 +82,7 @@ def test_what_cannot_be_exported_is_refused(pair, tmp_path, edit, name, message)
     ("edit", "strength", "message"),
     [
         (Edit("9.attn", 1, 1.0, "add"), 1.0, "site='9.attn' has no bridge"),
-        (Edit("1.attn", 99, 1.0, "add"), 1.0, "channel=99 is over the sparse stream's 12 channels"),
+        (Edit("1.attn", 99, 1.0, "add"), 1.0, "channel=99 must lie between 0 and 11, the sparse stream's channels"),
         (Edit("1.attn", 1, 1.0, "add"), float("nan"), "strength=nan must be a finite number"),
         (Edit("1.attn", 5, 1.0, "add"), 1.0, "channel=5 at site='1.attn' has gain 0"),
     ],

@@ -1,86 +1,108 @@
-"""What the steerings of one model share: pausing, the prompt that generate is given, coming and going."""
+"""How the calls of a model reach those who follow them, and how the model gets its own methods back."""
 
 import copy
+import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from bridges.steering.edits import Edit
-from bridges.steering.positions import Windows
-from bridges.steering.registry import Installed, Steering, installed, listed, lock
+from bridges.steering.registry import CallTracker, register
 
 
-class Some(Steering):
+class Recording(CallTracker):
+    """Keeps the prompts of the `generate` at hand, and the forward calls with those they were made in."""
+
     def __init__(self):
-        self.idle, self.windows = False, Windows([Edit("0.attn", 1, 1.0, positions=-1)])
+        self.prompts, self.calls = (), []
+
+    def forward(self, forward, *args, **kwargs):
+        self.calls.append((args, [prompt.input_ids for prompt in self.prompts]))
+        return forward(*args, **kwargs)
+
+    @contextmanager
+    def generating(self, prompts):
+        outer, self.prompts = self.prompts, prompts
+        try:
+            yield
+        finally:
+            self.prompts = outer
 
 
 class Generating(nn.Module):
-    def generate(self, inputs=None, **kwargs):
-        self.called = inputs, kwargs
-        return [steering.windows._told[0] for steering in installed(self)]
+    def forward(self, input_ids):
+        return input_ids + 1
+
+    def generate(self, inputs=None, inner=None, **kwargs):
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if inner is not None:
+            self.generate(inner)
+        return self(prompt)
 
 
-def test_they_are_paused_together_and_each_is_as_it_was_after():
-    model, one, two = nn.Linear(1, 1), Some(), Some()
-    two.idle = True
-    with listed(model, one), listed(model, two):
-        with pytest.raises(RuntimeError), installed(model).paused():
-            assert one.idle and two.idle
-            raise RuntimeError
-        assert not one.idle and two.idle
-    assert not installed(model) and not hasattr(model, "_steering")
+PROMPT = torch.ones(2, 3).long()
 
 
-def test_generate_tells_every_one_its_prompt_however_it_is_given():
-    model, prompt, one, two = Generating(), torch.ones(2, 3).long(), Some(), Some()
-    with listed(model, one), listed(model, two):
-        for args, kwargs in (((prompt,), {}), ((), {"inputs": prompt}), ((), {"input_ids": prompt})):
-            found = model.generate(*args, max_new_tokens=4, **kwargs)
-            assert all(known is prompt for known in found) and len(found) == 2
-            assert model.called[1]["max_new_tokens"] == 4
-        assert one.windows._told is two.windows._told is None
-    assert model.generate(prompt) == [] and "generate" not in vars(model)
+@pytest.mark.parametrize(("args", "name"), [((PROMPT,), None), ((), "inputs"), ((), "input_ids")])
+def test_every_tracker_is_given_the_prompt_of_generate_however_it_is_passed(args, name):
+    model, trackers = Generating(), [Recording(), Recording()]
+    with register(model, trackers[0]), register(model, trackers[1]):
+        model.generate(*args, max_new_tokens=4, **({name: PROMPT} if name else {}))
+        model(PROMPT)
+    for tracker in trackers:
+        (_, inside), (_, outside) = tracker.calls
+        assert len(inside) == 1 and inside[0] is PROMPT and outside == []
 
 
-def test_the_last_to_leave_clears_up_and_a_users_own_generate_comes_back():
-    model, one, two = Generating(), Some(), Some()
+def test_a_generate_inside_a_generate_has_its_own_prompt():
+    model, tracker, inner = Generating(), Recording(), torch.ones(1, 5).long()
+    with register(model, tracker):
+        model.generate(PROMPT, inner=inner)
+    assert [known[0].shape for _, known in tracker.calls] == [inner.shape, PROMPT.shape]
+
+
+def test_guidance_brings_a_prompt_of_its_own():
+    model, tracker, negative = Generating(), Recording(), torch.zeros(2, 2).long()
+    with register(model, tracker):
+        model.generate(PROMPT, guidance_scale=1.5, negative_prompt_ids=negative)
+        model.generate(PROMPT, guidance_scale=1.5)
+    assert [[ids.shape[1] for ids in known] for _, known in tracker.calls] == [[3, 2], [3, 1]]
+
+
+def test_trackers_may_leave_in_any_order_and_a_users_own_methods_come_back():
+    model, one, two = Generating(), Recording(), Recording()
     own = model.generate = lambda ids: ids + 1
-    first, second = listed(model, one), listed(model, two)
+    first, second = register(model, one), register(model, two)
     first.__enter__()
     second.__enter__()
-    assert list(installed(model)) == [one, two]
     first.__exit__(None, None, None)
-    assert list(installed(model)) == [two] and model.generate is not own
-    assert model.generate(torch.ones(1, 1).long()).item() == 2
+    assert model.generate is not own and torch.equal(model.generate(PROMPT), PROMPT + 1)
+    model(PROMPT)
     second.__exit__(None, None, None)
-    assert model.generate is own and type(installed(model)) is Installed and not installed(model)
-
-
-def test_a_generate_inside_a_generate_has_its_own_prompt_and_gives_back_the_outer_one():
-    windows, outer, inner = Some().windows, torch.ones(1, 3).long(), torch.ones(1, 5).long()
-    with windows.generating(outer, None):
-        with windows.generating(inner, None):
-            assert windows._told[0] is inner
-        assert windows._told[0] is outer
-
-
-def test_a_steered_model_is_not_copied_by_halves():
-    model = Generating()
-    with listed(model, Some()), pytest.raises(ValueError, match="leave steer\\(\\) before copying it"):
-        copy.deepcopy(model)
-    assert not installed(copy.deepcopy(model))
+    assert model.generate is own and "forward" not in vars(model)
+    assert len(one.calls) == 0 and len(two.calls) == 1
 
 
 def test_a_users_own_generate_may_come_and_go_inside():
     model = Generating()
-    with listed(model, Some()):
+    with register(model, Recording()):
         model.generate = None
         del model.generate
-    assert "generate" not in vars(model)
+    assert not {"generate", "forward"} & set(vars(model))
 
 
-def test_a_model_has_one_lock_of_its_own():
-    one, two = nn.Linear(1, 1), nn.Linear(1, 1)
-    assert lock(one) is lock(one) is not lock(two)
+def test_the_methods_keep_their_signatures():
+    model = Generating()
+    expected = [inspect.signature(method) for method in (model.forward, model.generate)]
+    with register(model, Recording()):
+        assert [inspect.signature(method) for method in (model.forward, model.generate)] == expected
+
+
+def test_a_deep_copy_has_its_own_methods():
+    model, tracker = Generating(), Recording()
+    with register(model, tracker):
+        copied = copy.deepcopy(model)
+        copied(PROMPT)
+        assert copied.forward.__self__ is copied
+    assert tracker.calls == []
