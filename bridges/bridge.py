@@ -1,14 +1,14 @@
-"""Bridge and BridgeSet: linear maps between the residual streams of a dense and a sparse model (method, section 1)."""
+"""Bridge and BridgeSet: linear maps between the residual streams of two models (method.md, section 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bridges.bridge_report import BridgeReport, model_card
 from bridges.io.files import read_json, write_json, write_tensors, write_text
 from bridges.io.fingerprint import checked_fingerprint, fingerprint, same_model
+from bridges.io.paths import fetch_folder
 from bridges.io.tensors import check_tensors, read_keys, read_safetensors
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
 
@@ -23,17 +24,33 @@ FORMAT_VERSION = 2
 
 
 class Bridge(nn.Module):
-    """The encoder f(h) = AbsTopK(W_enc h + b_enc, k) and the decoder g(z) = W_dec z + b_dec of one site."""
+    """The encoder f(h) = AbsTopK(W_enc h + b_enc, k) and the decoder g(z) = W_dec z + b_dec of one site (paper A.3).
+
+    Args:
+        d_dense: width of the dense model's residual stream.
+        d_sparse: width of the sparse model's.
+        k: how many entries of the encoder's output are kept per token; ValueError unless 1 <= k <= d_sparse.
+        dtype: of the weights, which start at zero. R is float64 and the gain at least float32, whatever the dtype.
+
+    >>> bridge = Bridge(d_dense=3, d_sparse=4, k=2)
+    >>> bridge.randomize(torch.Generator().manual_seed(0))
+    >>> z = bridge.encode(torch.ones(1, 5, 3))
+    >>> z.shape, (z != 0).sum(-1).tolist()
+    (torch.Size([1, 5, 4]), [[2, 2, 2, 2, 2]])
+    >>> bridge.decode(z).shape
+    torch.Size([1, 5, 3])
+    """
 
     encoder_weight: Float[nn.Parameter, "d_sparse d_dense"]
     encoder_bias: Float[nn.Parameter, " d_sparse"]
     decoder_weight: Float[nn.Parameter, "d_dense d_sparse"]
     decoder_bias: Float[nn.Parameter, " d_dense"]
     rms_dense: Float[Tensor, ""]
-    """R of the dense stream here (method, section 4), measured by `fit`; NaN before."""
+    """R of the dense stream at this site (method.md, section 4), measured by `fit`; NaN before."""
     rms_sparse: Float[Tensor, ""]
+    """R of the sparse stream."""
     gain_sparse: Float[Tensor, " d_sparse"]
-    """What the sparse model's norm here multiplies each channel by, so that reads have units without that model."""
+    """The gain of the sparse model's norm at this site: with R, the unit of a read where that model is not loaded."""
 
     def __init__(self, d_dense: int, d_sparse: int, k: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -46,14 +63,25 @@ class Bridge(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(d_dense, dtype=dtype))
         self.register_buffer("rms_dense", torch.tensor(float("nan"), dtype=torch.float64))
         self.register_buffer("rms_sparse", torch.tensor(float("nan"), dtype=torch.float64))
-        self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=dtype))
+        self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=_at_least_float32(dtype)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bridge:
+        """What `.to`, `.half` and `.cuda` call: the units (R, gain) change device with the weights, but stay exact."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            dtype = _at_least_float32(self.encoder_weight.dtype) if name == "gain_sparse" else torch.float64
+            if buffer is not None and moved is not None and moved.dtype != dtype:
+                self._buffers[name] = buffer.to(moved.device, dtype)
+        return self
 
     def encode(self, h: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
-        """f(h): the sparse model's stream as read off the dense one, exactly k entries per token."""
+        """f(h): the sparse model's stream predicted from the dense one, with exactly k entries kept per token."""
         return abs_topk(self._affine_map(h), self.k).to(self.encoder_weight.dtype)
 
     def encode_at(self, h: Float[Tensor, "*batch d_dense"], channels: Sequence[int]) -> Float[Tensor, "*batch n"]:
-        """`encode(h)[..., channels]`, bit for bit and without a gradient, at less cost for a few channels."""
+        """`encode(h)[..., channels]`, bit for bit, without a gradient; faster for a few channels."""
         with torch.no_grad():
             return abs_topk_at(self._affine_map(h), self.k, channels).to(self.encoder_weight.dtype)
 
@@ -62,36 +90,57 @@ class Bridge(nn.Module):
 
         Rounded to half precision, many entries would equal AbsTopK's threshold, and ties go to low channels.
         """
-        dtype = torch.promote_types(self.encoder_weight.dtype, torch.float32)
+        dtype = _at_least_float32(self.encoder_weight.dtype)
         with torch.autocast(h.device.type, enabled=False):
             return F.linear(h.to(dtype), self.encoder_weight.to(dtype), self.encoder_bias.to(dtype))
 
     def decode(self, z: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
-        """g(z): the dense model's stream as read off the sparse one."""
+        """g(z): the dense model's stream predicted from the sparse one."""
         return F.linear(z.to(self.decoder_weight.dtype), self.decoder_weight, self.decoder_bias)
 
     def decode_delta(self, dz: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
-        """W_dec dz: what a change of the sparse stream means to the dense one; no bias, no cancellation."""
+        """W_dec dz: the change of the dense stream that a change dz of the sparse one stands for; no bias.
+
+        More exact than decode(z + dz) - decode(z), where most digits cancel.
+        """
         return F.linear(dz.to(self.decoder_weight), self.decoder_weight)
 
     def read_columns(self, channels: Sequence[int]) -> Float[Tensor, "n d_dense"]:
-        """W_dec[:, c] R_s / gain_s: a read unit of each channel, in the dense stream (method, section 4)."""
+        """W_dec[:, c] R_s / gain_s: one read unit of each channel c, in the dense stream (method.md, section 4)."""
         units = self.rms_sparse.to(self.gain_sparse) / self.gain_sparse[list(channels)]
         return (self.decoder_weight[:, list(channels)].T * units[:, None]).detach()
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Normal weights of variance 1 / fan-in, zero biases: where gradient steps start without a closed form."""
+        """Set normal weights of variance 1 / fan-in and zero biases, to start gradient steps without a closed form."""
         with torch.no_grad():
-            for weight, bias in (
-                (self.encoder_weight, self.encoder_bias),
-                (self.decoder_weight, self.decoder_bias),
-            ):
+            for weight, bias in ((self.encoder_weight, self.encoder_bias), (self.decoder_weight, self.decoder_bias)):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
                 bias.zero_()
 
 
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class BridgeSet(nn.Module):
-    """The bridges between two models, keyed by the sparse model's sites, with what they came from and how they fare."""
+    """The bridges between two models, one per pair of sites; what `bridges.fit` returns.
+
+    A sequence of `Bridge`, also keyed by the sparse model's site. Saved and loaded by `save_pretrained` and
+    `from_pretrained`, with the held-out figures (`report`), the logged rows of the fit (`history`) and `provenance`.
+
+    Args:
+        pairs: (dense site, sparse site) of each bridge.
+        bridges: as many `Bridge`s, of equal widths and k.
+
+    >>> import bridges
+    >>> pair, generator = bridges.load_pair(), torch.Generator().manual_seed(0)
+    >>> rows = torch.randint(1024, (64, 32), generator=generator)
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set.sites, bridge_set.site_pairs
+    (['0.mlp'], [('0.mlp', '0.mlp')])
+    >>> bridge_set["0.mlp"].decoder_weight.shape  # [d_dense, d_sparse]
+    torch.Size([64, 1024])
+    """
 
     def __init__(
         self,
@@ -127,20 +176,20 @@ class BridgeSet(nn.Module):
         return self.bridges[self.index(site)]  # pyright: ignore[reportReturnType]
 
     def index(self, site: str | int) -> int:
-        """The place of a bridge, given by sparse site or index; KeyError or IndexError names those there are."""
+        """The index of a bridge, given by sparse site or index; KeyError or IndexError says which there are."""
         if isinstance(site, int):
             if not -len(self) <= site < len(self):
                 raise IndexError(f"site={site} is out of range; there are {len(self)} bridges")
             return site % len(self)
         if site not in self.sites:
-            raise KeyError(f"site={site!r} has no bridge; bridged are {', '.join(self.sites)}")
+            raise KeyError(f"site={site!r} has no bridge; the bridged sites are {', '.join(self.sites)}")
         return self.sites.index(site)
 
     def remember(self, dense: nn.Module, sparse: nn.Module) -> None:
         """Keep both models' names and fingerprints."""
         for side, model in (("dense", dense), ("sparse", sparse)):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-            # A folder's place says nothing to another machine, and must not differ between two equal runs.
+            # The path to a folder means nothing on another machine, and would differ between two equal runs.
             name = Path(name).name if Path(name).is_dir() else name
             self.provenance[side] = {"name": name, "fingerprint": fingerprint(model)}
 
@@ -159,7 +208,8 @@ class BridgeSet(nn.Module):
                 )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the bridge folder; the same set gives the same bytes."""
+        """Write the bridge folder at `path`: `config.json`, `bridges.safetensors`, `report.json`, `history.json` and a
+        model card. The same set gives the same bytes."""
         path = Path(path)
         write_tensors(path / "bridges.safetensors", self.tensors())
         write_json(path / "history.json", self.history)
@@ -172,21 +222,14 @@ class BridgeSet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **hub: Any) -> BridgeSet:
-        """Read a bridge folder, or one on the hub by its id (`hub`: revision, token, cache_dir).
+        """Read a bridge folder, or one on the hub by its id; `~` is expanded.
 
-        OSError where there is none, ValueError naming the file or tensor that is damaged.
+        `hub`: keyword arguments of the download (revision, token, cache_dir). Raises OSError where nothing is there,
+        ValueError naming the file or tensor that is damaged.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            if folder.is_absolute() or str(path).count("/") != 1:
-                raise OSError(f"path={str(path)!r} is neither a bridge folder nor a hub id (owner/name)")
-            try:
-                folder = Path(snapshot_download(str(path), **hub))
-            except (OSError, ValueError) as error:  # offline, or no such repository: the hub does not name the path
-                reason = " ".join(str(error).split())
-                raise OSError(f"path={str(path)!r} is no folder here, and the hub did not give it: {reason}") from error
+        folder = fetch_folder(path, **hub)
         if not (folder / "config.json").is_file():
-            raise OSError(f"path={str(path)!r} has no config.json: not a bridge folder")
+            raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no config.json")
         config = read_keys(folder / "config.json")
         bridge_set = cls._from_config(config, folder)
         bridge_set._load(folder / "bridges.safetensors")
@@ -197,7 +240,7 @@ class BridgeSet(nn.Module):
         return bridge_set
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Create the hub repository if need be and upload the bridge folder; returns the commit's address."""
+        """Create the hub repository if it does not exist, upload the bridge folder, and return the commit's URL."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
@@ -230,19 +273,18 @@ class BridgeSet(nn.Module):
     @classmethod
     def _from_config(cls, config: dict[str, Any], folder: Path) -> BridgeSet:
         if config.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder / 'config.json'}: format_version={config.get('format_version')!r}, this version of bridges "
-                f"reads {FORMAT_VERSION}"
-            )
+            found = f"format_version={config.get('format_version')!r}"
+            raise ValueError(f"{folder / 'config.json'}: {found}, but this version of bridges reads {FORMAT_VERSION}")
         own = ("format_version", "pairs", "d_dense", "d_sparse", "k", "dtype")
         if missing := [key for key in own if key not in config]:
-            raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}: it is not a bridge folder's")
+            raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}, which every bridge folder has")
         if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
-            raise ValueError(f"{folder / 'config.json'}: dtype={config['dtype']!r} is no dtype of torch")
+            raise ValueError(f"{folder / 'config.json'}: dtype={config['dtype']!r} is not a dtype of torch")
         pairs, *sizes = (config[name] for name in own[1:5])
-        named = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-        if not named or not pairs or not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f"{folder / 'config.json'}: pairs, d_dense, d_sparse or k is none; fetch it again")
+        in_pairs = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        if not in_pairs or not pairs or not all(isinstance(size, int) for size in sizes):
+            wanted = "pairs must be a list of [dense site, sparse site]; d_dense, d_sparse and k must be integers"
+            raise ValueError(f"{folder / 'config.json'}: {wanted}; fetch it again")
         d_dense, d_sparse, k = sizes
         dtype, pairs = getattr(torch, config["dtype"]), [(dense, sparse) for dense, sparse in pairs]
         provenance = {key: value for key, value in config.items() if key not in own}

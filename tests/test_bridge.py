@@ -160,7 +160,7 @@ def test_the_set_is_a_sequence_keyed_by_sparse_sites(bridge_set):
     assert list(bridge_set) == [bridge_set[i] for i in range(3)]
     assert bridge_set["2.attn"] is bridge_set[1] is bridge_set[-2]
     assert bridge_set.index("final") == bridge_set.index(-1) == 2
-    with pytest.raises(KeyError, match=r"site='1.block' has no bridge; bridged are 0.attn, 2.attn, final"):
+    with pytest.raises(KeyError, match=r"site='1.block' has no bridge; the bridged sites are 0.attn, 2.attn, final"):
         bridge_set["1.block"]
     for index in (3, -4):
         with pytest.raises(IndexError, match=f"site={index} is out of range; there are 3"):
@@ -254,14 +254,14 @@ DAMAGES = {
         lambda f: rewrite(f / TENSORS, lambda t: t.update({"final.decoder_bias": torch.ones(2)})),
         r"tensor final.decoder_bias has shape \[2\], not \[5\]",
     ),
-    "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json: not a bridge folder"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "is not a bridge folder: it has no config.json"),
     "torn config": (lambda f: (f / CONFIG).write_text('{"k": '), "config.json is not valid JSON"),
     "another version": (lambda f: edit_config(f, format_version=1), r"config.json: format_version=1, .* reads 2"),
     "no width": (lambda f: edit_config(f, d_dense=None), "config.json lacks 'd_dense'"),
-    "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is no dtype"),
+    "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is not a dtype"),
     "a list for a config": (lambda f: (f / CONFIG).write_text("[]"), "config.json does not hold a JSON object"),
-    "odd pairs": (lambda f: edit_config(f, pairs=[["0.attn"]]), "config.json: pairs, d_dense, d_sparse or k is none"),
-    "odd width": (lambda f: edit_config(f, d_dense="5"), "config.json: pairs, d_dense, d_sparse or k is none"),
+    "odd pairs": (lambda f: edit_config(f, pairs=[["0.attn"]]), "config.json: pairs must be a list of"),
+    "odd width": (lambda f: edit_config(f, d_dense="5"), "config.json: pairs must be a list of"),
     "a list for a report": (lambda f: (f / "report.json").write_text("[]"), "report.json does not hold a JSON object"),
     "torn report": (lambda f: (f / "report.json").write_text("{"), "report.json is not valid JSON"),
     "odd report": (lambda f: (f / "report.json").write_text("{}"), "report.json is not a report"),
@@ -278,18 +278,52 @@ def test_a_damaged_folder_is_refused_by_name(damage, bridge_set, tmp_path):
         BridgeSet.from_pretrained(tmp_path)
 
 
-def test_a_place_that_is_no_folder_is_refused(tmp_path):
-    for path in (tmp_path / "nothing", "nothing", "a/b/c"):
-        with pytest.raises(OSError, match="neither a bridge folder nor a hub id"):
+def test_a_folder_is_found_however_it_is_written(bridge_set, tmp_path, monkeypatch):
+    bridge_set.save_pretrained(tmp_path / "b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/b", "./b", "b", tmp_path / "b"):
+        assert BridgeSet.from_pretrained(path).sites == bridge_set.sites
+    for path in (tmp_path / "nothing", "~/nothing", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="must be an existing folder or a hub id"):
             BridgeSet.from_pretrained(path)
 
 
-def test_a_hub_id_is_fetched_with_its_revision(bridge_set, tmp_path, monkeypatch):
+def test_a_hub_id_is_downloaded_with_its_revision(bridge_set, tmp_path, monkeypatch):
     bridge_set.save_pretrained(tmp_path)
     asked = []
-    monkeypatch.setattr(bridges.bridge, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert BridgeSet.from_pretrained("someone/bridges", revision="v1").sites == bridge_set.sites
     assert asked == [(("someone/bridges",), {"revision": "v1"})]
+
+
+UNITS = {"rms_dense": torch.float64, "rms_sparse": torch.float64, "gain_sparse": torch.float32}
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda s: s.to("cpu", torch.half)])
+def test_half_precision_weights_keep_exact_units(cast, tmp_path):
+    bridge_set = BridgeSet([("0.attn", "0.attn")], [filled(dtype=torch.float32)])
+    units = {name: normal(7)[: bridge_set[0].get_buffer(name).numel()].to(dtype) for name, dtype in UNITS.items()}
+    for name, unit in units.items():
+        bridge_set[0].get_buffer(name).copy_(unit.squeeze())
+    halved = cast(bridge_set)
+    assert halved is bridge_set and halved[0].encoder_weight.dtype.itemsize == 2
+    halved.save_pretrained(tmp_path / "a")
+    loaded = BridgeSet.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    assert len(same_folders(tmp_path / "a", tmp_path / "b")) == 4
+    for name, unit in units.items():
+        for one in (halved, loaded):
+            kept = one[0].get_buffer(name)
+            assert kept.dtype == unit.dtype and torch.equal(kept, unit.squeeze())
+
+
+def test_units_follow_the_weights_to_another_device_and_to_float64():
+    bridge_set = BridgeSet([("0.attn", "0.attn")], [filled(dtype=torch.bfloat16)])
+    assert bridge_set[0].gain_sparse.dtype == torch.float32
+    assert bridge_set.double()[0].gain_sparse.dtype == torch.float64
+    assert {buffer.device.type for buffer in bridge_set.to("meta").buffers()} == {"meta"}
+    assert {buffer.device.type for buffer in bridge_set.to_empty(device="cpu").buffers()} == {"cpu"}
 
 
 def test_push_to_hub_uploads_the_bridge_folder(bridge_set, tmp_path, monkeypatch):
@@ -331,10 +365,10 @@ def test_the_set_knows_its_models_again(tiny, tmp_path):
         loaded.check_models(dense, dense)
 
 
-def test_a_model_is_remembered_by_its_folders_name_not_its_place(tiny, tmp_path):
+def test_a_model_is_remembered_by_its_folders_name_not_its_path(tiny, tmp_path):
     names = []
-    for place in ("here", "there"):
-        folder = tmp_path / place / "tiny-dense"
+    for parent in ("here", "there"):
+        folder = tmp_path / parent / "tiny-dense"
         tiny("gpt2").save_pretrained(folder)
         bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
         loaded = type(tiny("gpt2")).from_pretrained(folder)
@@ -346,12 +380,3 @@ def test_a_model_is_remembered_by_its_folders_name_not_its_place(tiny, tmp_path)
     bridge_set.remember(hub, tiny("llama"))
     assert bridge_set.provenance["dense"]["name"] == "someone/model"
     assert bridge_set.provenance["sparse"]["name"] == "LlamaForCausalLM"
-
-
-def test_a_folder_that_is_not_there_is_named_where_the_hub_does_not_help(monkeypatch):
-    def offline(path, **_):
-        raise OSError("Cannot find an appropriate\ncached snapshot folder")
-
-    monkeypatch.setattr("bridges.bridge.snapshot_download", offline)
-    with pytest.raises(OSError, match=r"path='runs/typo' is no folder here, and the hub did not give it: Cannot find"):
-        BridgeSet.from_pretrained("runs/typo")

@@ -1,7 +1,8 @@
-"""Models as users name them, and models left as they were found."""
+"""Models as users name them: an object, a `ResidualModel`, a folder or a hub id."""
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +11,85 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from bridges.io.paths import local_folder
 from bridges.models.huggingface.adapter import HuggingFaceResidual
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.models.sparse.openai import RELEASE_CONFIG
 from bridges.models.sparse.residual import SparseResidual
 
+ModelSource = nn.Module | ResidualModel | str | PathLike[str]
+"""How a model may be given to any public function."""
 
-def load_model(source: nn.Module | str | Path, device: torch.device | None = None, **kwargs: Any) -> nn.Module:
-    """The model itself, or the one at a path or hub id, in evaluation mode.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("tokenizer.model", "spiece.model"),
+)
 
-    A model object stays where it is; a loaded one goes to `device` unless `device_map` is among `kwargs`, which
-    `from_pretrained` gets (dtype, device_map, revision). OSError where nothing is found; no remote code is run.
+
+def load_model(source: ModelSource, device: torch.device | str | None = None, **kwargs: Any) -> nn.Module:
+    """The model object that `source` is or holds, or the one at a folder or hub id, loaded in evaluation mode.
+
+    An object stays on its device and in its mode. A loaded model goes to `device`, unless `kwargs`, which are those of
+    `from_pretrained` (dtype, device_map, revision, ...), have a `device_map`. No remote code is run. Raises OSError
+    where nothing is found, ValueError where `source` is of another kind.
     """
+    if isinstance(source, ResidualModel):
+        return source.model
     if isinstance(source, nn.Module):
         return source
-    if not isinstance(source, str | Path):
-        raise ValueError(f"model={source!r} is neither a model object nor a path or hub id")
-    if not Path(source).is_dir() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
-        raise OSError(f"path={str(source)!r} is neither a model's folder nor a hub id (owner/name)")
-    released = (Path(source) / RELEASE_CONFIG).is_file()
+    if not isinstance(source, str | PathLike):
+        raise ValueError(f"model={source!r} must be a model object, a ResidualModel, a folder or a hub id")
+    folder = local_folder(source)
+    released = folder is not None and (folder / RELEASE_CONFIG).is_file()
     loader = SparseTransformer if released else AutoModelForCausalLM
-    model = loader.from_pretrained(str(source), **kwargs)
+    model = loader.from_pretrained(str(source if folder is None else folder), **kwargs)
     return model if "device_map" in kwargs or device is None else model.to(device)  # pyright: ignore
 
 
-def find_tokenizer(source: nn.Module | ResidualModel | str | Path) -> Any:
-    """The tokenizer that lies with a model (or in the folder an object was loaded from), None without one.
+def find_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer in a model's folder or hub repository, None where there is none.
 
-    Its files are looked for first, on the hub too: without them transformers makes an empty tokenizer of a kind that it
-    guesses.
+    For an object or a `ResidualModel`: in the folder that it was loaded from, if that is a local one. The files are
+    looked for first: without them transformers makes an empty tokenizer of a kind that it guesses.
     """
-    source = source.model if isinstance(source, ResidualModel) else source
-    place = getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
-    if not place or (isinstance(source, nn.Module) and not Path(place).is_dir()):
-        return None
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-    there = (cached_file(str(place), name, _raise_exceptions_for_missing_entries=False) for name in names)
-    return AutoTokenizer.from_pretrained(str(place)) if any(there) else None
+    if isinstance(source, nn.Module | ResidualModel):
+        path = getattr(getattr(load_model(source), "config", None), "name_or_path", "")
+        if not path or not Path(path).is_dir():
+            return None
+    else:
+        path = local_folder(source) or source
+    found = (cached_file(str(path), name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
+    return AutoTokenizer.from_pretrained(str(path)) if any(found) else None
 
 
-def as_residual(
-    model: nn.Module | ResidualModel | str | Path, device: torch.device | None = None, **kwargs: Any
-) -> ResidualModel:
-    """See a decoder-only language model as a chain of sublayers on one residual stream (method, section 1).
+def as_residual(model: ModelSource, device: torch.device | str | None = None, **kwargs: Any) -> ResidualModel:
+    """See a decoder-only language model as a chain of sublayers on one residual stream (method.md, section 1).
 
-    `model`: a model object, a `ResidualModel` (returned as it is), a folder or a hub id, which is loaded as
-    `load_model` does, with `device` and `kwargs`. A `SparseTransformer` is its own chain; any other Hugging Face causal
-    language model is taken apart and proven equal to itself. ValueError where that fails, OSError where nothing is
-    found.
+    Args:
+        model: a Hugging Face causal language model or a `SparseTransformer`; a `ResidualModel`, returned as it is; a
+            folder; or a hub id. Weights are shared with the model, not copied.
+        device: where a model goes that is loaded from a folder or the hub; an object stays where it is.
+        kwargs: of `from_pretrained` (dtype, device_map, revision, ...), for a model that is loaded.
+
+    Returns:
+        The chain, compared with the model's own logits on random tokens: equal bit for bit in float32 on CPUs.
+
+    Raises:
+        ValueError: the model is not a plain chain of decoder layers; the message names the layer and the difference.
+        OSError: nothing is found at the folder or hub id.
+
+    >>> import bridges, torch
+    >>> dense = bridges.load_pair().dense
+    >>> chain = bridges.as_residual(dense)
+    >>> chain.sites
+    ['0.attn', '0.mlp', '1.attn', '1.mlp', 'final']
+    >>> input_ids = torch.tensor([[5, 17, 4]])
+    >>> residuals, logits = chain.residuals(input_ids)
+    >>> residuals[0].shape
+    torch.Size([1, 3, 64])
+    >>> torch.equal(chain.run_from("1.attn", residuals[2], input_ids), dense(input_ids).logits)
+    True
     """
     if isinstance(model, ResidualModel):
         return model

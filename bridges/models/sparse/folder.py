@@ -1,13 +1,13 @@
-"""Finding and reading the folders that a weight-sparse transformer may lie in: ours and both published layouts."""
+"""Finding and reading folders of weight-sparse transformers: this library's layout and both published ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 from torch import Tensor
 
+from bridges.io.paths import fetch_folder
 from bridges.io.tensors import INDEX, SINGLE, read_keys, read_safetensors_folder
 from bridges.models.sparse import openai
 from bridges.models.sparse.config import SparseConfig
@@ -22,7 +22,7 @@ _FILES = (
 )
 
 DOWNLOAD = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
-"""Keyword arguments of `from_pretrained` that say where a folder comes from."""
+"""Keyword arguments of `from_pretrained` that `locate` takes."""
 
 
 class Checkpoint(NamedTuple):
@@ -35,28 +35,18 @@ class Checkpoint(NamedTuple):
 
 
 def locate(path: str | Path, subfolder: str = "", **download: Any) -> Path:
-    """A local folder for a path or a hub id; only the files that are needed are fetched, no code among them.
+    """The local folder of a model given as a folder or hub id; only the files needed are downloaded, no code.
 
-    `download`: keyword arguments of `huggingface_hub.snapshot_download`. OSError when there is no such folder.
+    `download`: keyword arguments of `huggingface_hub.snapshot_download`. Raises OSError when there is no such folder.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or str(path).startswith(("~", ".")) or str(path).count("/") > 1:
-            raise FileNotFoundError(f"{path} is not a folder, nor the id of a repository on the hub")
-        wanted = [f"{subfolder}/{name}" if subfolder else name for name in _FILES]
-        try:
-            folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, **download))
-        except OSError as error:
-            reason = str(error).partition("\n")[0]
-            raise OSError(f"{path} is not a folder, and the hub did not give it: {reason}") from error
-    return folder / subfolder
+    wanted = [f"{subfolder}/{name}" if subfolder else name for name in _FILES]
+    return fetch_folder(path, allow_patterns=wanted, **download) / subfolder
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """The configuration and tensors of a folder in any of the layouts, with the names of our state dict.
+    """The configuration and tensors of a folder in any layout, with the names of `SparseTransformer`'s state dict.
 
-    OSError when a file is missing; ValueError, naming the file, when one is empty or damaged or says what is not
-    understood.
+    Raises OSError when a file is missing; ValueError, naming the file, when one is empty, damaged or has unknown keys.
     """
     if (folder / openai.RELEASE_CONFIG).is_file():
         return Checkpoint(*openai.read_release(folder))
@@ -69,7 +59,7 @@ def read_folder(folder: Path) -> Checkpoint:
         return Checkpoint(*openai.read_hub(folder))
     if kind != SparseConfig.model_type:
         known = f"{SparseConfig.model_type} or {openai.HUB_MODEL_TYPE}"
-        raise ValueError(f"{path} has model_type={kind!r}; a SparseTransformer is read from {known}")
+        raise ValueError(f"{path} has model_type={kind!r}; a SparseTransformer needs {known}")
     return Checkpoint(_read_config(path, keys), *_read_own(folder))
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bridges.io.paths import local_folder
 from bridges.io.tensors import check_tensors
 from bridges.models.residual import position_ids
 from bridges.models.sparse.blocks import Block, RMSNorm, Sink, Trunk, Write, attention_pattern, sinusoids
@@ -217,7 +218,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        path = str(pretrained_model_name_or_path)
+        path = str(local_folder(pretrained_model_name_or_path) or pretrained_model_name_or_path)
         folder = locate(path, **{key: kwargs.pop(key) for key in DOWNLOAD if key in kwargs})
         checkpoint = read_folder(folder)
         config = checkpoint.config if config is None else config

@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridges.models.sparse.folder import locate
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 SHAPE = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "d_model": 16}
@@ -49,15 +48,6 @@ def test_a_hub_id_is_fetched_without_code(model, folder, tmp_path, monkeypatch):
     assert "inner/config.json" in patterns and not any(pattern.endswith((".py", "*")) for pattern in patterns)
 
 
-def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
-    def snapshot_download(*_args, **_options):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(OSError, match=r"^someone/sparse is not a folder, and the hub did not give it: no route$"):
-        SparseTransformer.from_pretrained("someone/sparse")
-
-
 def test_a_generation_config_and_another_config_are_taken(model, folder):
     model.generation_config.max_new_tokens = 3
     model.save_pretrained(folder)
@@ -72,11 +62,17 @@ def test_a_model_made_from_tensors_in_hand(model):
     assert same(model, again)
 
 
-def test_folders_that_are_none(tmp_path):
-    with pytest.raises(OSError, match="is not a folder"):
-        SparseTransformer.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="is not a folder"):
-        locate("./nowhere")
+def test_a_folder_is_found_however_it_is_written(model, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(folder.parent)
+    for path in ("~/own", "./own", "own", folder, str(folder)):
+        assert same(model, SparseTransformer.from_pretrained(path))
+
+
+def test_a_folder_that_does_not_exist_or_holds_no_model_is_refused(tmp_path):
+    for path in (tmp_path / "nothing", "./nothing"):
+        with pytest.raises(OSError, match="must be an existing folder or a hub id"):
+            SparseTransformer.from_pretrained(path)
     with pytest.raises(OSError, match=r"has neither config\.json nor beeg_config\.json"):
         SparseTransformer.from_pretrained(tmp_path)
 
@@ -84,7 +80,7 @@ def test_folders_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"model_type": "gpt2"}, r"config\.json has model_type='gpt2'; a SparseTransformer is read from"),
+        ({"model_type": "gpt2"}, r"config\.json has model_type='gpt2'; a SparseTransformer needs"),
         ({"rotary": 1}, r"config\.json: rotary=1 is not a key"),
         ({"n_layer": 2}, r"the tensor transformer\.h\.1\.ln_1\.weight is missing"),
         ({"sink": False}, r"attn_imp\.sink_logit is not expected"),
