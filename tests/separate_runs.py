@@ -1,6 +1,6 @@
-"""Fits in processes of their own, for tests that kill them or run two side by side.
+"""Fits in processes of their own, for tests that kill them or run two at once.
 
-separate_runs.py fit OUT SETTINGS          one process of a fit (torchrun's variables say which)
+separate_runs.py fit OUT SETTINGS          one process of a fit (torchrun's variables say which one)
 separate_runs.py killed OUT SETTINGS SEED  a fit killed at five random moments and resumed until done
 """
 
@@ -22,18 +22,20 @@ KILLS = 5
 
 
 def run(out, settings, resume=False):
-    # Rows of their own: padded ones among them, so that processes have different numbers of tokens.
+    # Some rows are padded, so that processes have different numbers of tokens.
     ids = tokens(40, 10, seed=31)
     mask = torch.ones_like(ids)
     mask[::3, :4] = 0
     mask[1::5, 6:] = 0
     data = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
     dense, sparse = gpt2(layers=1), sparse_model(layers=1)
-    fit(dense, sparse, data, output_dir=out, resume=resume, progress=False, **settings)
+    settings = dict(settings)
+    eval_data = tokens(4, 10, seed=settings.pop("eval_seed")) if "eval_seed" in settings else None
+    fit(dense, sparse, data, eval_data=eval_data, output_dir=out, resume=resume, progress=False, **settings)
 
 
 def logged(out, settings):
-    """A run that writes down every step as it is done."""
+    """A run that appends the number of every step to a file as it is done."""
     step = Trainer.train_step
 
     def noted(self, batches):
@@ -47,7 +49,7 @@ def logged(out, settings):
 
 
 def attempt(out, settings):
-    """The run in a fork, which has everything imported."""
+    """The process id of a run in a fork, which has everything imported already."""
     child = os.fork()
     if child == 0:
         logged(out, settings)

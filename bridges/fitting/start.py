@@ -12,6 +12,9 @@ from bridges.fitting.checkpoint import Checkpoint
 from bridges.fitting.interchange import QuadraticTerm, terms_from_tensors
 from bridges.objective.hybrid import ModelPair
 
+INTERCHANGE_FILE = "carried"
+"""The file of the interchange loss in a checkpoint, under its first name, so that older checkpoints resume."""
+
 
 @dataclass(frozen=True)
 class StartState:
@@ -38,8 +41,8 @@ def start_from_checkpoint(pair: ModelPair, checkpoint: Checkpoint) -> StartState
         for name, parameter in pair.sparse.model.named_parameters():
             parameter.copy_(tensors["sparse"][name])
     interchange = []
-    if "interchange" in tensors:
-        interchange = terms_from_tensors(pair.bridge_set.sites, tensors["interchange"], pair.dense.device)
+    if INTERCHANGE_FILE in tensors:
+        interchange = terms_from_tensors(pair.bridge_set.sites, tensors[INTERCHANGE_FILE], pair.dense.device)
     return StartState(
         checkpoint.step,
         interchange,

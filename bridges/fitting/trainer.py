@@ -19,7 +19,7 @@ from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_op
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.fitting.interchange import terms_to_tensors
-from bridges.fitting.start import StartState
+from bridges.fitting.start import INTERCHANGE_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
@@ -128,7 +128,7 @@ class Trainer:
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
-        with nullcontext() if self.support is None else self.support.multiplying():
+        with nullcontext() if self.support is None else self.support.sparse_kernels():
             losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
         refuse_not_finite(losses, step)
         if self.support is not None:
@@ -156,7 +156,7 @@ class Trainer:
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
         }
         if self.interchange:
-            tensors["interchange"] = terms_to_tensors(self.pair.bridge_set.sites, self.interchange)
+            tensors[INTERCHANGE_FILE] = terms_to_tensors(self.pair.bridge_set.sites, self.interchange)
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
@@ -200,7 +200,7 @@ def _support(pair: ModelPair, config: FitConfig, start: StartState) -> Support |
     if not config.train_sparse or config.target_density is not None:
         return None
     masks = sparsity.supports(pair.sparse.model) if start.supports is None else start.supports
-    return Support(pair.sparse.model, masks, fast=config.mixed_precision == "no")
+    return Support(pair.sparse.model, masks, use_kernels=config.mixed_precision == "no")
 
 
 def _sparse_optimizer(pair: ModelPair, config: FitConfig, support: Support | None) -> torch.optim.AdamW | None:
