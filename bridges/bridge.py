@@ -129,33 +129,33 @@ class BridgeSet(nn.Module):
     `from_pretrained`, with the held-out figures (`report`), the logged rows of the fit (`history`) and `provenance`.
 
     Args:
-        pairs: (dense site, sparse site) of each bridge.
+        site_pairs: (dense site, sparse site) of each bridge, in the models' order.
         bridges: as many `Bridge`s, of equal widths and k.
 
-    >>> import bridges
-    >>> pair, generator = bridges.load_pair(), torch.Generator().manual_seed(0)
-    >>> rows = torch.randint(1024, (64, 32), generator=generator)
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
-    >>> bridge_set.sites, bridge_set.site_pairs
-    (['0.mlp'], [('0.mlp', '0.mlp')])
-    >>> bridge_set["0.mlp"].decoder_weight.shape  # [d_dense, d_sparse]
-    torch.Size([64, 1024])
+    >>> from tempfile import TemporaryDirectory
+    >>> bridge_set = BridgeSet([("0.attn", "0.attn"), ("1.attn", "2.attn")], [Bridge(3, 4, k=2), Bridge(3, 4, k=2)])
+    >>> bridge_set.sites, bridge_set["2.attn"] is bridge_set[1]
+    (['0.attn', '2.attn'], True)
+    >>> with TemporaryDirectory() as folder:
+    ...     bridge_set.save_pretrained(folder)
+    ...     BridgeSet.from_pretrained(folder).site_pairs
+    [('0.attn', '0.attn'), ('1.attn', '2.attn')]
     """
 
     def __init__(
         self,
-        pairs: list[tuple[str, str]],
+        site_pairs: list[tuple[str, str]],
         bridges: list[Bridge],
         provenance: Mapping[str, Any] | None = None,
         report: BridgeReport | None = None,
         history: list[dict[str, Any]] | None = None,
     ):
         super().__init__()
-        self.site_pairs = [(str(dense), str(sparse)) for dense, sparse in pairs]
+        self.site_pairs = [(str(dense), str(sparse)) for dense, sparse in site_pairs]
         """(dense site, sparse site) of each bridge."""
         self.bridges = nn.ModuleList(bridges)
         self.provenance: dict[str, Any] = dict(provenance or {})
-        """Names and fingerprints of both models, the settings and versions of the fit."""
+        """Names and fingerprints of both models, settings and versions of the fit; stored in `config.json`."""
         self.report = report
         """Held-out figures, None before `evaluate` or `fit`."""
         self.history = history if history is not None else []
@@ -186,7 +186,7 @@ class BridgeSet(nn.Module):
         return self.sites.index(site)
 
     def remember(self, dense: nn.Module, sparse: nn.Module) -> None:
-        """Keep both models' names and fingerprints."""
+        """Store both models' names and fingerprints in `provenance`, for `check_models`."""
         for side, model in (("dense", dense), ("sparse", sparse)):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
             # The path to a folder means nothing on another machine, and would differ between two equal runs.
@@ -208,9 +208,11 @@ class BridgeSet(nn.Module):
                 )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the bridge folder at `path`: `config.json`, `bridges.safetensors`, `report.json`, `history.json` and a
-        model card. The same set gives the same bytes."""
-        path = Path(path)
+        """Write the bridge folder: `config.json`, `bridges.safetensors`, `report.json`, `history.json`, model card.
+
+        The same set gives the same bytes. `~` is expanded.
+        """
+        path = Path(path).expanduser()
         write_tensors(path / "bridges.safetensors", self.tensors())
         write_json(path / "history.json", self.history)
         write_text(path / "README.md", model_card(self.config(), self.report))

@@ -1,4 +1,4 @@
-"""Changing a model for a while, and leaving it as it was found: modes, gradients, replaced methods."""
+"""Contexts that change a model and restore it on exit: train or eval mode, requires_grad, replaced methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
+    """Inside, evaluation mode; afterwards every module's own mode again."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -23,21 +23,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, evaluation mode and no parameter that asks for a gradient; both as they were afterwards."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+    """Inside, evaluation mode and no parameter that requires a gradient; afterwards both as before."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
         try:
-            for parameter in asking:
+            for parameter in trainable:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for parameter in asking:
+            for parameter in trainable:
                 parameter.requires_grad_(True)
 
 
 @contextmanager
 def train_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, training mode; every module's own mode, and gradients cleared, afterwards."""
+    """Inside, training mode; afterwards every module's own mode again, and no gradients."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
@@ -50,7 +50,7 @@ def train_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module computes another way what it computes; its hooks run as ever."""
+    """Inside, each module's forward is replaced; its hooks still run."""
     with ExitStack() as stack:
         for module, forward in replacements.items():
             stack.enter_context(attribute(module, "forward", forward))
@@ -59,7 +59,7 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, an object has another value under a name of its own; afterwards what it had before, or none."""
+    """Inside, an object's own attribute has another value; afterwards its old value, or no such attribute."""
     own = vars(owner)
     had, before = name in own, own.get(name)
     own[name] = value

@@ -1,4 +1,4 @@
-"""Which site of the dense model a site of the sparse model is bridged with."""
+"""Which site of the dense model is bridged with which site of the sparse model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bridges.models.residual import ResidualModel, Site
 
 
 class SitePair(NamedTuple):
-    """Two sites that one bridge joins."""
+    """The two sites of one bridge."""
 
     dense: Site
     sparse: Site
@@ -23,8 +23,9 @@ def pair_sites(
 ) -> list[SitePair]:
     """Pair the sites of two models, one-to-one and in increasing order on both sides.
 
-    Without `site_map`, layers pair by depth and sites by kind; a `block` pairs with an `attn`. `sites` keeps those
-    pairs whose sparse site it names. ValueError for a site that is not there or an order that is not increasing.
+    Without `site_map`, a list of (dense site, sparse site), layers pair by depth and sites by kind, and a `block` pairs
+    with an `attn`. `sites` keeps the pairs of the sparse sites that it names. Raises ValueError for a site that a model
+    does not have, and for an order that does not increase.
     """
     pairs = _mapped(dense, sparse, site_map) if site_map is not None else _by_depth(dense.sites, sparse.sites)
     if sites is not None:
@@ -33,7 +34,7 @@ def pair_sites(
             raise ValueError(f"sites={unknown[0]!r} is not a bridged site of the sparse model; those are {known}")
         pairs = [pair for pair in pairs if pair.sparse in sites]
     if not pairs:
-        raise ValueError(f"sites={sites!r}, site_map={site_map!r} leave no pair of sites to bridge")
+        raise ValueError(f"sites={sites!r}, site_map={site_map!r} leave no pair of sites to bridge; name at least one")
     for side, model in (("dense", dense), ("sparse", sparse)):
         order = [model.index(getattr(pair, side)) for pair in pairs]
         if order != sorted(set(order)):
@@ -50,8 +51,8 @@ def _by_depth(dense: list[Site], sparse: list[Site]) -> list[SitePair]:
     few, many = sorted((n_dense, n_sparse))
     pairs = []
     for j in range(few):
-        far = round(j * (many - 1) / (few - 1)) if few > 1 else 0
-        layer_dense, layer_sparse = (j, far) if n_dense == few else (far, j)
+        deeper = round(j * (many - 1) / (few - 1)) if few > 1 else 0
+        layer_dense, layer_sparse = (j, deeper) if n_dense == few else (deeper, j)
         kinds_dense, kinds_sparse = _kinds(dense, layer_dense), _kinds(sparse, layer_sparse)
         for kind, site in kinds_sparse.items():
             other = kinds_dense.get(kind)

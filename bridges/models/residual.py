@@ -1,4 +1,4 @@
-"""A language model seen as a chain of sublayers on one residual stream (method, section 1)."""
+"""`ResidualModel`: a language model as a chain of sublayers on one residual stream (method.md, section 1)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 HookFunction = Callable[[Tensor], Tensor | None]
-"""Sees a stream or a read [batch, seq, d_model]; what it returns, if anything, takes its place."""
-
+"""Called with a stream or a read [batch, seq, d_model]; replaces it by what it returns, unless that is None."""
 
 Batch = tuple[Tensor, Tensor | None]
 """input_ids and attention_mask, [batch, seq] each; None where nothing is padding."""
 
 
 class Site(str):
-    """A place on the residual stream, named `3.attn`, `3.mlp`, `3.block` or `final`; compares as its name."""
+    """A point on the residual stream: the input of a sublayer, `3.attn`, `3.mlp` or `3.block`, or of the head, `final`.
+
+    A string: it compares and hashes as its name.
+    """
 
     __slots__ = ()
 
@@ -32,16 +34,16 @@ class Site(str):
 
     @property
     def layer(self) -> int | None:
-        """The index of the layer that the site stands in, None for `final`."""
+        """The index of the site's layer, None for `final`."""
         layer = self.partition(".")[0]
         return int(layer) if layer.isdigit() else None
 
 
 class Norm(NamedTuple):
-    """The normalisation between a site and its sublayer's read (method, section 4)."""
+    """The normalisation between a site and its sublayer's read (method.md, section 4)."""
 
     gain: Float[Tensor, " d_model"]
-    """What each channel is multiplied by after the division, float32 or wider."""
+    """The factor of each channel after the division by the RMS, in float32 or wider."""
     centred: bool
     """True for a LayerNorm, which subtracts the mean over channels."""
     present: bool = True
@@ -50,17 +52,18 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """What a sublayer needs beside the stream: one batch's tokens, mask, positions and whatever its model adds."""
+    """The inputs of a sublayer other than the stream: one batch's tokens and mask, and what the model makes of them."""
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"] | None
     embedding: Float[Tensor, "batch seq d_model"]
     """The residual at the first site."""
     extra: Any = None
+    """The model's own inputs to its layers (position embeddings, attention masks)."""
 
 
 class Trace(NamedTuple):
-    """One forward pass, kept as far as hybrid passes need it."""
+    """The results of one forward pass that hybrid passes start from."""
 
     residuals: list[Float[Tensor, "batch seq d_model"]]
     """The stream at every site, in order."""
@@ -72,7 +75,21 @@ class ResidualModel(ABC):
     """A decoder-only model as sublayers M_0 .. M_{n-1} and a head: h_{i+1} = M_i(h_i), logits = head(h_n).
 
     Site i is the input of sublayer i; the last site, `final`, is the input of the head (final norm and unembedding).
-    A subclass supplies the abstract methods; everything else follows from them.
+    Built by `bridges.as_residual`. A subclass supplies the abstract methods; the others are made of them. Errors:
+    ValueError for a site that the model does not have, and for rows longer than its context.
+
+    >>> import bridges
+    >>> chain = bridges.as_residual(bridges.load_pair().sparse)
+    >>> input_ids = torch.tensor([[5, 17, 4]])
+    >>> residuals, logits = chain.residuals(input_ids)  # one [batch, seq, d_model] per site, [batch, seq, vocab]
+    >>> len(residuals) == len(chain.sites), logits.shape
+    (True, torch.Size([1, 3, 1024]))
+    >>> torch.equal(chain.run_from("1.mlp", residuals[3], input_ids), logits)
+    True
+    >>> chain.run_from("1.mlp", torch.zeros_like(residuals[3]), input_ids).shape
+    torch.Size([1, 3, 1024])
+    >>> [read.shape[-1] for read in chain.reads(input_ids)] == [chain.d_model] * 5
+    True
     """
 
     model: nn.Module
@@ -80,11 +97,11 @@ class ResidualModel(ABC):
     d_model: int
     vocab_size: int
     context_length: int | None
-    """The most tokens that a row may have, None where the model sets no limit."""
+    """The largest number of tokens in a row, None where the model sets no limit."""
 
     @abstractmethod
     def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
-        """Embed the tokens and prepare what sublayers share (masks, rotary tables, positions); runs no sublayer."""
+        """Embed the tokens and prepare what sublayers share (masks, position embeddings); runs no sublayer."""
 
     @abstractmethod
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
@@ -98,7 +115,7 @@ class ResidualModel(ABC):
     def read_modules(self, index: int) -> list[nn.Module]:
         """The modules whose first input is a read of site `index`, on its leading d_model channels.
 
-        One, but for a block whose attention and MLP both read its stream; `reads` shows the first one's.
+        One module, or two for a block whose attention and MLP both read its stream; `reads` gives the first one's.
         """
 
     @abstractmethod
@@ -106,15 +123,15 @@ class ResidualModel(ABC):
         """The norm between site `index` and the read of one of its `read_modules`."""
 
     @abstractmethod
-    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
-        """Inside, `visitors[i]` sees the stream at site i in the model's own forward passes, as `reading` does reads.
+    def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
+        """Inside, `hooks[i]` is called with the stream at site i, and may replace it, in the model's own passes.
 
-        For `model(...)` and `model.generate(...)`, cached or not; not for the chain's own methods.
+        That is in `model(...)` and `model.generate(...)`, with or without a cache; not in the chain's own methods.
         """
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device that token ids must be on."""
         return input_device(self.model)
 
     @property
@@ -123,7 +140,7 @@ class ResidualModel(ABC):
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def index(self, site: str | int) -> int:
-        """The index of a site given by name or index; ValueError names the sites there are."""
+        """The index of a site given by name or index; ValueError lists the model's sites."""
         if isinstance(site, int):
             if -len(self.sites) <= site < len(self.sites):
                 return site % len(self.sites)
@@ -147,10 +164,10 @@ class ResidualModel(ABC):
         attention_mask: Int[Tensor, "b s"] | None = None,
         differentiable: bool = False,
     ) -> Trace:
-        """Run the whole chain, keeping the stream at every site.
+        """Run the whole chain and keep the stream at every site.
 
-        `differentiable`: with a graph from the first stream on, a frozen model's too, so that the gradient of what is
-        made of the logits can be had at every site.
+        `differentiable`: build a graph from the first stream on, of a frozen model too, so that every stream has a
+        gradient with respect to the logits.
         """
         context = self.context(input_ids, attention_mask)
         with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
@@ -162,7 +179,7 @@ class ResidualModel(ABC):
     def residuals(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
     ) -> tuple[list[Float[Tensor, "b s d"]], Float[Tensor, "b s vocab"]]:
-        """The stream at every site, [batch, seq, d_model] each, and the logits [batch, seq, vocab]."""
+        """The stream at every site, a list of [batch, seq, d_model], and the logits [batch, seq, vocab]."""
         trace = self.trace(input_ids, attention_mask)
         return trace.residuals, trace.logits
 
@@ -173,28 +190,31 @@ class ResidualModel(ABC):
         input_ids: Int[Tensor, "b s"],
         attention_mask: Int[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s vocab"]:
-        """Logits when the stream at `site` is `residual` [batch, seq, d_model]; only what comes after it is run."""
+        """Logits [batch, seq, vocab] when the stream at `site` (name or index) is `residual` [batch, seq, d_model].
+
+        Only the sublayers after the site are run.
+        """
         return self.tail(self.index(site), residual, self.context(input_ids, attention_mask))
 
     def reads(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
     ) -> list[Float[Tensor, "b s d"]]:
-        """What each site's sublayer reads, [batch, seq, d_model] each: its module's input, after the norm."""
+        """What each site's sublayer reads, a list of [batch, seq, d_model]: its module's input, after the norm."""
         reads: list[list[Tensor]] = [[] for _ in self.sites]
         with self.hook_reads({index: read.append for index, read in enumerate(reads)}):
             self.trace(input_ids, attention_mask)
         return [read[-1] for read in reads]
 
-    def hook_reads(self, visitors: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
-        """Inside, `visitors[i]` sees the read of site i at every pass and may return another to take its place."""
-        return self.hook_modules({self.read_modules(index)[0]: visitor for index, visitor in visitors.items()})
+    def hook_reads(self, hooks: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
+        """Inside, `hooks[i]` is called with the read of site i in every pass, and may replace it."""
+        return self.hook_modules({self.read_modules(index)[0]: hook for index, hook in hooks.items()})
 
     @contextmanager
-    def hook_modules(self, visitors: Mapping[nn.Module, HookFunction]) -> Iterator[None]:
-        """Inside, a visitor sees what its module reads of the stream and may return another to take its place."""
+    def hook_modules(self, hooks: Mapping[nn.Module, HookFunction]) -> Iterator[None]:
+        """Inside, each module's hook is called with what the module reads of the stream, and may replace it."""
         handles = [
-            module.register_forward_pre_hook(input_hook(visitor, self.d_model), with_kwargs=True)
-            for module, visitor in visitors.items()
+            module.register_forward_pre_hook(input_hook(hook, self.d_model), with_kwargs=True)
+            for module, hook in hooks.items()
         ]
         try:
             yield
@@ -203,25 +223,25 @@ class ResidualModel(ABC):
                 handle.remove()
 
 
-def input_hook(visitor: HookFunction, d_model: int) -> Callable[..., Any]:
-    """A forward pre-hook that shows a module's first input, on its leading d_model channels, to a visitor."""
+def input_hook(hook: HookFunction, d_model: int) -> Callable[..., Any]:
+    """A forward pre-hook that calls `hook` with the leading d_model channels of a module's first input."""
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def pre_hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         whole = args[0] if args else kwargs["hidden_states"]
-        changed = visitor(whole[..., :d_model])
+        changed = hook(whole[..., :d_model])
         if changed is None:
             return None
-        if whole.shape[-1] > d_model:  # read-only channels (positions) that stand behind the stream's own
+        if whole.shape[-1] > d_model:  # position channels, concatenated after the stream's own, cannot be changed
             changed = torch.cat([changed, whole[..., d_model:]], dim=-1)
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-    return hook
+    return pre_hook
 
 
 def check_tokens(
     name: str, input_ids: Any, attention_mask: Tensor | None, *models: ResidualModel, least: int = 2
 ) -> None:
-    """ValueError, naming what is wrong, unless all models can read these rows of tokens, `least` or more in one."""
+    """ValueError unless all models can run on these token ids, and one row at least has `least` real tokens."""
     ids = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and not input_ids.is_floating_point()
     if not ids or not input_ids.numel():
         what = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -234,29 +254,29 @@ def check_tokens(
     refuse_foreign_tokens(name, input_ids, *models)
     most = width if attention_mask is None else int(attention_mask.sum(1).max())
     if most < least:
-        raise ValueError(f"{name} has rows of {most} real token(s); nothing is predicted or counted below two")
+        raise ValueError(f"{name} has rows of {most} real token(s); it must have one of {least} or more")
 
 
 def refuse_foreign_tokens(name: str, input_ids: Tensor, *models: ResidualModel) -> None:
-    """ValueError unless all models know every token."""
+    """ValueError unless every token id is in all models' vocabularies."""
     low, high, vocab_size = int(input_ids.min()), int(input_ids.max()), min(model.vocab_size for model in models)
     if low < 0 or high >= vocab_size:
         raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
 
 
 def context_limit(*models: ResidualModel) -> int | None:
-    """The most tokens that a row of all models may have, None where none sets a limit."""
+    """The largest number of tokens in a row that all models take, None where none sets a limit."""
     return min((m.context_length for m in models if m.context_length is not None), default=None)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go in: where the first parameter lies, or where accelerate brings it when it is offloaded."""
+    """The device for token ids: that of the first parameter, or where accelerate brings it when it is offloaded."""
     module, parameter = next((m, p) for m in model.modules() for p in m.parameters(recurse=False))
     hook = getattr(module, "_hf_hook", None)
-    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
-    if parameter.device.type != "meta" or places[0] is None:
+    devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+    if parameter.device.type != "meta" or devices[0] is None:
         return parameter.device
-    return torch.device(places[0])
+    return torch.device(devices[0])
 
 
 def position_ids(attention_mask: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:

@@ -148,11 +148,11 @@ class HuggingFaceResidual(ResidualModel):
             return read_in_layer(layer, submodules, module, context.arguments[number], streams[:, None])[:, 0]
 
     @contextmanager
-    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> Iterator[None]:
+    def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
         """Hooks on the layers; a stream between a layer's halves shows by running them one after the other."""
         sublayers = self.decomposition.sublayers
         with ExitStack() as stack:
-            for index, hook in visitors.items():
+            for index, hook in hooks.items():
                 if index == len(sublayers):
                     stack.callback(self.layers[-1].register_forward_hook(_output_hook(hook)).remove)
                 elif index == 0 or sublayers[index - 1].layer != sublayers[index].layer:

@@ -70,21 +70,21 @@ class SparseResidual(ResidualModel):
         return Norm(gain.to(torch.promote_types(gain.dtype, torch.float32)), centred=not self.model.config.rms_norm)
 
     @contextmanager
-    def hook_residuals(self, visitors: Mapping[int, HookFunction]) -> Iterator[None]:
+    def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
         """Wraps the method that takes the stream at a site."""
         with ExitStack() as stack:
-            for index, visitor in visitors.items():
+            for index, hook in hooks.items():
                 if index == len(self.sites) - 1:
                     owner, name = self.model, "unembed"
                 else:
                     owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
-                stack.enter_context(attribute(owner, name, _shown(getattr(owner, name), visitor)))
+                stack.enter_context(attribute(owner, name, _shown(getattr(owner, name), hook)))
             yield
 
 
-def _shown(method: Callable[..., Any], visitor: HookFunction) -> Callable[..., Any]:
+def _shown(method: Callable[..., Any], hook: HookFunction) -> Callable[..., Any]:
     def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
-        changed = visitor(residual)
+        changed = hook(residual)
         return method(residual if changed is None else changed, *args, **kwargs)
 
     return call
