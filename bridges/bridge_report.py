@@ -15,7 +15,7 @@ from bridges.io.tensors import read_keys
 
 @dataclass(frozen=True)
 class SiteFigures:
-    """One site's held-out figures; NMSE in parts of the target's variance, KL in nats per token.
+    """One site's held-out figures; NMSE as a fraction of the target's variance, KL in nats per token.
 
     An NMSE is NaN where the target does not vary, a recovered cross-entropy where mean ablation costs nothing.
     """

@@ -110,28 +110,31 @@ class FigureSums(Sums):
     """The numerators of a report's figures, float64 on the CPU."""
 
     error_encode: Float[Tensor, " n_sites"]
-    """sum |p - t|^2 of nmse_encode."""
+    """sum |p - t|^2 over counted tokens and channels, p = f(h_dense) and t = h_sparse."""
     error_encode_floor: Float[Tensor, " n_sites"]
+    """The same with p = AbsTopK(h_sparse)."""
     error_decode: Float[Tensor, " n_sites"]
+    """The same with p = g(h_sparse) and t = h_dense."""
     error_from_mean: Float[Tensor, " n_sites"]
     """sum |g(h_sparse) - mean of h_dense|^2, for nmse_decode_shuffled."""
     kl_dense_to_sparse: Float[Tensor, " n_sites"]
+    """KL from the dense model's prediction, over real tokens; of four passes per site."""
     kl_sparse_to_dense: Float[Tensor, " n_sites"]
     kl_dense_to_sparse_mean_ablation: Float[Tensor, " n_sites"]
     kl_sparse_to_dense_mean_ablation: Float[Tensor, " n_sites"]
     ce_dense_to_sparse: Float[Tensor, " n_sites"]
-    """Next-token cross-entropy of the same four passes."""
+    """Next-token cross-entropy of the same passes."""
     ce_sparse_to_dense: Float[Tensor, " n_sites"]
     ce_dense_to_sparse_mean_ablation: Float[Tensor, " n_sites"]
     ce_sparse_to_dense_mean_ablation: Float[Tensor, " n_sites"]
     dense_ce: Float[Tensor, ""]
-    """The models' own."""
+    """Next-token cross-entropy of both models by themselves, and the KL between them."""
     sparse_ce: Float[Tensor, ""]
     kl_sparse_alone: Float[Tensor, ""]
 
     @classmethod
     def zeros(cls, n_sites: int) -> FigureSums:
-        """Sums over nothing."""
+        """The sums over no batch."""
         shapes = [(n_sites,)] * 12 + [()] * 3
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
@@ -159,6 +162,8 @@ def _add_reconstruction(sums: FigureSums, pair: ModelPair, traces: Traces, i: in
 
 
 def _add_hybrids(sums: FigureSums, pair: ModelPair, traces: Traces, i: int, normalizers: Normalizers) -> None:
+    """Add the KL and the cross-entropy of four passes: both hybrid passes, and both tails under mean ablation."""
+
     def ablated(side: Side, means: Tensor) -> Tensor:
         """Logits of a model whose stream at the site is its mean at every token."""
         model, trace, site = pair.model(side), traces.side(side), pair.site(side, i)

@@ -1,15 +1,18 @@
 """Hybrid passes through two bridged models, and the paper's losses on them (paper A.3; method, section 2).
 
-At every bridged site i, with h the residual streams of the dense model (d) and the sparse one (s), f the encoder, g the
-decoder and y the dense model's logits:
+At every bridged site i, where h_i^d and h_i^s are the residual streams of the dense and the sparse model, f_i is the
+encoder, g_i the decoder, y^d the dense model's logits, and a tail the rest of a model, from site i to the logits:
 
-    nmse_encode[i]        = NMSE(f_i(h_i^d), stopgrad h_i^s)                 NMSE(p, t) = sum |p - t|^2
-    nmse_decode[i]        = NMSE(g_i(h_i^s), h_i^d)                                       / sum |t - mean(t)|^2
-    kl_dense_to_sparse[i] = KL(y || sparse sublayers from site i on, run on f_i(h_i^d))
-    kl_sparse_to_dense[i] = KL(y || dense  sublayers from site i on, run on g_i(h_i^s))
+    nmse_encode[i]        = NMSE(f_i(h_i^d), stopgrad h_i^s)
+    nmse_decode[i]        = NMSE(g_i(h_i^s), h_i^d)
+    kl_dense_to_sparse[i] = KL(y^d || sparse tail from f_i(h_i^d))
+    kl_sparse_to_dense[i] = KL(y^d || dense  tail from g_i(h_i^s))
 
-The KLs are means over real tokens; the NMSEs count the tokens of `counted_tokens`. The hybrid passes of both KLs are
-paths that change models once, of the many that `run_path` can run.
+    NMSE(p, t) = sum |p - t|^2 / sum |t - mean(t)|^2       sums over the tokens of `counted_tokens`
+    KL         = mean over real tokens, in nats, exact over the vocabulary
+
+`bridges.fitting.gradients` minimises their weighted mean over sites. The hybrid passes of both KLs are paths that
+change models once; `run_path` runs any path.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ SIDES: tuple[Side, Side] = ("dense", "sparse")
 
 
 class HybridLosses(NamedTuple):
-    """The four losses of `hybrid_losses`, one entry per site; NMSE in parts of the target's variance, KL in nats.
+    """The four losses of `hybrid_losses`, one entry per site; NMSE as a fraction of variance, KL in nats.
 
     >>> losses = HybridLosses(*torch.tensor([[0.5], [0.25], [1.5], [2.0]]))
     >>> losses.kl_dense_to_sparse
@@ -67,15 +70,13 @@ def run_path(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> Float[Ten
     if first is None:
         return traces.side(path[0]).logits
     stream = traces.side(path[first]).residuals[pair.site(path[first], first)]
-    for j in range(first, n):
+    for j in range(first, n - 1):
         side = path[j + 1]
-        if path[j] != side:
-            stream = pair.cross(j, stream, to=side)
-        model, context, site = pair.model(side), traces.side(side).context, pair.site(side, j)
-        if j == n - 1:
-            return model.tail(site, stream, context)
-        stream = model.run(site, pair.site(side, j + 1), stream, context)
-    raise AssertionError("a path ends at the logits")
+        stream = pair.cross(j, stream, path[j], side)
+        stream = pair.model(side).run(pair.site(side, j), pair.site(side, j + 1), stream, traces.side(side).context)
+    side = path[n]
+    stream = pair.cross(n - 1, stream, path[n - 1], side)
+    return pair.model(side).tail(pair.site(side, n - 1), stream, traces.side(side).context)
 
 
 def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:
@@ -142,8 +143,8 @@ def hybrid_losses(
 
     Returns:
         Four tensors [n_sites], differentiable with respect to the bridges, and to the sparse model where its parameters
-        require gradients. An NMSE is in parts of the target's variance, and NaN where the target does not vary; a KL is
-        a mean over real tokens, in nats.
+        require gradients. An NMSE is a fraction of the target's variance, and NaN where the target does not vary; a KL
+        is a mean over real tokens, in nats.
 
     Raises:
         ValueError: the bridges were fitted to other models, or tokens, mask or sites do not fit.
@@ -208,11 +209,13 @@ class ModelPair(NamedTuple):
         """The index, in one side's model, of the site that a bridge joins."""
         return self.model(side).index(self.bridge_set.site_pairs[bridge][side == "sparse"])
 
-    def cross(self, bridge: int, stream: Float[Tensor, "b s _"], to: Side) -> Float[Tensor, "b s _"]:
-        """A stream of one side, carried over a bridge to the other; on that side's device and in its dtype."""
-        maps, model = self.bridge_set[bridge], self.model(to)
+    def cross(self, bridge: int, stream: Float[Tensor, "b s _"], start: Side, end: Side) -> Float[Tensor, "b s _"]:
+        """A stream of one side as the other side's, on that model's device and in its dtype; itself if both are one."""
+        if start == end:
+            return stream
+        maps, model = self.bridge_set[bridge], self.model(end)
         stream = stream.to(maps.encoder_weight.device)
-        return (maps.encode(stream) if to == "sparse" else maps.decode(stream)).to(model.device, model.dtype)
+        return (maps.encode(stream) if end == "sparse" else maps.decode(stream)).to(model.device, model.dtype)
 
 
 class Traces(NamedTuple):
