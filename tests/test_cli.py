@@ -62,8 +62,8 @@ def test_fit_reads_the_file_and_takes_overrides(monkeypatch, capsys, config, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--fit.stepz", "1"), "stepz=1 is no setting of fit"),
-        (("--fit.steps", "-1"), "steps=-1 cannot be"),
+        (("--fit.stepz", "1"), "stepz=1 is not a setting of fit"),
+        (("--fit.steps", "-1"), "steps=-1 is invalid"),
         (("--nonsense", "1"), "'--nonsense' is not an option"),
         (("--fit.steps",), "--fit.steps needs a value"),
         (("--data.pth", "x"), "pth='x' is unknown"),

@@ -64,7 +64,7 @@ INVALID = {
 }
 
 
-def test_the_fixed_names_are_there_with_a_word_on_each_and_weights_of_one():
+def test_every_fixed_name_has_a_description_and_every_loss_weight_is_1():
     fields = FitConfig.model_fields
     assert not set(FIXED_NAMES) - set(fields)
     assert [name for name, field in fields.items() if not field.description] == []
@@ -74,13 +74,13 @@ def test_the_fixed_names_are_there_with_a_word_on_each_and_weights_of_one():
     assert (config.output_dir, config.report_to, config.resume, config.train_sparse) == (None, "none", False, False)
 
 
-def test_an_unknown_setting_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"stepz=3 is no setting of fit; those are steps, batch_size, "):
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_named():
+    with pytest.raises(ValueError, match=r"stepz=3 is not a setting of fit; the settings are steps, batch_size, "):
         FitConfig.from_values({"stepz": 3})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
-def test_an_impossible_value_is_refused_by_name_and_value_on_one_line(name, value):
+def test_an_invalid_value_is_refused_by_name_and_value_on_one_line(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         FitConfig.from_values({name: value})
     message = str(caught.value)
@@ -93,31 +93,31 @@ def test_an_impossible_value_is_refused_by_name_and_value_on_one_line(name, valu
     [
         ({"target_density": 0.1}, "target_density=0.1 needs train_sparse=True"),
         ({"resume": True}, "resume=True needs output_dir"),
-        ({"target_density": 0.0, "train_sparse": True}, "target_density=0.0 cannot be"),
-        ({"target_density": 1.1, "train_sparse": True}, "target_density=1.1 cannot be"),
+        ({"target_density": 0.0, "train_sparse": True}, "target_density=0.0 is invalid"),
+        ({"target_density": 1.1, "train_sparse": True}, "target_density=1.1 is invalid"),
     ],
 )
-def test_settings_that_need_others(settings, message):
+def test_a_setting_that_needs_another_is_refused_without_it(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         FitConfig.from_values(settings)
     assert "\n" not in str(caught.value)
 
 
-def test_every_bound_itself_is_allowed():
+def test_every_bound_is_itself_valid():
     FitConfig.from_values(
         {"steps": 0, "ridge": 0, "nmse_weight": 0, "seq_len": 2, "k": 1, "anneal": 1, "sites_per_step": 1}
     )
     FitConfig.from_values({"target_density": 1.0, "train_sparse": True, "sites_per_step": "all", "sampled_rows": 2})
 
 
-def test_it_is_frozen():
+def test_a_config_is_frozen():
     config = FitConfig()
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 3
     assert config.steps == FitConfig().steps
 
 
-def test_with_settings_validates_anew_and_leaves_the_old():
+def test_with_settings_validates_and_leaves_the_original_unchanged():
     config = FitConfig(steps=3, seed=4)
     changed = config.with_settings({"steps": 5})
     assert (config.steps, changed.steps, changed.seed) == (3, 5, 4)
@@ -125,7 +125,7 @@ def test_with_settings_validates_anew_and_leaves_the_old():
         config.with_settings({"steps": -1})
 
 
-def test_written_and_read_it_is_equal(tmp_path):
+def test_a_config_written_and_read_is_equal(tmp_path):
     path = tmp_path / "run.toml"
     given = {"steps": 7, "sites": ["0.attn"], "site_map": [["0.attn", "1.attn"]], "sites_per_step": "all", "lr": 0.5}
     config = FitConfig.from_values(
@@ -145,16 +145,16 @@ def test_a_file_without_the_table_is_read_from_the_top(tmp_path):
     assert config.steps == 9 and config.site_map == (("0.attn", "1.attn"),)
 
 
-def test_files_are_refused_by_name_or_setting(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused_by_its_name_or_its_setting(tmp_path):
     (tmp_path / "bad.toml").write_text("steps = = 9")
     with pytest.raises(ValueError, match=r"bad.toml is not valid TOML"):
         FitConfig.from_file(tmp_path / "bad.toml")
     (tmp_path / "odd.toml").write_text("[fit]\nbatchsize = 9")
-    with pytest.raises(ValueError, match=r"batchsize=9 is no setting"):
+    with pytest.raises(ValueError, match=r"batchsize=9 is not a setting"):
         FitConfig.from_file(tmp_path / "odd.toml")
 
 
-def test_what_is_recorded_are_plain_values_without_where_and_how_it_is_shown(tmp_path):
+def test_recorded_settings_are_plain_values_without_the_folder_and_the_reporting(tmp_path):
     config = FitConfig(output_dir=tmp_path, resume=True, report_to="wandb", progress=False, sites=("0.attn",))
     recorded = config.recorded()
     assert set(FitConfig.model_fields) - set(recorded) == {"output_dir", "resume", "report_to", "progress"}

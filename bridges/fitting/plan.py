@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines, before it does it."""
+"""What a fit is about to do and roughly what it costs, as text that is shown before it starts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from bridges.config import FitConfig
 from bridges.objective.hybrid import ModelPair
 
 
-def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldout_rows: int, processes: int) -> str:
-    """Sites, parameters, tokens, memory and estimated cost; estimates are orders of magnitude."""
+def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldout_rows: int, world_size: int) -> str:
+    """Sites, parameters, tokens, memory and cost of a fit, one line each; memory and cost to an order of magnitude."""
     n = len(pair.bridge_set)
     n_bridge = sum(p.numel() for p in pair.bridge_set.parameters())
     n_sparse = sum(p.numel() for p in pair.sparse.model.parameters())
     n_dense = sum(p.numel() for p in pair.dense.model.parameters())
-    batch = config.batch_size * config.gradient_accumulation_steps * processes
+    batch = config.batch_size * config.gradient_accumulation_steps * world_size
     sampled = n if config.sites_per_step == "all" else min(config.sites_per_step, n)
     tokens = config.steps * batch * seq_len
     trains = config.train_sparse
@@ -40,7 +40,7 @@ def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldou
         f"data: {rows} rows of {seq_len} tokens, {heldout_rows} more held out",
         f"{start}, then {config.steps} steps of {batch} rows = {_si(tokens)} tokens, {sampled} of {n} sites a step",
         f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams, logits",
-        f"cost: about {_si(closed + tokens * per_token)}FLOP over {processes} process(es)",
+        f"cost: about {_si(closed + tokens * per_token)}FLOP over {world_size} process(es)",
     ]
     return "\n".join(lines)
 

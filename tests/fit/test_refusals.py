@@ -44,7 +44,7 @@ REFUSED = {
         lambda _: {"data": None, "eval_data": DATA + 1},
         "eval_data holds token 17; the models know 0 to 16",
     ),
-    "unknown setting": (lambda _: {"learning_rate": 1}, "learning_rate=1 is no setting of fit"),
+    "unknown setting": (lambda _: {"learning_rate": 1}, "learning_rate=1 is not a setting of fit"),
     "impossible setting": (lambda _: {"steps": -1}, "steps=-1"),
     "unknown tokens": (lambda _: {"data": DATA + 1}, "data holds token 17; the models know 0 to 16"),
     "one row": (lambda _: {"data": DATA[:1]}, "data has 1 row"),
@@ -62,11 +62,11 @@ REFUSED = {
     "density of a frozen model": (lambda _: {"target_density": 0.5}, "target_density=0.5 needs train_sparse=True"),
     "interchange without a closed form": (
         lambda _: {"interchange_weight": 0.5, "closed_form": False},
-        "interchange_weight=0.5 is solved in the closed form; it needs closed_form=True",
+        "interchange_weight=0.5 is solved in the closed form: pass closed_form=True",
     ),
     "interchange without reconstruction": (
         lambda _: {"interchange_weight": 0.5, "nmse_weight": 0.0},
-        "interchange_weight=0.5 is .* nmse_weight over 0",
+        "interchange_weight=0.5 is .* an nmse_weight over 0",
     ),
     "interchange with a model that trains": (
         lambda _: {"interchange_weight": 0.5, "train_sparse": True},

@@ -16,7 +16,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def test_the_lines_say_what_was_counted_by_hand():
+def test_sizes_of_models_and_data_are_those_counted_by_hand():
     sites, parameters, data, steps, _, _ = plan()
     assert sites == "bridges: 5 sites (0.attn, 0.mlp, 1.attn, 1.mlp, final), widths 8 and 12, k = 4"
     # A bridge: 2 * 8 * 12 weights and 8 + 12 biases.
@@ -29,7 +29,7 @@ def test_the_lines_say_what_was_counted_by_hand():
     assert steps == "closed form from 50k tokens, then 100 steps of 16 rows = 16k tokens, 2 of 5 sites a step"
 
 
-def test_what_is_turned_off_or_all_is_said_so():
+def test_the_plan_names_the_start_and_the_sites_of_a_step():
     steps = plan(closed_form=False, sites_per_step="all", steps=0)[3]
     assert steps == "random start, then 0 steps of 16 rows = 0 tokens, 5 of 5 sites a step"
     assert plan(rows=30)[3].startswith("closed form from 300 tokens, then")
@@ -37,13 +37,13 @@ def test_what_is_turned_off_or_all_is_said_so():
     assert plan(rows=30, interchange_weight=0.1)[3].startswith(started)
 
 
-def test_a_sparse_model_that_trains_and_sites_of_other_names():
+def test_the_plan_names_a_sparse_model_that_trains_and_pairs_of_sites_with_different_names():
     lines = plan(join(neox(), sparse_model()), train_sparse=True)
     assert "3 sites (0.block=0.attn, 1.block=1.attn, final)" in lines[0]
     assert "sparse (training)" in lines[1]
 
 
-def test_the_pairs_of_the_interchange_loss_are_in_the_cost():
+def test_the_cost_includes_the_pairs_of_rows_of_the_interchange_loss():
     """At 40 pairs of 10 tokens: both rows forward, one of them backward, through both models."""
     settings = {"steps": 0, "closed_form_tokens": 1000, "interchange_pairs": 40}
     without, with_pairs = (
@@ -53,10 +53,9 @@ def test_the_pairs_of_the_interchange_loss_are_in_the_cost():
     assert with_pairs - without == pytest.approx(flops / 1e6, rel=0.02)
 
 
-@pytest.mark.parametrize(("steps", "times"), [(1000, 10), (3000, 30)])
-def test_cost_grows_with_the_steps_and_is_counted_by_hand(steps, times):
+@pytest.mark.parametrize("steps", [1000, 3000])
+def test_the_cost_of_the_steps_is_the_one_counted_by_hand(steps):
     d, s, b = count(gpt2()), count(sparse_model()), 5 * 212
     # Both forward, the bridges forward and backward, and 2 of 5 sites' tails: half of each model, 4 FLOPs a weight.
     flops = 16 * 10 * steps * (2 * d + 2 * s + 6 * b + 1.0 * (4 * d + 4 * s))
     assert plan(closed_form=False, steps=steps)[5] == f"cost: about {flops / 1e9:.3g} GFLOP over 2 process(es)"
-    assert times == steps / 100
