@@ -4,46 +4,47 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timing import header, medians, row
 from torch import Tensor
 
-from bridges.ops.abs_topk import FEW, abs_topk, abs_topk_at, abs_topk_eager
+from bridges.ops.abs_topk import MAX_COUNTED_CHANNELS, abs_topk, abs_topk_at, abs_topk_eager
 
 
 def topk_and_scatter(x: Tensor, k: int) -> Tensor:
-    """What one writes first; not the contract, since torch.topk breaks ties as it likes."""
+    """The obvious version; it does not keep the contract, since torch.topk fixes no order of ties."""
     kept = x.abs().topk(k, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
 
-WAYS = {"torch.topk + scatter": topk_and_scatter, "eager twin": abs_topk_eager, "abs_topk": abs_topk}
+FUNCTIONS = {"torch.topk + scatter": topk_and_scatter, "eager twin": abs_topk_eager, "abs_topk": abs_topk}
 
 
-def forward(way: Callable[[Tensor, int], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    return lambda: way(x.detach(), x.shape[-1] // 4)
+def forward(function: Callable[[Tensor, int], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    return lambda: function(x.detach(), x.shape[-1] // 4)
 
 
-def both(way: Callable[[Tensor, int], Tensor], x: Tensor) -> Callable[[], object]:
+def forward_and_backward(function: Callable[[Tensor, int], Tensor], x: Tensor) -> Callable[[], object]:
     upstream = torch.randn_like(x)
-    return lambda: torch.autograd.grad(way(x, x.shape[-1] // 4), x, upstream)
+    return lambda: torch.autograd.grad(function(x, x.shape[-1] // 4), x, upstream)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(header("d, ms", list(WAYS)))
+    print(header("d, ms", list(FUNCTIONS)))
     for d in (512, 2048, 8192):
         x = torch.randn(1024, d, requires_grad=True)
-        for name, build in (("forward", forward), ("and backward", both)):
-            print(row(f"{d} {name}", medians({way: build(WAYS[way], x) for way in WAYS}, rounds=7)))
-    print(header("d, ms", ["all channels", "one", f"{FEW}"]))
+        for name, build in (("forward", forward), ("and backward", forward_and_backward)):
+            print(row(f"{d} {name}", medians({key: build(FUNCTIONS[key], x) for key in FUNCTIONS}, rounds=7)))
+    print(header("d, ms", ["all channels", "1", f"{MAX_COUNTED_CHANNELS}"]))
     for d in (512, 2048, 8192):
         x = torch.randn(1024, d)
-        ways = {"all": lambda x=x, k=d // 4: abs_topk(x, k)}
-        ways |= {str(n): lambda x=x, k=d // 4, n=n: abs_topk_at(x, k, range(n)) for n in (1, FEW)}
-        print(row(f"{d}", medians(ways, rounds=7)))
+        candidates = {"all": partial(abs_topk, x, d // 4)}
+        candidates |= {str(n): partial(abs_topk_at, x, d // 4, range(n)) for n in (1, MAX_COUNTED_CHANNELS)}
+        print(row(f"{d}", medians(candidates, rounds=7)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
-"""The projection after each step, one core. `python benchmarks/bench_sparsity.py`."""
+"""The projection and the clipping after each step of weight-sparse training, one core.
+
+`python benchmarks/bench_sparsity.py`
+"""
+
+from functools import partial
 
 import torch
 from timing import header, medians, row
 from torch import Tensor
 
-from bridges.models.sparse.model import SparseConfig, SparseTransformer
+from bridges.models.sparse.config import SparseConfig
+from bridges.models.sparse.model import SparseTransformer
 from bridges.ops.abs_topk import abs_topk_mask, abs_topk_mask_eager
 from bridges.sparsity.projection import clip_to_rms, project, sparse_parameters
 
@@ -13,17 +19,22 @@ def topk_and_scatter(flat: Tensor, count: int) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.abs().topk(count, sorted=False).indices, True)
 
 
-WAYS = {"torch.topk + scatter": topk_and_scatter, "eager twin": abs_topk_mask_eager, "abs_topk_mask": abs_topk_mask}
+FUNCTIONS = {
+    "torch.topk + scatter": topk_and_scatter,
+    "eager twin": abs_topk_mask_eager,
+    "abs_topk_mask": abs_topk_mask,
+}
 
 
 def one_tensor(entries: int) -> None:
     flat = 0.02 * torch.randn(entries)
     count = entries // 50
-    print(row(f"{entries:,}", medians({name: (lambda way=way: way(flat, count)) for name, way in WAYS.items()}, 7)))
+    taken = medians({name: partial(function, flat, count) for name, function in FUNCTIONS.items()}, rounds=7)
+    print(row(f"{entries:,}", taken))
 
 
 def whole_model(kept: float) -> None:
-    """A step's worth: weights that moved off their zeros a little, then the projection, then the clipping."""
+    """What one step costs: weights that have moved a little, the projection, the clipping of their gradients."""
     model = SparseTransformer(SparseConfig(n_layer=2, d_model=256, block_size=64, vocab_size=1024))
     project(model, kept)
     weights = [parameter for _, parameter in sparse_parameters(model)]
@@ -32,8 +43,8 @@ def whole_model(kept: float) -> None:
     moved = [(weight + 1e-3 * weight.grad).detach() for weight in weights]
 
     def move() -> None:
-        for weight, to in zip(weights, moved, strict=True):
-            weight.data.copy_(to)
+        for weight, target in zip(weights, moved, strict=True):
+            weight.data.copy_(target)
 
     steps = {
         "move": move,
@@ -46,7 +57,7 @@ def whole_model(kept: float) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(header("entries, 1 in 50 kept, ms", list(WAYS)))
+    print(header("entries, 1 in 50 kept, ms", list(FUNCTIONS)))
     for entries in (30_000, 500_000, 2048 * 8192):
         one_tensor(entries)
     print("\n" + header("two layers, d_model 256, ms", ["move", "move and project", "clip"]))

@@ -1,4 +1,7 @@
-"""Medians of interleaved runs: every candidate runs once per round, so that a slow moment meets all of them."""
+"""Medians of interleaved runs: every candidate runs once per round, so that a slow moment of the machine hits all.
+
+`torch.utils.benchmark` runs one candidate after another.
+"""
 
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -6,7 +9,7 @@ from time import perf_counter
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
-    """Milliseconds per candidate, after one round that does not count."""
+    """Median milliseconds of each candidate over `rounds` rounds, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, run in candidates.items():
@@ -17,7 +20,7 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 20) ->
 
 
 def header(what: str, names: Mapping[str, object] | list[str]) -> str:
-    """The head of a Markdown table whose first column is `what`."""
+    """The header lines of a Markdown table whose first column is `what`."""
     columns = [what, *names]
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 

@@ -1,41 +1,85 @@
-"""Compiling kernels for CPUs with numba, where it is installed."""
+"""Where compiled kernels can run, and how numba compiles them; numba is optional and imported when a kernel is."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from functools import cache
+from contextlib import nullcontext, suppress
+from functools import wraps
 from importlib.util import find_spec
 from inspect import unwrap
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _HAS_NUMBA = find_spec("numba") is not None
+_forked_after_openmp = False
+"""Whether an ancestor of this process had started OpenMP threads in numba before it forked."""
+_workqueue_lock = Lock()
+"""Numba's workqueue layer ends the process when two threads run parallel kernels at once; omp and tbb allow it."""
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether compiled kernels can run on this tensor: numba is there, and it is a plain tensor on the CPU."""
+    """Whether compiled kernels can run on this tensor: numba is installed and it is a plain tensor on the CPU."""
     plain = type(x) in (Tensor, nn.Parameter)  # other subclasses may hold no memory of their own
     return _HAS_NUMBA and x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
 
 
-@cache
-def compiled(kernel: Callable[..., None], parallel: bool = False) -> Callable[..., None]:
-    """The kernel compiled by numba; `parallel` lets its `prange` loops use as many threads as torch does."""
-    import numba  # here, because it is optional and takes half a second to import
+def has_parallel_kernel(x: Tensor) -> bool:
+    """Whether kernels of several threads can run on this tensor.
+
+    They cannot in a process that was forked after they had run, where GNU OpenMP would end it: start processes with
+    `spawn` to have them there.
+    """
+    return has_kernel(x) and not _forked_after_openmp
+
+
+def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel compiled by numba for one thread."""
+    return _compile(kernel)
+
+
+def compiled_parallel(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel compiled by numba, its `prange` loops on as many threads as torch uses; safe in several threads."""
+    import numba
+
+    # Sums may be reordered, so that they run as SIMD; NaN and infinity keep their meaning.
+    inner = _compile(kernel, parallel=True, fastmath={"reassoc", "contract"})
+
+    @wraps(kernel)
+    def run(*args: object) -> None:
+        n_threads = torch.get_num_threads()
+        numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
+        if torch.get_num_threads() != n_threads:  # numba's first OpenMP call changes it, as both use one OpenMP
+            torch.set_num_threads(n_threads)
+        layer = numba.threading_layer()  # pyright: ignore[reportPrivateImportUsage]
+        with _workqueue_lock if layer == "workqueue" else nullcontext():
+            inner(*args)
+
+    return run
+
+
+def _compile(kernel: Callable[..., None], **options: Any) -> Callable[..., None]:
+    import numba
 
     plain = unwrap(kernel)  # the test run wraps every function in a check of its types
-    # Sums may be reordered, so that they run as SIMD; NaN and infinity keep their meaning.
-    options = {"nogil": True, "parallel": parallel, "fastmath": {"reassoc", "contract"} if parallel else False}
     try:
-        made = numba.njit(cache=True, **options)(plain)
+        return numba.njit(cache=True, nogil=True, **options)(plain)
     except RuntimeError:  # numba found no folder to keep compiled code in: compile once per process
-        made = numba.njit(**options)(plain)
-    if not parallel:
-        return made
+        return numba.njit(nogil=True, **options)(plain)
 
-    def threaded(*args: object) -> None:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
-        made(*args)
 
-    return threaded
+def _after_fork() -> None:
+    """Note in a forked process what it inherited: numba's OpenMP threads, and perhaps a lock that is held."""
+    global _forked_after_openmp, _workqueue_lock
+    _workqueue_lock = Lock()
+    if numba := sys.modules.get("numba"):
+        with suppress(ValueError):  # raised while no parallel kernel has run
+            _forked_after_openmp |= numba.threading_layer() == "omp"
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)

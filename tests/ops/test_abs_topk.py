@@ -31,7 +31,7 @@ def oracle(x, k):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "k"), [((1,), 1), ((7,), 3), ((5, 33), 32), ((2, 3, 65), 16), ((40, 129), 1)])
-def test_mask_is_the_sorted_one(mask, dtype, shape, k):
+def test_mask_is_that_of_sorting(mask, dtype, shape, k):
     x = seeded(*shape, dtype=dtype)
     assert torch.equal(mask(x, k), oracle(x, k))
 
@@ -47,7 +47,7 @@ def test_ties_go_to_the_lowest_index(mask, dtype):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", ["smallest", "largest"])
-def test_the_ends_of_the_range_are_exact(mask, dtype, scale):
+def test_the_smallest_and_largest_numbers_are_compared_exactly(mask, dtype, scale):
     """Subnormals, the largest numbers, infinities, both zeros, and rows of magnitudes far from the row before."""
     info = torch.finfo(dtype)
     unit = info.smallest_normal * info.eps if scale == "smallest" else info.max / 8
@@ -86,7 +86,7 @@ def test_kept_entries_are_unchanged_and_the_rest_is_zero(function, dtype):
 
 
 @pytest.mark.parametrize("function", TWINS)
-def test_any_layout(function):
+def test_any_memory_layout(function):
     base = seeded(12, 10, 8)
     for x in (base.transpose(0, 2), base[::2, 1:, ::3], base[:, :1].expand(12, 5, 8), base.mT, base[:0], base[0, 0]):
         expected = torch.where(oracle(x, 2), x, 0)
@@ -103,7 +103,7 @@ def test_k_of_the_whole_row_returns_x_itself(function, k):
 
 @pytest.mark.parametrize("with_numba", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_some_channels_are_those_of_the_whole(with_numba, dtype, monkeypatch):
+def test_abs_topk_at_equals_those_channels_of_abs_topk(with_numba, dtype, monkeypatch):
     monkeypatch.setattr(compiled, "_HAS_NUMBA", with_numba and compiled._HAS_NUMBA)
     x = (seeded(4, 15, 21) * 1.5).round().to(dtype)  # many ties
     x[0, 0, ::3], x[0, 1, 4], x[0, 2, :9], x[0, 3] = INF, -INF, NAN, -0.0
@@ -127,14 +127,14 @@ def test_some_channels_are_those_of_the_whole(with_numba, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("channel", [-1, 8])
-def test_channels_outside_the_row_are_named(channel):
-    with pytest.raises(ValueError, match=rf"channels=\[{channel}\] lie outside a row of 8"):
+def test_channels_outside_the_row_are_refused(channel):
+    with pytest.raises(ValueError, match=rf"channels=\[{channel}\] must lie between 0 and 7"):
         abs_topk_at(torch.ones(2, 8), 3, [0, channel])
 
 
 @pytest.mark.parametrize("function", TWINS + MASKS)
 @pytest.mark.parametrize("k", [0, -1, 2.0, "3"])
-def test_bad_k_is_named(function, k):
+def test_a_bad_k_is_refused(function, k):
     # jaxtyping's check of the test run speaks first where k is no integer.
     with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="k"):
         function(torch.ones(2, 4), k)

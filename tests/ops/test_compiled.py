@@ -1,15 +1,87 @@
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
-import torch
 
-import bridges.ops.abs_topk as abs_topk
 from bridges.ops.compiled import compiled
 
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
 
-@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
-def test_no_folder_for_the_compiled_code(monkeypatch):
-    """Numba refuses to cache where it finds no writable folder; the kernel then lives for the process."""
+PROBLEM = """
+import os
+from threading import Thread
+
+import torch
+from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
+
+torch.set_num_threads(1)  # torch's own threads do not survive a fork either
+torch.manual_seed(0)
+weight = torch.randn(90, 70) * (torch.rand(90, 70) < 0.1)
+pattern = NonzeroPattern.from_mask(weight != 0)
+values, x = weight.flatten()[pattern.flat], torch.randn(500, 70)
+expected = x @ weight.T
+
+def is_right():
+    return torch.allclose(sparse_linear(x, values, pattern), expected, atol=1e-4)
+"""
+
+
+def run(code, layer="default"):
+    """Run code in a process of its own, because numba's threads may end it."""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": layer}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_numba
+@pytest.mark.slow
+def test_importing_the_package_does_not_import_numba():
+    run("import sys, bridges, bridges.ops.sparse_linear; assert 'numba' not in sys.modules")
+
+
+@needs_numba
+@pytest.mark.slow
+def test_two_threads_may_multiply_at_once_under_the_workqueue_layer():
+    code = """
+right = []
+threads = [Thread(target=lambda: right.extend(is_right() for _ in range(300))) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+import numba
+assert numba.threading_layer() == "workqueue" and right == [True] * 600
+"""
+    run(PROBLEM + code, "workqueue")
+
+
+@needs_numba
+@pytest.mark.slow
+def test_the_first_kernel_leaves_torch_its_number_of_threads():
+    run(PROBLEM + "assert is_right() and torch.get_num_threads() == 1", "omp")
+
+
+@needs_numba
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_a_process_forked_after_a_parallel_kernel_ran_multiplies_too(layer):
+    code = """
+assert is_right()
+child = os.fork()
+if child == 0:
+    os._exit(0 if is_right() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert is_right()
+"""
+    run(PROBLEM + code, layer)
+
+
+@needs_numba
+def test_kernels_are_compiled_where_no_folder_is_writable(monkeypatch):
+    """Numba refuses to cache there; the compiled code then lives as long as the process."""
     import numba
 
     def refuse(cache=False, njit=numba.njit, **options):
@@ -17,8 +89,13 @@ def test_no_folder_for_the_compiled_code(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**options)
 
-    monkeypatch.setattr(numba, "njit", refuse)
-    keep = compiled.__wrapped__(abs_topk._keep_kernel)
-    kept = torch.empty(3, dtype=torch.int32)
-    keep(torch.tensor([4, 5, 6], dtype=torch.int32).numpy(), torch.tensor([True, False, True]).numpy(), kept.numpy())
-    assert kept.tolist() == [4, 0, 6]
+    def double(x, out):
+        for i in range(x.size):
+            out[i] = 2 * x[i]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "njit", refuse)
+        kernel = compiled(double)
+    doubled = np.empty(3)
+    kernel(np.array([1.0, 2.0, 4.0]), doubled)
+    assert doubled.tolist() == [2, 4, 8]

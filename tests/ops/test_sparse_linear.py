@@ -22,22 +22,22 @@ def problem(batch, n_in, n_out, density, dtype=torch.float64):
     mask = torch.rand(n_out, n_in, generator=generator) < density
     x = torch.randn(*batch, n_in, generator=generator, dtype=dtype)
     bias = torch.randn(n_out, generator=generator, dtype=dtype)
-    places = NonzeroPattern.from_mask(mask)
-    leaves = [t.requires_grad_() for t in (x, weight.flatten()[places.flat], bias)]
-    return leaves, places, torch.where(mask, weight, 0)
+    pattern = NonzeroPattern.from_mask(mask)
+    leaves = [t.requires_grad_() for t in (x, weight.flatten()[pattern.flat], bias)]
+    return leaves, pattern, torch.where(mask, weight, 0)
 
 
-def outcome(function, leaves, places):
+def outcome(function, leaves, pattern):
     x, values, bias = leaves
-    y = function(x, values, places, bias)
+    y = function(x, values, pattern, bias)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
     return y, *torch.autograd.grad(y, leaves, upstream)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients_are_those_of_the_dense_product(shape):
-    leaves, places, weight = problem(*shape)
-    found, expected = outcome(sparse_linear, leaves, places), outcome(sparse_linear_eager, leaves, places)
+    leaves, pattern, weight = problem(*shape)
+    found, expected = outcome(sparse_linear, leaves, pattern), outcome(sparse_linear_eager, leaves, pattern)
     assert torch.allclose(expected[0], leaves[0] @ weight.T + leaves[2], atol=1e-12)
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-12)
@@ -45,44 +45,44 @@ def test_values_and_gradients_are_those_of_the_dense_product(shape):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_other_dtypes(dtype, tolerance):
-    leaves, places, weight = problem((9,), 40, 25, 0.1, dtype)
-    y = outcome(sparse_linear, leaves, places)[0]
+    leaves, pattern, weight = problem((9,), 40, 25, 0.1, dtype)
+    y = outcome(sparse_linear, leaves, pattern)[0]
     exact = leaves[0].double() @ weight.double().T + leaves[2].double()
     assert y.dtype == dtype and (y.double() - exact).abs().max() < tolerance * exact.abs().max()
 
 
-def test_what_is_not_finite_stays_so():
-    leaves, places, _ = problem((4,), 6, 6, 1.0)
+def test_nan_and_infinity_propagate():
+    leaves, pattern, _ = problem((4,), 6, 6, 1.0)
     x = leaves[0].detach().clone()
     x[1, 2], x[2, 3] = float("nan"), float("inf")
-    y = sparse_linear(x, leaves[1].detach(), places)
+    y = sparse_linear(x, leaves[1].detach(), pattern)
     assert y[1].isnan().all() and not y[2].isfinite().any() and y[[0, 3]].isfinite().all()
 
 
-def test_a_stream_that_needs_no_gradient_gets_none():
-    leaves, places, _ = problem((4,), 6, 5, 0.5)
-    y = sparse_linear(leaves[0].detach(), leaves[1], places)
+def test_an_input_without_gradient_gets_none_and_the_values_get_theirs():
+    leaves, pattern, _ = problem((4,), 6, 5, 0.5)
+    y = sparse_linear(leaves[0].detach(), leaves[1], pattern)
     y.sum().backward()
-    assert torch.allclose(leaves[1].grad, leaves[0].detach().sum(0)[places.columns])
+    assert torch.allclose(leaves[1].grad, leaves[0].detach().sum(0)[pattern.columns])
 
 
 def test_without_numba(monkeypatch):
-    leaves, places, _ = problem((4,), 6, 5, 0.5)
-    expected = outcome(sparse_linear, leaves, places)
+    leaves, pattern, _ = problem((4,), 6, 5, 0.5)
+    expected = outcome(sparse_linear, leaves, pattern)
     monkeypatch.setattr(compiled, "_HAS_NUMBA", False)
-    for one, other in zip(outcome(sparse_linear, leaves, places), expected, strict=True):
+    for one, other in zip(outcome(sparse_linear, leaves, pattern), expected, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
 def test_the_number_of_threads_changes_no_bit():
-    leaves, places, _ = problem((2, 700), 50, 40, 0.2, torch.float32)
+    leaves, pattern, _ = problem((2, 700), 50, 40, 0.2, torch.float32)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = outcome(sparse_linear, leaves, places)
+        one = outcome(sparse_linear, leaves, pattern)
         torch.set_num_threads(2)
-        two = outcome(sparse_linear, leaves, places)
+        two = outcome(sparse_linear, leaves, pattern)
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, one, two))

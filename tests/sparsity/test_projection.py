@@ -7,15 +7,14 @@ from torch import nn
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
 from bridges.sparsity.projection import (
     clip_to_rms,
-    density,
     kept_fraction,
     learning_rate,
-    nonzeros,
     project,
     sparse_parameters,
+    supports,
 )
 
-CHANNELS = {"attn.c_attn.weight": 0, "mlp.c_fc.weight": 0, "attn.c_proj.weight": 1, "mlp.c_proj.weight": 1}
+CHANNEL_DIM = {"attn.c_attn.weight": 0, "mlp.c_fc.weight": 0, "attn.c_proj.weight": 1, "mlp.c_proj.weight": 1}
 
 
 def tiny_model(**settings):
@@ -29,20 +28,20 @@ def tiny_model(**settings):
     return model
 
 
-def channels_of(name):
-    return next((dim for suffix, dim in CHANNELS.items() if name.endswith(suffix)), None)
+def channel_dim_of(name):
+    return next((dim for suffix, dim in CHANNEL_DIM.items() if name.endswith(suffix)), None)
 
 
-def projected_by_sorting(weight, count, channels, floor):
+def projected_by_sorting(weight, count, channel_dim, minimum):
     """The same selection in Python: reserve each channel's largest, then fill up by magnitude, then index."""
     flat = weight.flatten().tolist()
     order = sorted(range(len(flat)), key=lambda i: (-abs(flat[i]), i))
     chosen = set()
-    if channels is not None:
+    if channel_dim is not None:
         inner = weight.shape[1]
-        for channel in range(weight.shape[channels]):
-            own = [i for i in order if (i // inner if channels == 0 else i % inner) == channel]
-            chosen.update(own[:floor])
+        for channel in range(weight.shape[channel_dim]):
+            own = [i for i in order if (i // inner if channel_dim == 0 else i % inner) == channel]
+            chosen.update(own[:minimum])
     for i in order:
         if len(chosen) >= count:
             break
@@ -51,37 +50,37 @@ def projected_by_sorting(weight, count, channels, floor):
 
 
 @pytest.mark.parametrize("kept", [0.7, 0.3, 0.1, 0.001])
-@pytest.mark.parametrize("floor", [4, 0, 2])
-def test_projection_is_the_sorted_one(kept, floor):
+@pytest.mark.parametrize("minimum", [4, 0, 2])
+def test_projection_is_the_sorted_one(kept, minimum):
     model = tiny_model()
     with torch.no_grad():  # ties, and a neuron far smaller than the rest
         model.transformer.h[0].attn.c_attn.weight.mul_(2).round_()
         model.transformer.h[1].mlp.c_fc.weight[3] *= 1e-6
         model.transformer.h[1].mlp.c_proj.weight[:, 5] = 0
     before = {name: parameter.detach().clone() for name, parameter in sparse_parameters(model)}
-    project(model, kept, min_per_channel=floor)
+    project(model, kept, min_per_channel=minimum)
     for name, parameter in sparse_parameters(model):
         count = max(1, round(kept * parameter.numel()))
-        expected = projected_by_sorting(before[name], count, channels_of(name), floor)
+        expected = projected_by_sorting(before[name], count, channel_dim_of(name), minimum)
         assert torch.equal(parameter, expected), name
 
 
-def test_counts_are_exact_and_channels_keep_their_floor():
+def test_counts_are_exact_and_channels_keep_their_minimum():
     model = tiny_model()
     project(model, 0.5)
     for _, parameter in sparse_parameters(model):
         assert torch.count_nonzero(parameter) == round(0.5 * parameter.numel())
     project(model, 1e-4)
     for name, parameter in sparse_parameters(model):
-        channels = channels_of(name)
-        if channels is None:
+        channel_dim = channel_dim_of(name)
+        if channel_dim is None:
             assert torch.count_nonzero(parameter) == 1
-        else:  # the reserve alone is over the budget
-            assert ((parameter != 0).sum(1 - channels) == 4).all()
+        else:  # the reserved entries alone are more than the count
+            assert ((parameter != 0).sum(1 - channel_dim) == 4).all()
 
 
 def test_a_dropped_weight_is_plus_zero():
-    """Not -0.0, whose bits would not survive a file of nonzeros."""
+    """Not -0.0, which a file of nonzeros would not restore bit for bit."""
     model = tiny_model()
     project(model, 0.2)
     assert not any(torch.signbit(parameter[parameter == 0]).any() for _, parameter in sparse_parameters(model))
@@ -119,7 +118,7 @@ def test_a_fraction_out_of_range_is_named(kept):
         project(tiny_model(), kept)
 
 
-def test_matrices_narrower_than_the_floor():
+def test_a_matrix_narrower_than_the_minimum_keeps_all():
     model = nn.Module()
     model.mlp = nn.Module()
     model.mlp.c_fc = nn.Linear(3, 5, bias=False)
@@ -127,14 +126,14 @@ def test_matrices_narrower_than_the_floor():
     assert (model.mlp.c_fc.weight != 0).all()
 
 
-def test_density_counts_sparse_tensors_only():
+def test_supports_are_the_nonzeros_of_the_sparse_tensors():
     model = tiny_model()
-    total = sum(parameter.numel() for _, parameter in sparse_parameters(model))
     with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.transformer.ln_f.weight.zero_()
-    assert nonzeros(model) == total - 23 * 16
-    assert density(model) == pytest.approx(1 - 23 * 16 / total)
+        model.lm_head.weight[3] = 0
+    found = supports(model)
+    assert list(found) == [name for name, _ in sparse_parameters(model)]
+    assert all(mask.all() for name, mask in found.items() if name != "lm_head.weight")
+    assert not found["lm_head.weight"][3].any() and int(found["lm_head.weight"].sum()) == 22 * 16
 
 
 def test_kept_fraction_by_hand():
@@ -185,7 +184,7 @@ def test_rms_of_nothing_and_of_zeros():
     assert clip_to_rms([parameter]) == 0 and math.isfinite(parameter.grad.sum())
 
 
-def test_what_does_not_train_is_not_projected():
+def test_frozen_parameters_are_not_projected():
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
     before = model.lm_head.weight.clone()

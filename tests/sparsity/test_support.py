@@ -13,14 +13,14 @@ from bridges.sparsity.support import Support, use_sparse_kernels
 SETTINGS = {"steps": 5, "train_sparse": True, "sites_per_step": "all", "sparse_lr": 0.02, "sparse_weight_decay": 0.3}
 
 
-def thinned(kept=0.08, **options):
+def projected(kept=0.08, **options):
     model = sparse_model(**options)
     sparsity.project(model, kept, min_per_channel=0)
     return model
 
 
-def by_hand(pair, batches, config):
-    """The same training on whole tensors: AdamW, then zeros where there were zeros."""
+def train_by_hand(pair, batches, config):
+    """The same training on whole tensors: AdamW, then zeros outside the support."""
     model = pair.sparse.model
     masks = sparsity.supports(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -50,73 +50,81 @@ def by_hand(pair, batches, config):
 @pytest.mark.parametrize("options", [{}, {"tied_unembed": True}, {"d_pos_emb": 4}], ids=["plain", "tied", "positions"])
 def test_steps_on_the_nonzeros_are_those_on_whole_tensors(options):
     batches = [(tokens(seed=seed), MASK) for seed in range(5)]
-    found, expected = (join(gpt2(), thinned(**options)) for _ in range(2))
+    found, expected = (join(gpt2(), projected(**options)) for _ in range(2))
     config = FitConfig(**SETTINGS)
     with ProcessGroup() as processes:
         trainer = Trainer(found, config, processes)
         for batch in batches:
             trainer.train_step([batch])
-    by_hand(expected, batches, config)
+    train_by_hand(expected, batches, config)
     for pair in (found, expected):
-        assert sparsity.density(pair.sparse.model) < 0.1
+        masks = sparsity.supports(pair.sparse.model).values()
+        assert sum(int(mask.sum()) for mask in masks) < 0.1 * sum(mask.numel() for mask in masks)
     for one, other in zip(found.sparse.model.parameters(), expected.sparse.model.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
     for one, other in zip(found.bridge_set.parameters(), expected.bridge_set.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_multiplying_by_values_changes_nothing_but_time(fast):
-    model, ids = thinned(), tokens()
-    before = copy.deepcopy(model)
-    support = Support(model, sparsity.supports(model), fast)
-    with support.multiplying():
+@pytest.mark.parametrize("use_kernels", [True, False])
+def test_kernels_change_neither_logits_nor_gradients(use_kernels):
+    model, ids = projected(), tokens()
+    before, masks = copy.deepcopy(model), sparsity.supports(model)
+    support = Support(model, masks, use_kernels)
+    with support.sparse_kernels():
         logits = model(ids).logits
     assert torch.allclose(logits, before(ids).logits, atol=1e-12)
     logits.square().sum().backward()
     support.gather_gradients()
     before(ids).logits.square().sum().backward()
-    for one, (_, other) in zip(support._trained, sparsity.sparse_parameters(before), strict=True):
+    values = support.parameters()[: len(masks)]  # of the sparse tensors, all of which train
+    for vector, (name, other) in zip(values, sparsity.sparse_parameters(before), strict=True):
         expected = torch.zeros_like(other) if other.grad is None else other.grad
-        assert torch.allclose(one.values.grad, expected.flatten()[one.index], atol=1e-10)
+        assert torch.allclose(vector.grad, expected[masks[name]], atol=1e-10)
 
 
-def test_the_calls_that_are_replaced_are_those_of_thin_matrices_alone():
-    model = thinned(0.08)
+def replaced(model):
+    """Names of the modules whose forward is another than their class's."""
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+def test_kernels_serve_matrices_of_low_density_alone():
+    model = projected(0.08)
     with torch.no_grad():
         model.blocks[0].mlp.c_fc.weight.fill_(1)
-    support = Support(model, sparsity.supports(model))
-    thin = {name for name, m in model.named_modules() if m in support._calls}
-    assert "lm_head" in thin and "transformer.h.1.mlp.c_fc" in thin and "transformer.h.0.mlp.c_fc" not in thin
-    assert not Support(model, sparsity.supports(model), fast=False)._calls
+    with Support(model, sparsity.supports(model)).sparse_kernels():
+        assert {"lm_head", "transformer.h.1.mlp.c_fc"} <= replaced(model)
+        assert "transformer.h.0.mlp.c_fc" not in replaced(model)
+    with Support(model, sparsity.supports(model), use_kernels=False).sparse_kernels():
+        assert not replaced(model)
 
 
-def test_a_frozen_model_multiplies_its_nonzeros_alone():
-    model, ids = thinned(), tokens()
+def test_a_frozen_model_gives_the_same_logits_and_gradients_by_its_nonzeros():
+    model, ids = projected(), tokens()
     plain = model(ids).logits.detach()
     with use_sparse_kernels(model):
-        assert {"lm_head", "transformer.h.0.attn.c_attn"} <= {
-            n for n, m in model.named_modules() if "forward" in vars(m)
-        }
+        assert {"lm_head", "transformer.h.0.attn.c_attn"} <= replaced(model)
         logits = model(ids).logits
         embedded = torch.autograd.grad(logits.square().sum(), model.transformer.wte.weight)[0]
+    assert not replaced(model)
     assert torch.allclose(logits, plain, atol=1e-12)
     expected = torch.autograd.grad(model(ids).logits.square().sum(), model.transformer.wte.weight)[0]
     assert torch.allclose(embedded, expected, atol=1e-10)
 
 
-def test_what_is_not_trained_stays():
-    model = thinned()
+def test_frozen_parameters_are_not_trained():
+    model = projected()
     model.lm_head.weight.requires_grad_(False)
     support = Support(model, sparsity.supports(model))
-    assert model.lm_head not in support._calls
+    with support.sparse_kernels():
+        assert "lm_head" not in replaced(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count = sum(int((p != 0).sum()) if name in support.masks else p.numel() for name, p in trained)
     assert sum(p.numel() for p in support.parameters()) == count
 
 
-def test_foreign_supports_are_refused():
-    masks = sparsity.supports(thinned())
+def test_masks_of_other_tensors_are_refused():
+    masks = sparsity.supports(projected())
     masks.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        Support(thinned(), masks)
+        Support(projected(), masks)

@@ -1,0 +1,139 @@
+"""Numba kernels for CPUs. Importing this module imports numba, so it is imported where a kernel is called."""
+
+import numpy as np
+from numba import prange
+
+from bridges.ops.compiled import compiled, compiled_parallel
+
+BLOCK = 128
+"""Tokens that one thread works on at a time: transposed, they stay in the processor's second-level cache, and each
+nonzero is multiplied with all of them in one SIMD loop."""
+_TILE = 16
+"""Tokens or rows that are transposed together: float32 values in a line of the first-level cache."""
+
+
+@compiled
+def topk_mask(rows, k, infinity, mask):  # pragma: no cover - compiled
+    """Mark the k largest magnitudes of each row; `rows` are the bits of floats, `infinity` those of infinity.
+
+    Each row's threshold is found by bisection over the bits, starting at the threshold of the row before.
+    """
+    n, d = rows.shape
+    integer = rows.dtype.type  # comparing in the keys' own width is what lets the loops below run as SIMD
+    sign_free, nan = integer(np.iinfo(rows.dtype).max), integer(infinity + 1)
+    first_step = max(infinity >> 11, 1)
+    keys = np.empty(d, rows.dtype)
+    threshold = infinity >> 1
+    for i in range(n):
+        for j in range(d):
+            keys[j] = min(integer(rows[i, j] & sign_free), nan)
+        # `reached` >= k keys reach `low`, fewer than k reach `high`: double the step from the last row's threshold
+        # until both are known, then bisect.
+        low, high, reached = 0, infinity + 2, d
+        middle, step = threshold, first_step
+        while high - low > 1 and reached != k:
+            pivot = integer(middle)
+            count = np.int32(0)
+            for j in range(d):
+                count = np.int32(count + np.int32(keys[j] >= pivot))
+            if count >= k:
+                low, reached, direction = middle, count, 1
+            else:
+                high, direction = middle, -1
+            if 0 < step < high - low:
+                middle += direction * step
+                step *= 2
+            else:
+                step = 0
+                middle = low + (high - low) // 2
+        threshold = low
+        pivot = integer(low)
+        for j in range(d):
+            mask[i, j] = keys[j] >= pivot
+        # Of the entries that tie at the threshold, the last ones beyond k are dropped.
+        j = d - 1
+        while reached > k:
+            if keys[j] == pivot:
+                mask[i, j] = False
+                reached -= 1
+            j -= 1
+
+
+@compiled
+def topk_at(rows, k, infinity, channels, out):  # pragma: no cover - compiled
+    """Copy the entries at `channels`, or 0 where at least k entries of the row rank before one."""
+    n, d = rows.shape
+    integer = rows.dtype.type
+    sign_free, nan = integer(np.iinfo(rows.dtype).max), integer(infinity + 1)
+    for i in range(n):
+        for c in range(channels.size):
+            channel = channels[c]
+            own = min(integer(rows[i, channel] & sign_free), nan)
+            before = np.int32(0)
+            for j in range(d):
+                key = min(integer(rows[i, j] & sign_free), nan)
+                before = np.int32(before + np.int32(key > own))
+            for j in range(channel):  # of equal entries, those of lower index rank before
+                before = np.int32(before + np.int32(min(integer(rows[i, j] & sign_free), nan) == own))
+            out[i, c] = rows[i, channel] if before < k else 0
+
+
+@compiled
+def apply_mask(bits, mask, out):  # pragma: no cover - compiled
+    """Copy the bits where the mask is true, 0 elsewhere."""
+    for j in range(bits.size):
+        out[j] = bits[j] if mask[j] else 0
+
+
+@compiled
+def _transpose_block(x, first, size, out):  # pragma: no cover - compiled
+    """out[c, t] = x[first + t, c] for t < size."""
+    for low in range(0, size, _TILE):
+        for c in range(x.shape[1]):
+            for t in range(low, min(low + _TILE, size)):
+                out[c, t] = x[first + t, c]
+
+
+@compiled_parallel
+def multiply(starts, columns, values, x, out):  # pragma: no cover - compiled
+    """out[t, r] = sum over the nonzeros j of row r of values[j] x[t, columns[j]]."""
+    n, width = x.shape
+    rows = starts.size - 1
+    for block in prange((n + BLOCK - 1) // BLOCK):
+        first = block * BLOCK
+        size = min(BLOCK, n - first)
+        x_transposed = np.empty((width, BLOCK), x.dtype)
+        _transpose_block(x, first, size, x_transposed)
+        totals = np.empty((_TILE, BLOCK), x.dtype)
+        for low in range(0, rows, _TILE):
+            high = min(low + _TILE, rows)
+            for r in range(low, high):
+                total = totals[r - low]
+                total[:] = 0
+                for j in range(starts[r], starts[r + 1]):
+                    value, row = values[j], x_transposed[columns[j]]
+                    for t in range(size):
+                        total[t] += value * row[t]
+            for t in range(size):
+                for r in range(low, high):
+                    out[first + t, r] = totals[r - low, t]
+
+
+@compiled_parallel
+def values_gradient(starts, columns, grad, x, out):  # pragma: no cover - compiled
+    """out[block, j] = sum over the block's tokens t of grad[t, row of j] x[t, columns[j]]."""
+    n, width = x.shape
+    rows = starts.size - 1
+    for block in prange((n + BLOCK - 1) // BLOCK):
+        first = block * BLOCK
+        size = min(BLOCK, n - first)
+        x_transposed, grad_transposed = np.empty((width, BLOCK), x.dtype), np.empty((rows, BLOCK), x.dtype)
+        _transpose_block(x, first, size, x_transposed)
+        _transpose_block(grad, first, size, grad_transposed)
+        for r in range(rows):
+            for j in range(starts[r], starts[r + 1]):
+                grad_row, x_row = grad_transposed[r], x_transposed[columns[j]]
+                total = x.dtype.type(0)
+                for t in range(size):
+                    total += grad_row[t] * x_row[t]
+                out[block, j] = total
