@@ -1,7 +1,6 @@
 """Bridges between two Hugging Face models: python examples/fit_two_models.py DENSE SPARSE [--out DIR]
 
-DENSE and SPARSE are folders or hub ids of models that share a tokenizer; without them two tiny random models show how
-it goes.
+DENSE and SPARSE are folders or hub ids of models that share a tokenizer; without them two tiny random models are used.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import bridges
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs="*", help="the dense and the sparse model")
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--out", default=None, help="the run folder; none: nothing is written")
+parser.add_argument("--out", default=None, help="the run folder; default: nothing is written")
 args = parser.parse_args()
 
 if args.models:
@@ -27,9 +26,9 @@ else:
         bridges.SparseConfig(vocab_size=61, d_model=64, n_layer=3, d_head=16, block_size=64, **ends)
     )
 
-# No data: sequences are sampled from the dense model. A LongTensor, a DataLoader or a folder of text would do too.
+# No data: sequences are sampled from the dense model. A LongTensor, a DataLoader or a folder of text files works too.
 bridge_set = bridges.fit(dense, sparse, steps=args.steps, seq_len=32, sampled_rows=256, output_dir=args.out)
 print(bridge_set.report)
 
 bridge = bridge_set["0.mlp"]
-print("a channel of the sparse model, seen by the dense one:", bridge.decoder_weight[:4, 0].tolist())
+print("channel 0 of the sparse model in the dense stream, first 4 entries:", bridge.decoder_weight[:4, 0].tolist())

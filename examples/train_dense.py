@@ -1,6 +1,6 @@
 """Train the bundled dense model, a small GPT-2: python examples/train_dense.py --out my_dense
 
-With --leg-steps it stops early, and the same command carries on from the checkpoint in the folder --run.
+With --leg-steps it stops early, and the same command continues from the checkpoint in the folder --run.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from bridges.data.corpus import bundled_corpus
 
 DEFAULTS = dict(out="bridges/assets/dense", run="runs/dense", tokenizer="bridges/assets/tokenizer", seed=0)
 DEFAULTS |= dict(steps=4800, warmup=200, lr=3e-3, batch_size=32, seq_len=128, width=64, layers=2, heads=4)
-# Positions start at zero and decay strongly: what they add to the residual stream is variance no bridge can read off.
+# Positions start at zero and decay strongly: what they add to the residual stream no bridge can predict.
 DEFAULTS |= dict(weight_decay=0.1, position_decay=2.0)
 DEFAULTS |= dict(leg_steps=0, checkpoint_every=300, split="train")  # leg_steps=0: to the end
 

@@ -1,6 +1,6 @@
 """Train the bundled sparse model jointly with bridges: python examples/train_sparse.py --run runs/pair
 
-Ctrl-C (or `timeout -s INT 1h python ...`) ends a leg with a checkpoint; the same command carries on from there.
+Ctrl-C (or `timeout -s INT 1h python ...`) stops it with a checkpoint; the same command continues from there.
 """
 
 import argparse
@@ -19,12 +19,12 @@ parser.add_argument("--config", default="configs/bundled_pair_1_dense.toml", hel
 parser.add_argument("--run", default="runs/pair", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the dense model's folder")
 parser.add_argument("--tokenizer", default="bridges/assets/tokenizer", help="its tokenizer's folder")
-parser.add_argument("--start", help="weights to start from: sparse.safetensors of a checkpoint; none: from scratch")
-parser.add_argument("--split", default="train", help='"heldout" is a twentieth, for a quick try')
-parser.add_argument("--rows", type=int, default=0, help="train on the first so many rows only; 0: on all")
+parser.add_argument("--start", help="weights to start from: sparse.safetensors of a checkpoint; default: random")
+parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
+parser.add_argument("--rows", type=int, default=0, help="train on this many rows only; 0: on all")
 parser.add_argument("--report-to", default="none", help="none or wandb")
 args, settings = parser.parse_known_args()
-# Any other argument is a setting of fit: --steps 100
+# All other arguments are settings of fit: --steps 100
 names = [name.removeprefix("--").replace("-", "_") for name in settings[::2]]
 overrides = dict(zip(names, settings[1::2], strict=True))
 

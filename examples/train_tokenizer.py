@@ -10,7 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bridges/assets/tokenizer", help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--split", default="train", help='"heldout" is a twentieth, for a quick try')
+    parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = train_tokenizer(bundled_documents(args.split, args.seed), args.vocab_size)

@@ -70,7 +70,7 @@ def test_encode_is_affine_and_keeps_k(bridge):
     assert (z != 0).sum(-1).unique().tolist() == [K]
 
 
-def test_some_channels_are_those_of_the_whole_encoding(bridge):
+def test_encode_at_equals_those_channels_of_encode(bridge):
     h = normal(2, 4, D_DENSE)
     for channels in ([0], [6, 2, 2]):
         assert torch.equal(bridge.encode_at(h, channels), bridge.encode(h).detach()[..., channels])
@@ -87,7 +87,7 @@ def test_decode_is_affine_and_its_delta_has_no_bias(bridge):
         assert torch.equal(bridge.decode_delta(dz * 0), torch.zeros(2, 4, D_DENSE).double())
 
 
-def test_a_read_units_column_is_the_formula(bridge):
+def test_read_columns_follow_the_formula(bridge):
     bridge.rms_sparse.fill_(1.5)
     bridge.gain_sparse.copy_(normal(D_SPARSE, seed=4))
     columns = bridge.read_columns([6, 2, 2])
@@ -96,7 +96,7 @@ def test_a_read_units_column_is_the_formula(bridge):
     assert not columns.requires_grad
 
 
-def test_streams_of_another_dtype_are_raised_to_the_bridges_own(bridge):
+def test_streams_are_cast_to_the_dtype_of_the_weights(bridge):
     low = normal(3, D_DENSE).bfloat16()
     with torch.no_grad():
         assert bridge.encode(low).dtype == torch.float64
@@ -122,7 +122,7 @@ def test_half_precision_selects_the_channels_of_float32(half):
     assert torch.equal(z != 0, expected != 0) and ((z != 0).sum(-1) == k).all()
 
 
-def test_gradients_reach_kept_entries_alone(bridge):
+def test_gradients_reach_kept_entries_only(bridge):
     h = normal(1, D_DENSE)
     bridge.encode(h).sum().backward()
     kept = (naive_encode(bridge, h)[0] != 0).double()
@@ -136,14 +136,14 @@ def test_an_impossible_k_is_refused(k):
         Bridge(D_DENSE, D_SPARSE, k)
 
 
-def test_a_new_bridge_is_zero_float32_and_knows_no_rms():
+def test_a_new_bridge_is_zero_in_float32_without_rms():
     bridge = Bridge(D_DENSE, D_SPARSE, K)
     assert bridge.encoder_weight.shape == (7, 5) and bridge.decoder_weight.shape == (5, 7)
     assert all(not p.any() and p.dtype == torch.float32 for p in bridge.parameters())
     assert bridge.rms_dense.isnan() and bridge.rms_sparse.isnan() and len(list(bridge.parameters())) == 4
 
 
-def test_random_maps_keep_variance_and_follow_the_generator():
+def test_random_weights_keep_variance_and_follow_the_generator():
     one, two = Bridge(400, 300, 5), Bridge(400, 300, 5)
     one.randomize(torch.Generator().manual_seed(1))
     state = torch.get_rng_state()
@@ -189,7 +189,7 @@ def test_save_load_save_gives_the_same_bytes(bridge_set, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_unfitted_set_comes_back_without_a_report(dtype, tmp_path):
+def test_a_set_without_a_report_is_loaded_without_one(dtype, tmp_path):
     BridgeSet([("0.attn", "0.attn")], [filled(dtype=dtype)]).save_pretrained(tmp_path / "a")
     loaded = BridgeSet.from_pretrained(str(tmp_path / "a"))
     loaded.save_pretrained(tmp_path / "b")
@@ -197,7 +197,7 @@ def test_an_unfitted_set_comes_back_without_a_report(dtype, tmp_path):
     assert loaded.report is None and loaded.history == [] and loaded[0].encoder_weight.dtype == dtype
 
 
-def test_the_folders_content(bridge_set, tmp_path):
+def test_the_content_of_a_bridge_folder(bridge_set, tmp_path):
     bridge_set.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {
@@ -259,10 +259,10 @@ DAMAGES = {
     "another version": (lambda f: edit_config(f, format_version=1), r"config.json: format_version=1, .* reads 2"),
     "no width": (lambda f: edit_config(f, d_dense=None), "config.json lacks 'd_dense'"),
     "no dtype": (lambda f: edit_config(f, dtype="nn"), "config.json: dtype='nn' is not a dtype"),
-    "a list for a config": (lambda f: (f / CONFIG).write_text("[]"), "config.json does not hold a JSON object"),
+    "a list for a config": (lambda f: (f / CONFIG).write_text("[]"), "config.json must hold a JSON object"),
     "odd pairs": (lambda f: edit_config(f, pairs=[["0.attn"]]), "config.json: pairs must be a list of"),
     "odd width": (lambda f: edit_config(f, d_dense="5"), "config.json: pairs must be a list of"),
-    "a list for a report": (lambda f: (f / "report.json").write_text("[]"), "report.json does not hold a JSON object"),
+    "a list for a report": (lambda f: (f / "report.json").write_text("[]"), "report.json must hold a JSON object"),
     "torn report": (lambda f: (f / "report.json").write_text("{"), "report.json is not valid JSON"),
     "odd report": (lambda f: (f / "report.json").write_text("{}"), "report.json is not a report"),
     "torn history": (lambda f: (f / "history.json").write_text("["), "history.json is not valid JSON"),
@@ -350,7 +350,7 @@ def test_push_to_hub_uploads_the_bridge_folder(bridge_set, tmp_path, monkeypatch
     assert not os.path.exists(asked["folder"])
 
 
-def test_the_set_knows_its_models_again(tiny, tmp_path):
+def test_check_models_accepts_the_models_of_the_fit_in_any_dtype_and_no_others(tiny, tmp_path):
     dense, sparse = tiny("gpt2"), tiny("llama")
     bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
     bridge_set.check_models(dense, sparse)  # nothing remembered, nothing to refuse
@@ -365,7 +365,7 @@ def test_the_set_knows_its_models_again(tiny, tmp_path):
         loaded.check_models(dense, dense)
 
 
-def test_a_model_is_remembered_by_its_folders_name_not_its_path(tiny, tmp_path):
+def test_a_local_models_name_is_its_folders_name(tiny, tmp_path):
     names = []
     for parent in ("here", "there"):
         folder = tmp_path / parent / "tiny-dense"

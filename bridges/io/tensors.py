@@ -1,4 +1,4 @@
-"""Reading tensors from files that others wrote: never a pickle, and every refusal names the file or the tensor."""
+"""Reading tensors from files: no pickle is run, and every error names the file or the tensor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def read_keys(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError, naming the file, when it is damaged or something else."""
     keys = read_json(path)
     if not isinstance(keys, dict):
-        raise ValueError(f"{path} does not hold a JSON object, but a {type(keys).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, not a {type(keys).__name__}")
     return keys
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file; OSError when it is not there, ValueError when it is empty or damaged."""
+    """The tensors of one file; OSError when it does not exist, ValueError when it is empty or damaged."""
     _require_content(path)
     try:
         return load_file(path)
@@ -43,23 +43,23 @@ def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        tensors |= read_safetensors(folder / Path(shard).name)  # .name: an index does not reach out of its folder
+        tensors |= read_safetensors(folder / Path(shard).name)  # .name: an index must not name files elsewhere
     return tensors
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a plain state dict in a `.pt` file, read with `weights_only=True`: no code in it is run.
 
-    OSError when it is not there, ValueError when it is empty, damaged or holds anything but named tensors.
+    OSError when it does not exist, ValueError when it is empty, damaged or holds anything but named tensors.
     """
     _require_content(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader raise nearly anything
+    except Exception as error:  # a damaged file makes the reader raise almost any type
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged or not a plain state dict ({reason}); fetch it again") from None
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} does not hold a plain state dict, tensors by name, but a {type(content).__name__}")
+        raise ValueError(f"{path} must hold a plain state dict (tensors by name), not a {type(content).__name__}")
     return dict(content)
 
 
@@ -70,12 +70,12 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             raise ValueError(f"{where}: the tensor {name} is missing; the configuration asks for it")
     for name, tensor in tensors.items():
         if name not in expected:
-            raise ValueError(f"{where}: the tensor {name} is not expected; the configuration has no place for it")
+            raise ValueError(f"{where}: the tensor {name} is not expected; the configuration does not ask for it")
         if tensor.shape != expected[name].shape:
             shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)} as the configuration says"
             raise ValueError(f"{where}: the tensor {name} has shape {shapes}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{where}: the tensor {name} holds {tensor.dtype}, not floating-point numbers")
+            raise ValueError(f"{where}: the tensor {name} holds {tensor.dtype}; it must hold floating-point numbers")
 
 
 def _require_content(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading files that others wrote: whole ones come back equal, damaged ones are refused by name."""
+"""Whole files are read back equal, damaged ones are refused by name."""
 
 import json
 
@@ -22,7 +22,7 @@ def same(found):
     return found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_what_was_written_is_read_from_one_file_from_shards_and_from_a_state_dict(tmp_path):
+def test_tensors_are_read_from_one_file_from_shards_and_from_a_state_dict(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     assert same(read_safetensors(tmp_path / "model.safetensors")) and same(read_safetensors_folder(tmp_path))
     torch.save(TENSORS, tmp_path / "model.pt")
@@ -35,7 +35,7 @@ def test_what_was_written_is_read_from_one_file_from_shards_and_from_a_state_dic
     assert same(read_safetensors_folder(sharded))
 
 
-def test_an_index_does_not_reach_out_of_its_folder(tmp_path):
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path):
     save_file(TENSORS, tmp_path / "outside.safetensors")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / INDEX).write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
@@ -52,7 +52,7 @@ def test_an_index_does_not_reach_out_of_its_folder(tmp_path):
         (b"not tensors", ValueError, "fetch it again"),
     ],
 )
-def test_files_that_are_none_are_refused_by_name(tmp_path, read, content, error, message):
+def test_missing_empty_and_damaged_files_are_refused_by_name(tmp_path, read, content, error, message):
     path = tmp_path / "weights"
     if content is not None:
         path.write_bytes(content)
@@ -82,8 +82,8 @@ def test_a_pickle_of_anything_else_is_refused_and_does_not_run(tmp_path, capsys,
     assert "ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "not hold a JSON object, but a list"), ("{", "keys.json")])
-def test_keys_are_a_json_object(tmp_path, text, message):
+@pytest.mark.parametrize(("text", "message"), [("[1]", "must hold a JSON object, not a list"), ("{", "keys.json")])
+def test_keys_that_are_not_a_json_object_are_refused(tmp_path, text, message):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_keys(tmp_path / "keys.json")
@@ -104,10 +104,10 @@ def test_an_index_without_a_map_is_refused(tmp_path):
         ({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.long)}, r"the tensor b holds torch\.int64"),
     ],
 )
-def test_tensors_are_held_against_what_the_configuration_asks_for(tmp_path, tensors, message):
+def test_tensors_that_differ_from_the_configuration_are_refused_by_name(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=message):
         check_tensors(tensors, {"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path)
 
 
-def test_tensors_that_fit_pass(tmp_path):
+def test_tensors_of_another_float_dtype_fit(tmp_path):
     check_tensors({"a": torch.zeros(2, dtype=torch.bfloat16)}, {"a": torch.zeros(2)}, tmp_path)

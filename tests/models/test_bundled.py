@@ -14,7 +14,7 @@ def pair():
     return load_pair()
 
 
-def test_at_most_two_percent_of_the_sparse_model_is_not_zero(pair):
+def test_at_most_two_percent_of_the_sparse_model_is_nonzero(pair):
     parameters = list(pair.sparse.parameters())
     assert sum(int(p.count_nonzero()) for p in parameters) <= 0.02 * sum(p.numel() for p in parameters)
 

@@ -18,7 +18,7 @@ def model():
     return model
 
 
-def test_frozen_inside_as_it_was_outside(model):
+def test_frozen_restores_modes_and_requires_grad(model):
     before = state(model)
     with modes.frozen(model):
         assert state(model) == ([False] * 5, [False] * 4)
@@ -27,7 +27,7 @@ def test_frozen_inside_as_it_was_outside(model):
     assert state(model) == before == ([True, True, False, False, False], [True, False, True, True])
 
 
-def test_training_inside_as_it_was_outside_without_gradients(model):
+def test_train_mode_restores_modes_and_clears_gradients(model):
     before = state(model)
     with modes.train_mode(model):
         assert state(model)[0] == [True] * 5
@@ -39,7 +39,7 @@ def test_training_inside_as_it_was_outside_without_gradients(model):
     assert state(model) == before
 
 
-def test_evaluation_gives_every_module_its_own_mode_back():
+def test_eval_mode_restores_the_mode_of_every_module():
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
     model[1].eval()
     before = [module.training for module in model.modules()]

@@ -8,7 +8,7 @@ from bridges.models.sparse.model import SparseConfig, SparseTransformer
 
 
 class Sites(ResidualModel):
-    """A model of which only the sites are known."""
+    """A model with sites and nothing else."""
 
     def __init__(self, *names):
         self.sites = [Site(name) for name in names] + [Site("final")]
@@ -40,13 +40,13 @@ def test_equal_depth_pairs_equal_names():
 
 
 @pytest.mark.parametrize(
-    ("few", "many", "far"),
+    ("few", "many", "deeper"),
     [(2, 5, [0, 4]), (3, 5, [0, 2, 4]), (3, 4, [0, 2, 3]), (4, 6, [0, 2, 3, 5]), (1, 4, [0]), (2, 3, [0, 2])],
 )
-def test_layer_j_of_the_shallower_pairs_with_its_share_of_the_deeper(few, many, far):
+def test_layers_of_unequal_depth_pair_by_relative_depth(few, many, deeper):
     shallow, deep = split(*range(few)), split(*range(many))
-    assert names(pair_sites(shallow, deep)) == both(*enumerate(far))
-    assert names(pair_sites(deep, shallow)) == both(*[(there, here) for here, there in enumerate(far)])
+    assert names(pair_sites(shallow, deep)) == both(*enumerate(deeper))
+    assert names(pair_sites(deep, shallow)) == both(*[(there, here) for here, there in enumerate(deeper)])
 
 
 def test_a_block_pairs_with_attention_whichever_side_it_is_on():
@@ -87,12 +87,12 @@ def test_sites_restrict_by_the_sparse_name_and_keep_the_order():
         ([("0.attn", "0.attn")], ["0.mlp"], "sites='0.mlp' is not a bridged site"),
     ],
 )
-def test_refusals(site_map, sites, message):
+def test_a_map_or_sites_that_fit_no_model_are_refused(site_map, sites, message):
     with pytest.raises(ValueError, match=message):
         pair_sites(split(0, 1), split(0, 1), site_map, sites)
 
 
-def test_with_real_models(tiny):
+def test_models_of_unequal_depth_pair_by_their_own_sites(tiny):
     torch.manual_seed(0)
     shape = {"vocab_size": 61, "block_size": 9, "n_layer": 3, "d_model": 16, "n_head": 2, "d_head": 4, "d_mlp": 24}
     sparse = as_residual(SparseTransformer(SparseConfig(**shape)))

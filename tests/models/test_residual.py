@@ -16,7 +16,7 @@ def chain(model):
     return as_residual(model)
 
 
-def test_a_site_is_its_name():
+def test_a_site_equals_its_name():
     site = Site("12.mlp")
     assert site == "12.mlp" and hash(site) == hash("12.mlp") and {site: 1}["12.mlp"] == 1
     assert (site.layer, site.kind) == (12, "mlp")
@@ -29,7 +29,7 @@ def test_sites_are_found_by_name_and_by_index(chain):
 
 
 @pytest.mark.parametrize("site", ["2.attn", "", "0.block", 5, -6])
-def test_a_site_that_is_not_there_is_refused_with_those_that_are(chain, site):
+def test_an_unknown_site_is_refused_with_a_list_of_the_sites(chain, site):
     with pytest.raises(ValueError, match=f"site={site!r} is not .* 0.attn, 0.mlp, 1.attn, 1.mlp, final"):
         chain.index(site)
 
@@ -73,7 +73,7 @@ def test_dtype_and_device_are_the_models(tiny):
     assert (chain.dtype, chain.device) == (torch.bfloat16, torch.device("cpu"))
 
 
-def test_token_ids_go_where_accelerate_brings_an_offloaded_weight():
+def test_token_ids_go_to_the_device_that_accelerate_brings_weights_to():
     class Hook:
         execution_device = "cpu"
 
@@ -87,15 +87,15 @@ def test_token_ids_go_where_accelerate_brings_an_offloaded_weight():
         assert input_device(model) == torch.device("cpu")
 
 
-def test_a_visitor_sees_each_read_once_and_its_answer_takes_its_place(model, chain, tokens):
+def test_a_hook_is_called_once_per_read_and_what_it_returns_replaces_the_read(model, chain, tokens):
     """Against the model's own forward with a hand-made hook on the MLP of layer 0 and the attention of layer 1."""
     reads, seen = chain.reads(tokens), []
 
-    def visit(read):
+    def double(read):
         seen.append(read)
         return read * 2 + 1
 
-    with torch.no_grad(), chain.hook_reads({1: visit, 2: visit}):
+    with torch.no_grad(), chain.hook_reads({1: double, 2: double}):
         logits = chain.trace(tokens).logits
     assert len(seen) == 2 and torch.equal(seen[0], reads[1]) and not torch.equal(seen[1], reads[2])
     handles = [
@@ -108,7 +108,7 @@ def test_a_visitor_sees_each_read_once_and_its_answer_takes_its_place(model, cha
         handle.remove()
 
 
-def test_a_keyword_read_is_edited_too(tiny, tokens):
+def test_a_read_given_as_a_keyword_argument_is_replaced_too(tiny, tokens):
     model = tiny("llama")
     chain = as_residual(model)
     with torch.no_grad(), chain.hook_reads({2: lambda read: read + 1}):
@@ -121,7 +121,7 @@ def test_a_keyword_read_is_edited_too(tiny, tokens):
     handle.remove()
 
 
-def test_visitors_are_gone_after_an_exception(chain, tokens):
+def test_hooks_are_removed_after_an_exception(chain, tokens):
     with torch.no_grad():
         logits = chain.trace(tokens).logits
         with pytest.raises(KeyError), chain.hook_reads({i: lambda read: read * 0 for i in range(5)}):
@@ -129,7 +129,7 @@ def test_visitors_are_gone_after_an_exception(chain, tokens):
         assert torch.equal(chain.trace(tokens).logits, logits)
 
 
-def test_reading_without_an_answer_changes_no_bit(chain, tokens):
+def test_a_hook_that_returns_none_changes_no_bit(chain, tokens):
     with torch.no_grad():
         logits = chain.trace(tokens).logits
         with chain.hook_reads({i: lambda read: None for i in range(5)}):

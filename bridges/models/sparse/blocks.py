@@ -1,4 +1,4 @@
-"""The layers of a weight-sparse transformer; the order of operations is that of method, section 8."""
+"""The layers of a weight-sparse transformer, in the order of operations of method.md, section 8."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bridges.ops.abs_topk import abs_topk
 
 
 class AbsTopK(nn.Module):
-    """A place in the network: keeps the k entries of largest magnitude, or everything when k is None.
+    """Keeps the k entries of largest magnitude and zeroes the others, or keeps everything when k is None.
 
-    A module even where it keeps everything, so that each of the ten places can be hooked.
+    A module even where it keeps everything, so that each of the ten places can have a hook.
     """
 
     def __init__(self, k: int | None):
@@ -26,16 +26,16 @@ class AbsTopK(nn.Module):
         self.k = k
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
-        """The entries kept, the others zero; over the last dimension."""
+        """Over the last dimension."""
         return x if self.k is None or self.k >= x.shape[-1] else abs_topk(x, self.k)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """What `print(model)` shows."""
         return f"k={self.k}"
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, with the smallest float32 step as eps in every dtype but float64, which has its own."""
+    """x / rms(x) * weight; eps is float32's machine epsilon, float64's for float64 input."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class Sink(nn.Module):
-    """One logit per head for the slot that takes attention and gives nothing back."""
+    """The attention sink: one learned logit per head, for a key slot whose value is zero."""
 
     def __init__(self, n_head: int):
         super().__init__()
@@ -56,11 +56,11 @@ class Sink(nn.Module):
 
 
 class Write(nn.Linear):
-    """A matrix whose output is added to the stream; it starts smaller the more of them there are."""
+    """A matrix that writes to the stream; its initial scale falls with the number of layers (GPT-2)."""
 
 
 class Attention(nn.Module):
-    """Causal attention over what the norm gives; q, k and v are stacked in `c_attn`."""
+    """Causal attention on the norm's output; q, k and v are stacked in `c_attn`."""
 
     def __init__(self, config: SparseConfig, layer: int):
         super().__init__()
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s d_read"], allowed: Bool[Tensor, "#b 1 s t"], cache: Cache | None = None
     ) -> Float[Tensor, "b s d_model"]:
-        """What is added to the stream; keys and values join those of `cache`, t in all."""
+        """What is added to the stream; keys and values are appended to those of `cache`, t in all."""
         q, k, v = self.c_attn(self.attn_in(x)).chunk(3, dim=-1)
         q, k, v = (self._split_heads(part) for part in (self.attn_q(q), self.attn_k(k), self.attn_v(v)))
         if cache is not None:
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "#b 1 s t"],
     ) -> Float[Tensor, "b n_head s d_head"]:
         scores = (q @ k.mT) * (1 / math.sqrt(self.d_head))
-        # Not -inf: a padding token that may look at nothing must stay finite, its gradient too.
+        # Not -inf: a padding token that may attend to no key must stay finite, its gradient too.
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         if self.attn_imp is None:
             weights = scores.softmax(-1)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Neurons, with AbsTopK after the activation."""
+    """Two matrices, with AbsTopK after the activation."""
 
     def __init__(self, config: SparseConfig):
         super().__init__()
@@ -149,8 +149,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b s d_model"]:
         """The attention sublayer, from the stream at `N.attn` to the stream at `N.mlp`.
 
-        `positions` are the embedded ones to concatenate, None where the model adds them; `allowed` says which of the t
-        keys (those of `cache` included) each query may look at.
+        `positions` are the position channels to concatenate, None where the model adds them to the embedding;
+        `allowed` says which of the t keys (those of `cache` included) each query may attend to.
         """
         read = self.ln_1(residual)
         if positions is not None:
@@ -171,7 +171,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """All that stands before the unembedding."""
+    """Embeddings, blocks and the final norm: everything before the unembedding."""
 
     def __init__(self, config: SparseConfig):
         super().__init__()
@@ -183,14 +183,14 @@ class Trunk(nn.Module):
 
 
 def build_norm(config: SparseConfig, size: int) -> RMSNorm | nn.LayerNorm:
-    """The norm that the whole model uses, for `size` channels."""
+    """The model's kind of norm, for `size` channels."""
     return RMSNorm(size) if config.rms_norm else nn.LayerNorm(size, eps=1e-5, bias=config.ln_bias)
 
 
 def attention_pattern(
     seq: int, past: int, attention_mask: Tensor | None, device: torch.device
 ) -> Bool[Tensor, "#b 1 seq total"]:
-    """Which of the past + seq keys each of the last seq queries may look at: real ones, itself and before."""
+    """Which of the past + seq keys each of the last seq queries may attend to: itself and earlier ones, no padding."""
     total = past + seq
     allowed = torch.ones(seq, total, dtype=torch.bool, device=device).tril(past)[None, None]
     return allowed if attention_mask is None else allowed & attention_mask[:, None, None, :].bool()

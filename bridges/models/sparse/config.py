@@ -1,7 +1,8 @@
-"""The configuration of a weight-sparse transformer (method, sections 5 and 8)."""
+"""The configuration of a weight-sparse transformer (method.md, sections 5 and 8)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
@@ -18,12 +19,12 @@ AFRAC_PLACES = (
     "resid_post_attn",
     "resid_post_mlp",
 )
-"""Every place at which AbsTopK can stand."""
+"""The places of AbsTopK in a layer, as the paper calls them (A.1)."""
 
 IGNORED_KEYS = frozenset({"flash", "grad_checkpointing", "debug_nans", "enable_sparse_kernels"})
 """Keys of published checkpoints that do not change the function."""
 
-# Written by transformers or by files made with it; none of them changes the function.
+# Written by transformers, or in files made with it; none of them changes the function.
 # fmt: off
 _LIBRARY_KEYS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation",
@@ -32,7 +33,7 @@ _LIBRARY_KEYS = frozenset({
     "name_or_path", "num_labels", "output_attentions", "pad_token_id", "per_layer_config", "quantization_config",
     "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     "use_return_dict",
-    # Of transformers 4, which some versions write out in full.
+    # Of transformers 4, some versions of which write all of them.
     "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix",
     "pruned_heads", "sep_token_id", "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "use_bfloat16",
 })
@@ -40,12 +41,19 @@ _LIBRARY_KEYS = frozenset({
 
 
 class SparseConfig(PretrainedConfig):
-    """The shape and options of a `SparseTransformer`; fields are the keys of the published checkpoints.
+    """The shape and options of a `SparseTransformer`; its fields are the keys of the published checkpoints.
 
-    Fields are documented below each one. `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
-    `max_position_embeddings` and `tie_word_embeddings` name the same things in the words of transformers, `n_mlp` is
-    the old name of `d_mlp`. Raises ValueError for an unknown key, a value out of range, or two names of one field that
-    disagree.
+    `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `max_position_embeddings` and `tie_word_embeddings` are
+    transformers' names of `d_model`, `n_layer`, `n_head`, `block_size` and `tied_unembed`; `n_mlp` is an old name of
+    `d_mlp`. Defaults are the paper's (A.1). Raises ValueError for an unknown key, a value out of range, or two names of
+    one field with different values.
+
+    >>> config = SparseConfig(d_model=64, d_head=16)
+    >>> config.n_head, config.d_mlp, config.kept("mlp_neuron")  # a quarter of 256 neurons
+    (4, 256, 64)
+    >>> SparseConfig(d_model=0)
+    Traceback (most recent call last):
+    ValueError: d_model=0 must be a positive integer
     """
 
     model_type = "sparse_transformer"
@@ -59,7 +67,7 @@ class SparseConfig(PretrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     block_size: int = 1024
-    """The most tokens a row may have."""
+    """The largest number of tokens in a row."""
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int | None = None
@@ -70,39 +78,42 @@ class SparseConfig(PretrainedConfig):
     d_mlp: int | None = None
     """Neurons per layer; None: 4 d_model."""
     dropout: float = 0.0
-    """After the embedding, on attention weights and on what each sublayer writes."""
+    """Probability of dropout after the embedding, on attention weights and on each sublayer's output."""
     bias: bool = True
     """Whether the matrices inside the layers have biases."""
     ln_bias: bool = True
     """Whether a LayerNorm has a bias; an RMSNorm never has."""
     rms_norm: bool = True
+    """RMSNorm if True, LayerNorm if False."""
     residual_activation_type: str = "identity"
     """`identity`, or `relu` on the stream after every sublayer."""
     activation_type: str = "gelu"
-    """Of the neurons: `gelu` (exact, with erf) or `relu`."""
+    """Activation of the MLP: `gelu` (exact, with erf) or `relu`."""
     afrac: float | None = 0.25
     """AbsTopK keeps int(afrac * size) entries at each of `afrac_loctypes`; None: no AbsTopK anywhere."""
     afrac_loctypes: str = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
-    """Comma-separated, of `AFRAC_PLACES`; a list is taken too."""
+    """Places of AbsTopK, from `AFRAC_PLACES`, comma-separated or as a list."""
     tied_unembed: bool = False
+    """Whether the unembedding is the embedding's matrix."""
     tokenizer_name: str | None = None
     enable_bigram_table: bool = False
     """Whether a [vocab_size, vocab_size] table, row = current token, is added to the logits."""
     learnable_bigram_table: bool = False
     """Whether that table gets gradients."""
     d_pos_emb: int | None = None
-    """Width of read-only position channels behind the stream's own at every read; None: positions are added."""
+    """Width of the position channels concatenated to every read; None: positions are added to the embedding."""
     sinusoidal_cat_pos_emb: bool = False
     """Whether those channels are a fixed table of sines and cosines."""
     dropout_cat_pos_emb: bool = False
+    """Whether those channels have dropout."""
     sink: bool = True
-    """Whether each head has a slot in the softmax's denominator with its own logit and zero value."""
+    """Whether each head has an attention sink: a slot in the softmax with its own logit and zero value."""
 
     def __init__(self, **keys: Any):
         if keys.get("model_type", self.model_type) != self.model_type:
-            kind = keys["model_type"]
             raise ValueError(
-                f"model_type={kind!r} is another family; SparseTransformer.from_pretrained reads circuitgpt"
+                f"model_type={keys['model_type']!r} must be {self.model_type!r}; "
+                "SparseTransformer.from_pretrained also reads circuitgpt"
             )
         own, common = _split_keys(keys)
         super().__init__(**common)
@@ -123,16 +134,16 @@ class SparseConfig(PretrainedConfig):
 
     @property
     def d_read(self) -> int:
-        """Channels that a sublayer reads: the stream's and the positions'."""
+        """The number of channels that a sublayer reads: the stream's and the positions'."""
         return self.d_model + (self.d_pos_emb or 0)
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where AbsTopK stands."""
+        """The places that have an AbsTopK; none where `afrac` is None."""
         return tuple(p.strip() for p in self.afrac_loctypes.split(",") if p.strip()) if self.afrac is not None else ()
 
     def kept(self, place: str) -> int | None:
-        """How many entries AbsTopK keeps at `place`, None where it does not stand."""
+        """How many entries AbsTopK keeps at a place, None at a place without."""
         return int(self.afrac * _sizes(self)[place]) if place in self.places and self.afrac is not None else None
 
 
@@ -141,7 +152,7 @@ FIELDS = tuple(name for name, kind in SparseConfig.__annotations__.items() if no
 
 
 def _split_keys(keys: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields under their own names, and what is transformers'."""
+    """The keys of `SparseConfig` under the fields' names, and those of transformers."""
     if keys.get("use_tied_aux_matrix"):
         raise ValueError("use_tied_aux_matrix=True is not supported; only checkpoints with false can be read")
     known_elsewhere = _LIBRARY_KEYS | set(PretrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
@@ -161,26 +172,44 @@ def _split_keys(keys: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, common
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("block_size", "vocab_size", "n_layer", "d_model"), (_is_count, "a positive integer")),
+    **dict.fromkeys(
+        ("n_head", "d_head", "d_mlp", "d_pos_emb"),
+        (lambda value: value is None or _is_count(value), "a positive integer or None"),
+    ),
+    **dict.fromkeys(
+        (name for name in FIELDS if SparseConfig.__annotations__[name] == "bool"),
+        (lambda value: isinstance(value, bool), "True or False"),
+    ),
+    "dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "afrac": (
+        lambda value: value is None or (_is_number(value) and 0 < value <= 1),
+        "a number in (0, 1] or None",
+    ),
+    "residual_activation_type": (lambda value: value in ("identity", "relu"), "identity or relu"),
+    "activation_type": (lambda value: value in ("gelu", "relu"), "gelu or relu"),
+}
+"""Per field, what its value must be, as a test and in words."""
+
+
 def _validate(config: SparseConfig) -> None:
-    for name in ("block_size", "vocab_size", "n_layer", "d_model"):
-        _require(config, name, _is_count(getattr(config, name)), "a positive integer")
-    for name in ("n_head", "d_head", "d_mlp", "d_pos_emb"):
+    for name, (holds, wanted) in _RULES.items():
         value = getattr(config, name)
-        _require(config, name, value is None or _is_count(value), "a positive integer or None")
-    for name in FIELDS:
-        if SparseConfig.__annotations__[name] == "bool":
-            _require(config, name, isinstance(getattr(config, name), bool), "True or False")
-    _require(config, "dropout", _is_number(config.dropout) and 0 <= config.dropout < 1, "a number in [0, 1)")
-    fraction = config.afrac is None or (_is_number(config.afrac) and 0 < config.afrac <= 1)
-    _require(config, "afrac", fraction, "a number in (0, 1] or None")
-    _require(
-        config, "residual_activation_type", config.residual_activation_type in ("identity", "relu"), "identity or relu"
-    )
-    _require(config, "activation_type", config.activation_type in ("gelu", "relu"), "gelu or relu")
-    for place in config.places:
-        _require(config, "afrac_loctypes", place in AFRAC_PLACES, f"places of {', '.join(AFRAC_PLACES)}")
-    wide = config.d_pos_emb is not None or not (config.sinusoidal_cat_pos_emb or config.dropout_cat_pos_emb)
-    _require(config, "d_pos_emb", wide, "a width when sinusoidal_cat_pos_emb or dropout_cat_pos_emb is True")
+        if not holds(value):
+            raise ValueError(f"{name}={value!r} must be {wanted}")
+    if not set(config.places) <= set(AFRAC_PLACES):
+        raise ValueError(f"afrac_loctypes={config.afrac_loctypes!r} must be places of {', '.join(AFRAC_PLACES)}")
+    if config.d_pos_emb is None and (config.sinusoidal_cat_pos_emb or config.dropout_cat_pos_emb):
+        raise ValueError("d_pos_emb=None must be a width when sinusoidal_cat_pos_emb or dropout_cat_pos_emb is True")
 
 
 def _validate_k(config: SparseConfig) -> None:
@@ -206,16 +235,3 @@ def _divide(config: SparseConfig, name: str) -> int:
     if config.d_model % value:
         raise ValueError(f"{name}={value} does not divide d_model={config.d_model}; give both n_head and d_head")
     return config.d_model // value
-
-
-def _require(config: SparseConfig, name: str, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} must be {wanted}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

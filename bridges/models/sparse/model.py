@@ -1,4 +1,4 @@
-"""A GPT-2-like decoder with sparse weights and activations (Gao et al. 2025; method, sections 5 and 8)."""
+"""A GPT-2-like decoder with sparse weights and activations (Gao et al. 2025; method.md, sections 5 and 8)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,21 @@ INIT_STD = 0.02
 
 
 class SparseTransformer(PreTrainedModel, GenerationMixin):
-    """A weight-sparse transformer; names in its state dict are those of the published checkpoints.
+    """A weight-sparse transformer (paper 2.1, A.1), with the parameter names of the published checkpoints.
 
-    logits = lm_head(ln_f(h)) + final_logits_bias + bigram_table[input_ids]; how h comes about is in `Block`.
-    `bridges.as_residual(model)` gives it as a chain of sublayers.
+    logits = lm_head(ln_f(h)) + final_logits_bias + bigram_table[input_ids], where h is the stream after the last
+    `Block`. A `transformers.PreTrainedModel`: it generates, and `AutoModelForCausalLM` loads it. New models have dense
+    random weights; training makes them sparse. `bridges.as_residual(model)` gives it as a chain of sublayers.
+
+    >>> config = SparseConfig(vocab_size=11, n_layer=2, d_model=32, block_size=8)
+    >>> model = SparseTransformer(config).eval()
+    >>> input_ids = torch.tensor([[1, 2, 3]])
+    >>> model(input_ids).logits.shape  # [batch, seq, vocab]
+    torch.Size([1, 3, 11])
+    >>> read = []
+    >>> handle = model.blocks[0].mlp.c_fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    >>> (model(input_ids).logits.shape, (read[0] != 0).sum(-1).tolist())  # AbsTopK keeps a quarter of 32
+    (torch.Size([1, 3, 11]), [[8, 8, 8]])
     """
 
     config_class = SparseConfig
@@ -95,10 +106,10 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
             wpe.data.copy_(sinusoids(*wpe.shape))
 
     def _freeze_fixed(self) -> None:
-        """Turn off gradients of what is not trained; transformers turns them all on while loading."""
+        """Turn off the gradients of parameters that are not trained; transformers turns all on while loading."""
         wpe = self.transformer.wpe.weight
         if self.config.d_pos_emb is None:
-            # All zero: a model without positions. Otherwise a checkpoint that learned to add them.
+            # Zero in a model without positions, not zero in a checkpoint that learned to add them.
             wpe.requires_grad_(wpe.device.type != "meta" and bool(wpe.any()))
         else:
             wpe.requires_grad_(not self.config.sinusoidal_cat_pos_emb)
@@ -126,10 +137,9 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         """Logits [batch, seq, vocab], and the loss in nats per token where `labels` (-100: not counted) are given.
 
         `attention_mask` [batch, past + seq] is 0 on padding; positions follow it unless `position_ids` are given.
-        `logits_to_keep`: only the last so many tokens' logits (0: all), or those of the given indices. The hidden
-        states are the stream before each layer, then the final norm's output. `cache_position` is what old versions of
-        transformers pass, not needed. Raises ValueError when past + seq is over `block_size` or the mask has another
-        shape.
+        `logits_to_keep`: the logits of that many last tokens only (0: all), or of the given indices. The hidden
+        states are the stream before each layer, then the final norm's output. `cache_position` is ignored; old versions
+        of transformers pass it. Raises ValueError when past + seq is over `block_size` or the mask has another shape.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -158,7 +168,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         past: int = 0,
         given_ids: Int[Tensor, "#b s"] | None = None,
     ) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "#b 1 s t"]]:
-        """Position ids [batch, seq], and which of past + seq keys each query may look at [batch or 1, 1, seq, keys].
+        """Position ids [batch, seq], and which of past + seq keys each query may attend to [1 or batch, 1, seq, keys].
 
         Raises ValueError when the rows are longer than `block_size` or the mask does not cover them.
         """
@@ -184,7 +194,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         return self.transformer.drop(embedded)
 
     def positions(self, position_ids: Int[Tensor, "b s"]) -> Float[Tensor, "b s d_pos"] | None:
-        """The position channels that every sublayer reads beside the stream, None where the model has none."""
+        """The position channels concatenated to every read, None where the model has none."""
         if self.config.d_pos_emb is None:
             return None
         positions = self.transformer.wpe(position_ids)
@@ -196,7 +206,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "b s"],
         kept: slice | Tensor = slice(None),
     ) -> Float[Tensor, "b kept vocab"]:
-        """Logits from the stream at `final`, of the tokens kept; `input_ids` choose the rows of the bigram table."""
+        """Logits from the stream at `final`, at the `kept` positions; `input_ids` index the bigram table."""
         logits = self.lm_head(self.transformer.ln_f(residual[:, kept])) + self.final_logits_bias
         return logits if self.bigram_table is None else logits + F.embedding(input_ids[:, kept], self.bigram_table)
 
@@ -208,11 +218,11 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         config: SparseConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Read a model from a folder or a hub id, in evaluation mode.
+        """Load a model from a folder or a hub id, in evaluation mode.
 
         Reads what `save_pretrained` writes, dense or sparse, and both published layouts (`beeg_config.json` with
-        `final_model.pt`; `config.json` of type circuitgpt with safetensors), whose remote code is never run. `config`
-        takes the place of the folder's. Other keyword arguments (`dtype`, `device_map`, `revision`, ...) are those of
+        `final_model.pt`; `config.json` of type circuitgpt with safetensors); their remote code is never run. `config`
+        replaces the folder's. Other keyword arguments (`dtype`, `device_map`, `revision`, ...) are those of
         transformers. Raises OSError when a file is missing; ValueError, naming the file and the key or tensor, when
         one is damaged or does not fit.
         """
@@ -243,12 +253,12 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         """Write `config.json`, `generation_config.json` and the weights, each file whole or not at all.
 
         With `sparse`, the weights are `sparse_model.safetensors` and hold nonzeros only (see `nonzeros.py`);
-        otherwise `kwargs` are those of transformers. Weights that an earlier save left in the other form are removed.
+        otherwise `kwargs` are those of transformers. Weights that an earlier save wrote in the other form are removed.
         Raises ValueError for `sparse` with `push_to_hub`.
         """
         if sparse and kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub=True goes with sparse=False; save, then huggingface_hub.upload_folder")
-        folder = Path(save_directory)
+            raise ValueError("push_to_hub=True needs sparse=False; save first, then use huggingface_hub.upload_folder")
+        folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             if not sparse:
@@ -266,12 +276,12 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
-        left_out = self.all_tied_weights_keys
-        write_nonzeros(folder / NONZEROS, {name: value for name, value in tensors.items() if name not in left_out})
+        tied = self.all_tied_weights_keys
+        write_nonzeros(folder / NONZEROS, {name: value for name, value in tensors.items() if name not in tied})
 
 
 def _stored(config: SparseConfig) -> dict[str, Tensor]:
-    """What a checkpoint of this configuration holds, without numbers."""
+    """The tensors of a checkpoint of this configuration, on the meta device."""
     with torch.device("meta"):
         model = SparseTransformer(config)
     return {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}

@@ -1,9 +1,9 @@
 """A safetensors file that holds the nonzero entries of its tensors only.
 
-A tensor T of few nonzeros is stored as `T.values`, its nonzero entries in row-major order, and `T.gaps`, how far each
-stands behind the one before (the first: behind the start), in the smallest unsigned integers that hold the gaps. A
-tensor for which that would be larger is stored as it is. The file's one metadata key, `nonzeros`, gives the shapes.
-Negative zero becomes zero; all else comes back bit for bit.
+A tensor T is stored as `T.values`, its nonzero entries in row-major order, and `T.gaps`, the distance of each from the
+one before (of the first: from the start), in the smallest integer type that holds them. A tensor for which that would
+be larger is stored as it is. The file's one metadata key, `nonzeros`, gives the shapes. Negative zero becomes zero;
+everything else is read back bit for bit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_nonzeros(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_nonzeros(path: str | Path) -> dict[str, Tensor]:
-    """The tensors that `write_nonzeros` wrote; OSError when the file is not there, ValueError when it is damaged."""
+    """The tensors that `write_nonzeros` wrote; OSError when the file does not exist, ValueError when it is damaged."""
     path = Path(path)
     stored = read_safetensors(path)
     return {**{name: _decode(stored, name, shape, path) for name, shape in _read_shapes(path).items()}, **stored}
@@ -48,23 +48,23 @@ def read_nonzeros(path: str | Path) -> dict[str, Tensor]:
 
 def _encode(tensor: Tensor) -> tuple[Tensor, Tensor]:
     flat = tensor.flatten()
-    where = flat.nonzero().squeeze(-1)
-    gaps = where.diff(prepend=where.new_zeros(1))
+    indices = flat.nonzero().squeeze(-1)
+    gaps = indices.diff(prepend=indices.new_zeros(1))
     largest = int(gaps.max()) if len(gaps) else 0
     smallest = next(kind for kind in _GAP_TYPES if largest <= torch.iinfo(kind).max)
-    return gaps.to(smallest), flat[where]
+    return gaps.to(smallest), flat[indices]
 
 
 def _decode(stored: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
-    """Takes the tensor's two parts out of `stored`."""
+    """One tensor from its values and gaps, which are removed from `stored`."""
     gaps, values = stored.pop(f"{name}.gaps", None), stored.pop(f"{name}.values", None)
     if gaps is None or values is None:
         raise ValueError(f"{path}: the tensor {name} is missing; fetch the file again")
-    where, size = gaps.long().cumsum(0), math.prod(shape)
-    if gaps.shape != values.shape or (len(where) and not 0 <= int(where.min()) <= int(where.max()) < size):
+    indices, size = gaps.long().cumsum(0), math.prod(shape)
+    if gaps.shape != values.shape or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size):
         raise ValueError(f"{path}: the nonzeros of {name} do not fit its shape {shape}; fetch the file again")
     flat = values.new_zeros(size)
-    flat[where] = values
+    flat[indices] = values
     return flat.view(shape)
 
 

@@ -1,4 +1,5 @@
-"""The two published layouts of the circuit-sparsity checkpoints (method, section 8), read without their code."""
+"""The two published layouts of the circuit-sparsity checkpoints (method.md, section 8), read without running their
+code."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ _DEFAULTS = {
     "tokenizer_name": "tinypython_2k",
     "sink": False,
 }
-"""What a key means that a published file leaves out, where `SparseConfig` says something else."""
+"""Values of keys that a published file leaves out, where the defaults of `SparseConfig` are others."""
 
 
 def published_config(keys: Mapping[str, Any], where: Path | str) -> SparseConfig:
-    """The configuration in a published file's words; ValueError names the file and the key that is not understood."""
-    # auto_map names the remote code that stands beside the weights; nothing here may follow it. Whether embeddings are
-    # tied is said by tied_unembed; what transformers wrote beside it is only its own default.
+    """The configuration with a published file's keys; ValueError names the file and the unknown key."""
+    # auto_map names remote code, which is not run. tied_unembed says whether embeddings are tied; transformers wrote
+    # its own default as tie_word_embeddings.
     left_out = ("auto_map", "model_type", "tie_word_embeddings")
     given = {key: value for key, value in keys.items() if key not in left_out}
     try:
@@ -43,25 +44,25 @@ def published_config(keys: Mapping[str, Any], where: Path | str) -> SparseConfig
 
 
 def read_release(folder: Path) -> tuple[SparseConfig, dict[str, Tensor], Path]:
-    """`beeg_config.json` and `final_model.pt`: the configuration, the tensors, the file they came from."""
+    """From `beeg_config.json` and `final_model.pt`: the configuration, the tensors, and the file they came from."""
     config = published_config(read_keys(folder / RELEASE_CONFIG), folder / RELEASE_CONFIG)
     weights = folder / RELEASE_WEIGHTS
     return config, _named_as_ours(read_torch_file(weights), config, weights), weights
 
 
 def read_hub(folder: Path) -> tuple[SparseConfig, dict[str, Tensor], Path]:
-    """`config.json` of type circuitgpt and safetensors: the configuration, the tensors, the folder."""
+    """From `config.json` of type circuitgpt and safetensors: the configuration, the tensors, and the folder."""
     config = published_config(read_keys(folder / "config.json"), folder / "config.json")
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_safetensors_folder(folder).items():
         if not name.startswith(HUB_PREFIX):
-            raise ValueError(f"{folder}: the tensor {name} is not expected; all stand under {HUB_PREFIX}")
+            raise ValueError(f"{folder}: the tensor {name} is not expected; every name must begin with {HUB_PREFIX}")
         tensors[name.removeprefix(HUB_PREFIX)] = tensor
     return config, _named_as_ours(tensors, config, folder), folder
 
 
 def _named_as_ours(tensors: dict[str, Tensor], config: SparseConfig, where: Path) -> dict[str, Tensor]:
-    """Without causal mask buffers and the second copy of tied embeddings; an absent final_logits_bias is zero."""
+    """The tensors without causal masks and the second copy of tied embeddings; a missing final_logits_bias is zero."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
     embedding, unembedding = "transformer.wte.weight", "lm_head.weight"
     if config.tied_unembed and unembedding in kept:
@@ -74,13 +75,13 @@ def _named_as_ours(tensors: dict[str, Tensor], config: SparseConfig, where: Path
 
 
 class CircuitGPTConfig(SparseConfig):
-    """What `AutoConfig` finds under `circuitgpt`, so that it never asks for remote code; reads to a SparseConfig."""
+    """The configuration class of `circuitgpt` for `AutoConfig`, which then needs no remote code."""
 
     model_type = HUB_MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A `SparseConfig`, and the keyword arguments left over if `return_unused_kwargs`."""
+        """A `SparseConfig`, and with `return_unused_kwargs` the keyword arguments that were not used."""
         return SparseConfig.from_dict(published_config(config_dict, "config.json").to_dict(), **kwargs)
 
 

@@ -15,16 +15,17 @@ from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, 
 from bridges.models.sparse.model import SparseTransformer
 
 
-class Shared(NamedTuple):
-    """What all sublayers of one batch share; ids, not embedded positions, so that no two share an autograd graph."""
+class BatchInputs(NamedTuple):
+    """What all sublayers of one batch share."""
 
     position_ids: Int[Tensor, "b s"]
+    """Ids, not embedded positions: sublayers that shared those would share an autograd graph."""
     allowed: Bool[Tensor, "#b 1 s s"]
-    """Which keys each query may look at."""
+    """Which keys each query may attend to."""
 
 
 class SparseResidual(ResidualModel):
-    """The sites `0.attn`, `0.mlp`, `1.attn`, ..., `final` of a `SparseTransformer`, whose parameters it shares."""
+    """A `SparseTransformer` with the sites `0.attn`, `0.mlp`, `1.attn`, ..., `final`; built by `as_residual`."""
 
     model: SparseTransformer
 
@@ -37,8 +38,8 @@ class SparseResidual(ResidualModel):
 
     def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
         """Embed the tokens; raises ValueError when a row is longer than the model's `block_size`."""
-        shared = Shared(*self.model.prepare(input_ids, attention_mask))
-        return Context(input_ids, attention_mask, self.model.embed(input_ids, shared.position_ids), shared)
+        inputs = BatchInputs(*self.model.prepare(input_ids, attention_mask))
+        return Context(input_ids, attention_mask, self.model.embed(input_ids, inputs.position_ids), inputs)
 
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
         """Attention at even indices, the MLP at odd ones."""
@@ -49,11 +50,11 @@ class SparseResidual(ResidualModel):
         return block.attention(residual, positions, context.extra.allowed)
 
     def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
-        """Final norm, unembedding, final_logits_bias and the bigram table's rows of the context's tokens."""
+        """Final norm and unembedding, plus final_logits_bias and the bigram table's rows of the context's tokens."""
         return self.model.unembed(residual, context.input_ids)
 
     def read_modules(self, index: int) -> list[nn.Module]:
-        """`c_attn`, `c_fc` or `lm_head`, whose inputs have passed the norm and AbsTopK."""
+        """`c_attn`, `c_fc` or `lm_head`, whose input is the output of the norm and of AbsTopK."""
         if index == len(self.sites) - 1:
             return [self.model.lm_head]
         block = self.model.blocks[index // 2]
@@ -71,18 +72,18 @@ class SparseResidual(ResidualModel):
 
     @contextmanager
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
-        """Wraps the method that takes the stream at a site."""
+        """Wraps the model's method that is called with the stream at a site."""
         with ExitStack() as stack:
             for index, hook in hooks.items():
                 if index == len(self.sites) - 1:
                     owner, name = self.model, "unembed"
                 else:
                     owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
-                stack.enter_context(attribute(owner, name, _shown(getattr(owner, name), hook)))
+                stack.enter_context(attribute(owner, name, _with_hook(getattr(owner, name), hook)))
             yield
 
 
-def _shown(method: Callable[..., Any], hook: HookFunction) -> Callable[..., Any]:
+def _with_hook(method: Callable[..., Any], hook: HookFunction) -> Callable[..., Any]:
     def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
         changed = hook(residual)
         return method(residual if changed is None else changed, *args, **kwargs)

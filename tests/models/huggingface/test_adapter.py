@@ -116,7 +116,7 @@ def test_silenced_and_skipped_modules_are_not_computed(tiny, tokens):
     calls = []
     for i, block in enumerate(model.transformer.h):
         for name, module in {"attn": block.attn.c_attn, "mlp": block.mlp.c_fc, "whole attn": block.attn}.items():
-            module.register_forward_hook(lambda *_, place=f"{i}.{name}": calls.append(place))
+            module.register_forward_hook(lambda *_, key=f"{i}.{name}": calls.append(key))
     context = chain.context(tokens)
     chain.head(context.embedding, context)
     assert calls == []

@@ -60,14 +60,14 @@ class UnknownLayer(nn.Module):
 
     def __init__(self, d, post_norm_bias):
         super().__init__()
-        self.looks_back = nn.Sequential(_Average(), nn.Linear(d, d))
-        self.thinks = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        self.mixing = nn.Sequential(_Average(), nn.Linear(d, d))
+        self.pointwise = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
         self.scale = nn.Parameter(torch.randn(d))
         self.after = nn.LayerNorm(d) if post_norm_bias else nn.Identity()
 
     def forward(self, *, hidden_states, strength):
-        hidden_states = hidden_states + self.after(self.looks_back(hidden_states * self.scale)) * strength
-        return hidden_states + self.thinks(hidden_states * self.scale), "weights"
+        hidden_states = hidden_states + self.after(self.mixing(hidden_states * self.scale)) * strength
+        return hidden_states + self.pointwise(hidden_states * self.scale), "weights"
 
 
 class _Average(nn.Module):

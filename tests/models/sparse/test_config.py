@@ -10,7 +10,7 @@ def test_defaults_are_those_of_the_paper():
     assert (config.d_head, config.n_head, config.d_mlp) == (16, 48, 3072)
 
 
-def test_widths_follow_from_one_another():
+def test_missing_widths_are_derived_from_the_others():
     assert SparseConfig(d_model=64).n_head == 4
     assert SparseConfig(d_model=64, n_head=2).d_head == 32
     assert SparseConfig(d_model=64, d_head=32).n_head == 2
@@ -18,7 +18,7 @@ def test_widths_follow_from_one_another():
     assert (free.n_head, free.d_head, free.d_mlp) == (3, 5, 7)
 
 
-def test_k_counts_the_tensor_at_its_place():
+def test_k_is_a_fraction_of_the_width_at_each_place():
     config = SparseConfig(d_model=30, n_head=3, d_head=4, d_mlp=50, d_pos_emb=9, afrac=0.1)
     assert {
         place: config.kept(place) for place in ("attn_in", "attn_q", "attn_out", "mlp_neuron", "resid_post_mlp")
@@ -32,7 +32,7 @@ def test_k_counts_the_tensor_at_its_place():
     assert SparseConfig(afrac=None).kept("attn_in") is None
 
 
-def test_names_of_transformers_and_old_names():
+def test_names_of_transformers_and_old_names_set_the_same_fields():
     config = SparseConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=20, n_mlp=9
     )
@@ -41,13 +41,13 @@ def test_names_of_transformers_and_old_names():
     assert "hidden_size" not in config.to_dict()
 
 
-def test_keys_that_change_nothing_are_taken():
+def test_keys_that_do_not_change_the_function_are_ignored():
     config = SparseConfig(flash=True, debug_nans=True, grad_checkpointing=True, enable_sparse_kernels=True)
     assert not hasattr(config, "flash")
     assert SparseConfig(use_tied_aux_matrix=False, bos_token_id=0, eos_token_id=1, dtype="float32").eos_token_id == 1
 
 
-def test_a_round_trip_through_a_file(tmp_path):
+def test_save_and_load_give_the_same_configuration(tmp_path):
     config = SparseConfig(d_model=64, afrac=None, d_pos_emb=4, afrac_loctypes=["attn_in", "mlp_in"], pad_token_id=3)
     config.save_pretrained(tmp_path)
     again = SparseConfig.from_pretrained(tmp_path)
@@ -73,9 +73,9 @@ def test_a_round_trip_through_a_file(tmp_path):
         ({"d_model": 16, "afrac": 0.05}, "afrac=0.05 keeps 0 of 16 entries at attn_in"),
         ({"d_model": 64, "hidden_size": 32}, "hidden_size=32 disagrees with d_model=64"),
         ({"use_tied_aux_matrix": True}, "use_tied_aux_matrix=True is not supported"),
-        ({"model_type": "gpt2"}, "model_type='gpt2' is another family"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' must be 'sparse_transformer'"),
     ],
 )
-def test_what_is_refused(keys, message):
+def test_an_invalid_configuration_is_refused_by_key(keys, message):
     with pytest.raises(ValueError, match=message):
         SparseConfig(**keys)

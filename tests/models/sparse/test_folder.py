@@ -32,7 +32,7 @@ def test_shards_are_read(model, tmp_path):
     assert same(model, SparseTransformer.from_pretrained(tmp_path))
 
 
-def test_a_hub_id_is_fetched_without_code(model, folder, tmp_path, monkeypatch):
+def test_a_hub_id_is_downloaded_without_code(model, folder, tmp_path, monkeypatch):
     asked = {}
 
     def snapshot_download(repo, **options):
@@ -48,7 +48,7 @@ def test_a_hub_id_is_fetched_without_code(model, folder, tmp_path, monkeypatch):
     assert "inner/config.json" in patterns and not any(pattern.endswith((".py", "*")) for pattern in patterns)
 
 
-def test_a_generation_config_and_another_config_are_taken(model, folder):
+def test_the_folders_generation_config_and_a_given_config_are_used(model, folder):
     model.generation_config.max_new_tokens = 3
     model.save_pretrained(folder)
     config = SparseConfig(**SHAPE, dropout=0.3)
@@ -57,7 +57,7 @@ def test_a_generation_config_and_another_config_are_taken(model, folder):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_a_model_made_from_tensors_in_hand(model):
+def test_a_model_is_built_from_a_state_dict(model):
     again = SparseTransformer.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert same(model, again)
 
@@ -87,7 +87,7 @@ def test_a_folder_that_does_not_exist_or_holds_no_model_is_refused(tmp_path):
         ({"vocab_size": 12}, r"has shape \[11\], not \[12\]"),
     ],
 )
-def test_configurations_that_do_not_fit(folder, keys, message):
+def test_a_configuration_that_does_not_fit_is_refused(folder, keys, message):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     with pytest.raises(ValueError, match=message):
@@ -95,7 +95,7 @@ def test_configurations_that_do_not_fit(folder, keys, message):
 
 
 @pytest.mark.parametrize("kept", [0, 5, 0.5])
-def test_weights_cut_short(folder, kept):
+def test_weights_cut_short_are_refused_in_one_line(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: kept if kept >= 1 else int(kept * path.stat().st_size)])
     with pytest.raises(ValueError, match=r"model\.safetensors is (empty|not a whole)") as caught:

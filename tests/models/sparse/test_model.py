@@ -113,11 +113,16 @@ OPTIONS = {
         "residual_activation_type": "relu",
         "afrac_loctypes": "resid_post_mlp,attn_q",
     },
-    "positions beside the stream, with sink": {"d_pos_emb": 6},
+    "concatenated positions, with sink": {"d_pos_emb": 6},
     "sines": {"d_pos_emb": 5, "sinusoidal_cat_pos_emb": True, "sink": False},
     "no biases": {"bias": False},
     "LayerNorm": {"rms_norm": False, "tied_unembed": True, "afrac_loctypes": "attn_in,mlp_neuron"},
-    "LayerNorm without bias, positions beside": {"rms_norm": False, "ln_bias": False, "bias": False, "d_pos_emb": 4},
+    "LayerNorm without bias, concatenated positions": {
+        "rms_norm": False,
+        "ln_bias": False,
+        "bias": False,
+        "d_pos_emb": 4,
+    },
     "no AbsTopK": {"afrac": None},
     "keys and values alone": {"afrac": 0.5, "afrac_loctypes": ["attn_k", "attn_v", "attn_out"]},
 }
@@ -137,7 +142,7 @@ def test_every_option_equals_the_plain_forward(name):
         torch.testing.assert_close(logits[row], expected_logits, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [{}, {"d_pos_emb": 6, "sink": False}], ids=["added", "beside"])
+@pytest.mark.parametrize("options", [{}, {"d_pos_emb": 6, "sink": False}], ids=["added", "concatenated"])
 def test_padding_on_either_side_changes_nothing(options):
     model = build(**options)
     oracle = Oracle(model)
@@ -156,7 +161,7 @@ def test_padding_on_either_side_changes_nothing(options):
 
 
 @pytest.mark.parametrize("sink", [True, False])
-def test_padding_that_may_look_at_nothing_stays_finite_with_its_gradient(sink):
+def test_padding_without_a_key_to_attend_to_stays_finite_with_its_gradient(sink):
     model = build(sink=sink, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
     logits = model(tokens(2, 4), attention_mask=mask).logits
@@ -168,7 +173,7 @@ def test_padding_that_may_look_at_nothing_stays_finite_with_its_gradient(sink):
 @pytest.mark.parametrize(
     "options, dtype, tolerance",
     [({}, torch.float32, 1e-5), ({"d_pos_emb": 6, "sink": False}, torch.float64, 1e-10)],
-    ids=["added", "beside"],
+    ids=["added", "concatenated"],
 )
 def test_generate_with_the_cache_equals_generate_without(options, dtype, tolerance):
     model = build(dtype=dtype, enable_bigram_table=True, **options)
@@ -182,7 +187,7 @@ def test_generate_with_the_cache_equals_generate_without(options, dtype, toleran
     assert torch.equal(alone[0], runs[0].sequences[1, 2:])
 
 
-def test_the_cache_may_be_fed_in_pieces():
+def test_a_row_run_in_pieces_with_a_cache_gives_the_same_logits():
     model, ids = build(), tokens(2, 8)
     whole = model(ids).logits
     first = model(ids[:, :3], use_cache=True)
@@ -202,7 +207,7 @@ def test_position_ids_that_are_given_are_used():
     assert not torch.allclose(shifted, model(ids).logits)
 
 
-def test_outputs_that_callers_of_transformers_rely_on():
+def test_loss_hidden_states_and_logits_to_keep_are_those_of_transformers():
     model, ids = build(), tokens(2, 6)
     output = model(ids, labels=ids.masked_fill(ids == 0, -100), output_hidden_states=True)
     expected = [-output.logits[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(5)]
@@ -233,7 +238,7 @@ def test_auto_model_reads_and_writes_the_same(tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_what_trains(tmp_path):
+def test_fixed_parameters_require_no_gradient(tmp_path):
     def frozen(model):
         return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
@@ -265,16 +270,16 @@ def test_initial_values():
     assert torch.equal(values["transformer.wpe.weight"], sinusoids(12, 6))
 
 
-def test_dropout_acts_in_training_alone_and_at_its_places():
+def test_dropout_acts_in_training_only():
     model, ids = build(dropout=0.5), tokens(2, 6)
     plain = build()(ids).logits
     assert torch.equal(model(ids).logits, plain)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
     for options, random in (({}, False), ({"dropout_cat_pos_emb": True}, True)):
-        beside = build(d_pos_emb=6, dropout=0.5, **options).train()
+        concatenated = build(d_pos_emb=6, dropout=0.5, **options).train()
         positions = torch.arange(6)[None]
-        assert torch.equal(beside.positions(positions), beside.positions(positions)) is not random
+        assert torch.equal(concatenated.positions(positions), concatenated.positions(positions)) is not random
 
 
 def test_rows_too_long_and_masks_too_short_are_refused():
@@ -285,7 +290,7 @@ def test_rows_too_long_and_masks_too_short_are_refused():
         model(tokens(1, 5), attention_mask=torch.ones(1, 4, dtype=torch.long))
 
 
-def test_gradients_reach_what_abs_topk_kept_and_nothing_else():
+def test_gradients_reach_only_what_abs_topk_kept():
     model, ids = build(afrac_loctypes="mlp_neuron"), tokens(1, 5)
     seen = []
     model.blocks[-1].mlp.c_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -31,7 +31,7 @@ def header(path):
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 
 
-def test_a_thousandth_of_the_weights_takes_a_hundredth_of_the_space_and_comes_back(tmp_path):
+def test_a_model_with_a_thousandth_of_its_weights_takes_a_hundredth_of_the_space(tmp_path):
     model = build(1 / 1000, n_layer=2, d_model=256)
     model.save_pretrained(tmp_path, sparse=True)
     dense = sum(4 * tensor.numel() for tensor in model.state_dict().values())
@@ -69,7 +69,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
+def test_tensors_are_read_back_bit_for_bit(tmp_path, dtype):
     given = {name: tensor.to(dtype) for name, tensor in tensors().items()}
     write_nonzeros(tmp_path / FILE, given)
     again = read_nonzeros(tmp_path / FILE)
@@ -83,7 +83,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
         ), name
 
 
-def test_gaps_take_the_smallest_integers_that_hold_them(tmp_path):
+def test_gaps_are_stored_in_the_smallest_integer_type(tmp_path):
     write_nonzeros(tmp_path / FILE, tensors())
     kinds = {name: entry["dtype"] for name, entry in header(tmp_path / FILE).items() if name.endswith(".gaps")}
     assert kinds["near.gaps"] == "U8" and kinds["far.gaps"] == "U32"
@@ -96,7 +96,7 @@ def test_negative_zero_becomes_zero(tmp_path):
     assert not again.signbit().any() and again[-1] == 1
 
 
-def test_what_an_earlier_save_left_in_the_other_form_goes(tmp_path):
+def test_a_save_removes_weights_of_the_other_form(tmp_path):
     model = build(0.01)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -153,5 +153,5 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_sparse_folder_is_not_pushed_while_saving(tmp_path):
-    with pytest.raises(ValueError, match="push_to_hub=True goes with sparse=False"):
+    with pytest.raises(ValueError, match="push_to_hub=True needs sparse=False"):
         build(0.01).save_pretrained(tmp_path, sparse=True, push_to_hub=True)

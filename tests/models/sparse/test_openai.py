@@ -28,7 +28,7 @@ def name(request):
 
 @pytest.fixture
 def release(tmp_path):
-    """A copy of the first fixture, to be spoilt, and a way to change its configuration and tensors."""
+    """A copy of the first fixture, to be damaged, and a way to change its configuration and tensors."""
     folder = tmp_path / "release"
     shutil.copytree(FIXTURES / NAMES[0], folder)
     return folder
@@ -42,7 +42,7 @@ def change(folder, keys=None, tensors=None):
 
 
 def hub_folder(folder, name, shards=1):
-    """The same network as a Hugging Face folder whose remote code would leave a mark."""
+    """The same network as a Hugging Face folder whose remote code would write a file."""
     folder.mkdir()
     source = FIXTURES / name
     keys = json.loads((source / "beeg_config.json").read_text())
@@ -88,7 +88,7 @@ def test_the_hub_layout_is_matched(tmp_path, name, shards):
     assert_matches(SparseTransformer.from_pretrained(hub_folder(tmp_path / "hub", name, shards)), name)
 
 
-def test_a_published_network_saved_by_us_is_the_same(tmp_path, name):
+def test_a_published_network_saved_again_is_the_same(tmp_path, name):
     SparseTransformer.from_pretrained(FIXTURES / name).save_pretrained(tmp_path)
     again = SparseTransformer.from_pretrained(tmp_path)
     assert again.config.model_type == "sparse_transformer" and again.config.tied_unembed == (name == NAMES[2])
@@ -107,7 +107,7 @@ def test_remote_code_is_never_run(tmp_path, trust):
     assert not (folder / "ran").exists()
 
 
-def test_dtype_and_missing_bias():
+def test_dtype_is_converted_and_a_missing_final_bias_is_zero():
     model = SparseTransformer.from_pretrained(FIXTURES / NAMES[1], dtype=torch.float64, device_map="cpu")
     assert model.dtype == torch.float64
     assert not model.final_logits_bias.any()  # absent from the file
@@ -135,7 +135,7 @@ def test_a_causal_mask_buffer_is_ignored(release):
         ({"n_mlp": 64}, "disagree"),
     ],
 )
-def test_configurations_not_understood_are_refused_by_name(release, keys, message):
+def test_unknown_configurations_are_refused_by_key(release, keys, message):
     change(release, keys)
     with pytest.raises(ValueError, match=message) as caught:
         SparseTransformer.from_pretrained(release)
@@ -193,7 +193,7 @@ def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(release, con
     assert not (release / "ran").exists()
 
 
-def test_files_that_are_not_there_are_named(release, tmp_path):
+def test_a_missing_file_is_named(release, tmp_path):
     (release / "final_model.pt").unlink()
     with pytest.raises(OSError, match=r"final_model\.pt does not exist"):
         SparseTransformer.from_pretrained(release)
@@ -206,7 +206,7 @@ def test_files_that_are_not_there_are_named(release, tmp_path):
 def test_hub_tensors_outside_the_prefix_are_refused(tmp_path):
     hub = hub_folder(tmp_path / "hub", NAMES[0])
     save_file({"lm_head.weight": torch.ones(61, 32)}, hub / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head\.weight is not expected; all stand under circuit_model"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not expected; every name must begin with circuit_model"):
         SparseTransformer.from_pretrained(hub)
 
 

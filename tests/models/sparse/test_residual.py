@@ -8,7 +8,7 @@ SHAPE = {"vocab_size": 19, "block_size": 9, "n_layer": 2, "d_model": 16, "n_head
 SITES = ["0.attn", "0.mlp", "1.attn", "1.mlp", "final"]
 OPTIONS = {
     "defaults": {"enable_bigram_table": True, "learnable_bigram_table": True},
-    "positions beside": {"d_pos_emb": 6, "sink": False},
+    "concatenated positions": {"d_pos_emb": 6, "sink": False},
     "LayerNorm": {"rms_norm": False, "afrac": None, "residual_activation_type": "relu"},
 }
 
@@ -42,7 +42,7 @@ def test_run_from_every_site_gives_the_models_own_bits(model, ids):
         assert torch.equal(chain.run_from(site, residual, ids, mask), logits)
 
 
-def test_what_the_chain_says_of_its_model():
+def test_widths_sites_and_context_are_the_models():
     chain = as_residual(build())
     assert (chain.d_model, chain.vocab_size, chain.context_length) == (16, 19, 9)
     assert [(site.layer, site.kind) for site in chain.sites][3:] == [(1, "mlp"), (None, "final")]
@@ -64,7 +64,7 @@ def test_reads_are_the_norms_output_after_abs_topk_without_position_channels(ids
     assert torch.equal(reads[-1], model.transformer.ln_f(residuals[-1]))
 
 
-def test_the_norm_accounts_for_the_read(model, ids):
+def test_gain_and_centring_give_the_read(model, ids):
     model.config.afrac = None
     for module in model.modules():
         if hasattr(module, "k"):
