@@ -25,9 +25,9 @@ from bridges.channels.prompts import frozen_pair, p_target, p_target_under_edit,
 from bridges.channels.search import NoChannelsFoundError
 from bridges.data.prepare import FitData
 from bridges.data.rows import Rows
-from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, SIDE_EFFECT_ROWS, TRAIN_DOCUMENTS, demo_rows
+from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, TEXT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.fitting import interchange
-from bridges.models.bundled import Pair
+from bridges.models.bundled import BundledPair
 from bridges.tasks.pairs import TASKS, solved, task_pairs
 
 COLUMNS = (
@@ -45,7 +45,7 @@ def inert(weight: Tensor, dz: Tensor, dense_gradient: Tensor, sparse_gradient: T
     return in_dense.argmax(1), CHOSEN(weight, dz, dense_gradient, sparse_gradient)[1]
 
 
-def permuted(pair: Pair) -> Pair:
+def permuted(pair: BundledPair) -> BundledPair:
     """The pair with the entries of every sparse matrix in another order."""
     sparse, generator = copy.deepcopy(pair.sparse), torch.Generator().manual_seed(0)
     for parameter in sparse.parameters():
@@ -74,13 +74,13 @@ class Setting(NamedTuple):
     prompts: int
 
 
-def fitted(pair: Pair, weight: float, setting: Setting) -> bridges.BridgeSet:
+def fitted(pair: BundledPair, weight: float, setting: Setting) -> bridges.BridgeSet:
     settings: dict[str, Any] = {"steps": 0, "interchange_weight": weight, "progress": False}
     config = SETTINGS.with_settings(settings)
     return bridges.fit(pair.dense, pair.sparse, setting.train, eval_data=setting.heldout, config=config)
 
 
-def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, setting: Setting) -> str:
+def losses(pair: BundledPair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, setting: Setting) -> str:
     """The interchange loss, mean over sites, on the pairs that a fit takes and on pairs from held-out rows.
 
     Their channels are chosen by the decoders of the plain fit, as a fit does.
@@ -96,11 +96,11 @@ def losses(pair: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet, 
     return f"{means[0]:.2f}, {means[1]:.2f}"
 
 
-def searched(pair: Pair, bridge_set: bridges.BridgeSet, setting: Setting) -> str:
+def searched(pair: BundledPair, bridge_set: bridges.BridgeSet, setting: Setting) -> str:
     """The single channel of every task that the dense model solves, on prompts that it was not chosen on."""
     p_dense, p_sparse, both_ways, sites = [], [], 0, []
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        reference = run_reference_text(models, setting.train[:SIDE_EFFECT_ROWS])
+        reference = run_reference_text(models, setting.train[:TEXT_ROWS])
         for task in setting.tasks:
             pairs = task_pairs(task, pair.tokenizer, CHOSEN_ON + setting.prompts)
             reported = run_prompts(models, pairs.rows(CHOSEN_ON))
@@ -141,7 +141,7 @@ def main() -> None:
     setting = Setting(train, heldout, args.tasks, args.prompts)
     print(f"| decoder {COLUMNS}\n|{'---|' * (COLUMNS.count('|'))}", flush=True)
 
-    def row(name: str, of: Pair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet | None) -> None:
+    def row(name: str, of: BundledPair, bridge_set: bridges.BridgeSet, plain: bridges.BridgeSet | None) -> None:
         mean = bridge_set.report.to_dict()["mean"]  # pyright: ignore[reportOptionalMemberAccess]
         left = "" if plain is None else losses(of, bridge_set, plain, setting)
         figures = " | ".join("" if plain is None else f"{mean[n]:.3f}" for n in ("nmse_decode", "kl_sparse_to_dense"))

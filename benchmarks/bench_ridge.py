@@ -1,8 +1,8 @@
 """What the closed form's ridge does after the demo's polish: python benchmarks/bench_ridge.py [1e-4 1e-3 1e-2]
 
 Per ridge the losses on rows of the training split that are not fitted on, and P(target) of the single channel that does
-most on the 64 pairs of single_double_quote that channels are chosen on, beside random directions of its norm. Nothing
-held-out is touched, so a setting may be chosen by it.
+most on the 64 pairs of single_double_quote that channels are chosen on, and that of random directions of its norm. No
+held-out rows are used, so a setting may be chosen by it.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import torch
 
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import addend_of, frozen_pair, p_target, prompts_of, text_of
+from bridges.channels.prompts import edit_addend, frozen_pair, p_target, run_prompts, run_reference_text
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
-from bridges.demo import SETTINGS, SIDE_EFFECT_ROWS, TASK, TRAIN_DOCUMENTS, demo_rows
+from bridges.demo import SETTINGS, TASK, TEXT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.steering.delta import edited_logits, random_addends
 from bridges.tasks.pairs import task_pairs
 
@@ -39,12 +39,12 @@ def main() -> None:
         assert bridge_set.report is not None, "fit always reports"
         mean = bridge_set.report.to_dict()["mean"]
         with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-            prompts = prompts_of(models, pairs)
-            found = find(models, prompts, text_of(models, train[:SIDE_EFFECT_ROWS]))
+            prompts = run_prompts(models, pairs)
+            found = find(models, prompts, run_reference_text(models, train[:TEXT_ROWS]))
             site = models.site("dense", bridge_set.index(found.best.site))
             random = [
                 p_target(edited_logits(models.dense, prompts.traces.dense, site, addend, found.best.at), pairs).mean()
-                for addend in random_addends(addend_of(models, prompts, found.best), DIRECTIONS, seed=2)
+                for addend in random_addends(edit_addend(models, prompts, found.best), DIRECTIONS, seed=2)
             ]
         losses = " | ".join(f"{mean[name]:.3f}" for name in ("nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"))
         channel = f"{found.best.channels[0]} at {found.best.site}, {found.best.at}"

@@ -53,7 +53,7 @@ COLUMNS = {
     "kl_sparse_to_dense (mean abl.)": "{kl_sparse_to_dense:.3f} ({kl_sparse_to_dense_mean_ablation:.2f})",
     "CE recovered, to sparse / to dense": "{ce_recovered_dense_to_sparse:.2f} / {ce_recovered_sparse_to_dense:.2f}",
 }
-"""The columns of a printed report; a control stands in brackets behind what it controls."""
+"""The columns of a printed report; a control is in brackets behind the figure it belongs to."""
 
 
 @dataclass(frozen=True)

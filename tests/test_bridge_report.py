@@ -101,7 +101,7 @@ def test_metric_names(report):
     assert "test/mean/nmse_decode" in report.flat("test")
 
 
-def test_the_markdown_table_puts_controls_beside_figures(report):
+def test_the_markdown_table_puts_controls_in_brackets_behind_figures(report):
     lines = report.markdown().splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1 and lines[1] == "|---|---|---|---|---|---|"
     assert lines[2] == "| 0.attn | 0.250 (0.125) | 0.500 (1.50) | 1.000 (8.00) | 2.000 (9.00) | 0.75 / -0.50 |"
@@ -122,26 +122,26 @@ CONFIG = {
     "d_sparse": 96,
     "k": 24,
     "dense": {"name": "someone/dense", "fingerprint": "x"},
-    "sparse": {"name": "thin", "fingerprint": "y"},
+    "sparse": {"name": "a-sparse-model", "fingerprint": "y"},
 }
 CARD_REPORT = BridgeReport((SiteFigures("1.attn", *[0.125 * i for i in range(10)]),), 2.5, 2.75, 0.375, 99)
 
 
-def test_the_card_says_what_it_joins_and_how_well():
+def test_the_card_names_both_models_and_holds_the_figures():
     card = model_card(CONFIG, CARD_REPORT)
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
     assert head["library_name"] == "sparse-bridges" and "interpretability" in head["tags"]
-    assert "# Bridges between someone/dense and thin" in card
+    assert "# Bridges between someone/dense and a-sparse-model" in card
     assert "(width 48)" in card and "(width 96)" in card and "k = 24" in card
     assert CARD_REPORT.markdown() in card
     assert "| 0.attn | 0.attn |\n| 3.block | 1.attn |\n" in card
     assert 'BridgeSet.from_pretrained("' in card
 
 
-def test_without_figures_or_names_it_says_so():
+def test_a_card_without_figures_or_names_says_so():
     card = model_card({key: value for key, value in CONFIG.items() if key not in ("dense", "sparse")}, None)
     assert "Not evaluated." in card and "# Bridges between unknown and unknown" in card
 
 
-def test_the_same_input_gives_the_same_text():
+def test_the_same_input_gives_the_same_card():
     assert model_card(CONFIG, CARD_REPORT) == model_card(dict(CONFIG), CARD_REPORT)

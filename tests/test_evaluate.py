@@ -197,7 +197,7 @@ def test_data_that_does_not_fit_the_models_is_refused(rows, message):
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0])
-def test_an_impossible_batch_size_is_refused(size, unchecked):
+def test_a_batch_size_that_is_not_a_number_of_rows_is_refused(size, unchecked):
     with pytest.raises(ValueError, match=f"batch_size={size} must be a whole number"):
         evaluate(*join(gpt2(), sparse_model()), tokens(), batch_size=size)
 

@@ -44,7 +44,7 @@ def interruptible() -> Iterator[threading.Event]:
     """Inside, the first SIGINT or SIGTERM only sets the event; a second one acts as it did before."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
+        yield event  # Python lets only the main thread set signal handlers
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

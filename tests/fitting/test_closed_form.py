@@ -19,9 +19,9 @@ def batches(rows=48, width=10):
     return [(ids[i : i + 16], None if i == 32 else mask[i : i + 16]) for i in range(0, rows, 16)]
 
 
-def rows_at(pair, place):
+def rows_at(pair, i):
     """All counted (dense, sparse) rows of one bridged site, gathered one by one."""
-    dense_site, sparse_site = pair.bridge_set.site_pairs[place]
+    dense_site, sparse_site = pair.bridge_set.site_pairs[i]
     dense, sparse = [], []
     with torch.no_grad():
         for ids, mask in batches():
@@ -43,8 +43,8 @@ def ridge_regression(x, y, ridge):
 def test_every_site_gets_its_ridge_regression_in_both_directions_and_no_abs_topk(pair):
     """The encoder's target is the stream before AbsTopK: the solution is that of the affine map alone."""
     solve_bridges(pair, batches(), ridge=1e-3, memory_bytes=1e9)
-    for place, bridge in enumerate(pair.bridge_set):
-        dense, sparse = rows_at(pair, place)
+    for i, bridge in enumerate(pair.bridge_set):
+        dense, sparse = rows_at(pair, i)
         for found, expected in (
             ((bridge.encoder_weight, bridge.encoder_bias), ridge_regression(dense, sparse, 1e-3)),
             ((bridge.decoder_weight, bridge.decoder_bias), ridge_regression(sparse, dense, 1e-3)),
@@ -84,8 +84,8 @@ def test_rms_is_the_mean_over_counted_tokens_of_the_rms_after_centring(build):
     """GPT-2 and GPT-NeoX have LayerNorms, which subtract the mean over channels; an RMSNorm does not."""
     pair = build()
     measure_read_scales(pair, batches())
-    for place, bridge in enumerate(pair.bridge_set):
-        dense, sparse = rows_at(pair, place)
+    for i, bridge in enumerate(pair.bridge_set):
+        dense, sparse = rows_at(pair, i)
         by_hand = sum(((row - row.mean()) ** 2).mean().sqrt() for row in dense) / len(dense)
         torch.testing.assert_close(bridge.rms_dense, by_hand, rtol=1e-12, atol=0)
         by_hand = sum((row**2).mean().sqrt() for row in sparse) / len(sparse)
@@ -101,7 +101,7 @@ def test_rms_is_centred_where_the_sparse_model_has_layer_norms():
     torch.testing.assert_close(pair.bridge_set[1].rms_sparse, by_hand, rtol=1e-12, atol=0)
 
 
-def test_rms_is_one_where_no_norm_stands_before_the_sublayer():
+def test_rms_is_one_where_no_norm_comes_before_the_sublayer():
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -14,7 +14,7 @@ from bridges.objective.normalizers import counted_tokens
 WEIGHTS = Weights(nmse=0.7, kl_dense_to_sparse=1.3, kl_sparse_to_dense=0.6, ce=0.9)
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
-    "deeper dense, positions beside": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4)),
+    "deeper dense, concatenated positions": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4)),
     "block": lambda: join(neox(), sparse_model()),
 }
 

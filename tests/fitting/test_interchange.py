@@ -19,7 +19,7 @@ from bridges.ops.kl import kl_divergence_eager
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
     "block": lambda: join(neox(), sparse_model()),
-    "deeper dense, positions beside": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4)),
+    "deeper dense, concatenated positions": lambda: join(gpt2(layers=3), sparse_model(d_pos_emb=4)),
 }
 DRAWS = torch.rand(4, 2, generator=torch.Generator().manual_seed(4))
 
@@ -46,8 +46,8 @@ def naive_terms(pair, ids, mask, draws):
                     original, changed = (model.residuals(x, real) for x in (row, other))
                 stream = original[0][site].clone().requires_grad_()
                 logits = model.run_from(site, stream, row, real)
-                closeness = -kl_divergence_eager(at(changed[1], places), at(logits, places))
-                to_output.append(torch.autograd.grad(closeness, stream)[0])
+                minus_kl = -kl_divergence_eager(at(changed[1], places), at(logits, places))
+                to_output.append(torch.autograd.grad(minus_kl, stream)[0])
                 changes.append(changed[0][site] - original[0][site])
             effects = []
             for c in range(d_sparse):

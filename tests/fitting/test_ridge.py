@@ -30,7 +30,7 @@ def moments_of(*chunks, shift=None):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_without_a_penalty_it_is_least_squares(reverse):
+def test_without_a_ridge_it_is_least_squares(reverse):
     x, y = rows(200, 6, 0, offset=2.0, condition=100.0), rows(200, 4, 1)
     y = y + x[:, :4]
     found = moments_of((x[:150], y[:150]), (x[150:], y[150:])).solve(0.0, reverse)
@@ -69,7 +69,7 @@ def test_float32_rows_far_from_zero_and_badly_conditioned_match_float64(offset):
     assert (x.double() @ found.weight.T + found.bias - y.double()).mean(0).abs().max() < 1e-6
 
 
-def test_the_penalty_by_hand():
+def test_the_ridge_by_hand():
     """x = -1, 0, 1, y = 5 + 2x: variance 2/3 in one channel, so the slope is 2 (2/3) / (2/3 + 0.5 * 2/3) = 4/3."""
     x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64) + 7
     found = moments_of((x, 5 + 2 * (x - 7))).solve(0.5)
@@ -78,7 +78,7 @@ def test_the_penalty_by_hand():
     torch.testing.assert_close(found.bias, torch.tensor([5 - 7 * 4 / 3], dtype=torch.float64))
 
 
-def test_the_penalty_is_a_part_of_the_mean_variance_and_leaves_the_intercept_free():
+def test_the_ridge_is_a_fraction_of_the_mean_variance_and_leaves_the_intercept_free():
     x, y = rows(100, 5, 7, offset=6.0, condition=50.0), rows(100, 3, 8, offset=-2.0)
     ridge = 0.3
     found = moments_of((x, y)).solve(ridge)

@@ -69,7 +69,7 @@ def test_a_subset_of_sites_gives_those_rows_in_that_order(ids, chosen):
         assert torch.equal(getattr(some, name), getattr(whole, name)[rows])
 
 
-def test_padding_may_hold_any_token_and_a_mask_of_ones_is_no_mask(ids):
+def test_padding_may_hold_any_token_and_a_mask_of_ones_changes_nothing(ids):
     pair = PAIRS["block"]()
     other = torch.where(MASK.bool(), ids, (ids + 5) % 17)
     for one, two in zip(hybrid_losses(*pair, ids, MASK), hybrid_losses(*pair, other, MASK), strict=True):
@@ -131,26 +131,27 @@ def test_other_models_are_refused_unless_the_caller_insists(ids):
 
 
 def naive_path(pair, ids, path):
-    """Sublayer by sublayer, every stretch on a context of its own, crossing by the written-out bridge."""
+    """Sublayer by sublayer, each with a context of its own, crossing by the written-out bridge."""
     models = {"dense": pair.dense, "sparse": pair.sparse}
     sites = {
-        side: [models[side].sites.index(p[side == "sparse"]) for p in pair.bridge_set.site_pairs] for side in models
+        name: [model.sites.index(p[name == "sparse"]) for p in pair.bridge_set.site_pairs]
+        for name, model in models.items()
     }
-    here = path[0]
-    stream, place = models[here].context(ids, MASK).embedding, 0
+    side = path[0]
+    stream, index = models[side].context(ids, MASK).embedding, 0
     for j, bridge in enumerate(pair.bridge_set):
-        while place < sites[here][j]:
-            stream = models[here].sublayer(place, stream, models[here].context(ids, MASK))
-            place += 1
-        if path[j + 1] != here:
-            stream = naive_encode(bridge, stream) if here == "dense" else naive_decode(bridge, stream)
-            here = path[j + 1]
-            place = sites[here][j]
-    return models[here].run_from(place, stream, ids, MASK)
+        while index < sites[side][j]:
+            stream = models[side].sublayer(index, stream, models[side].context(ids, MASK))
+            index += 1
+        if path[j + 1] != side:
+            stream = naive_encode(bridge, stream) if side == "dense" else naive_decode(bridge, stream)
+            side = path[j + 1]
+            index = sites[side][j]
+    return models[side].run_from(index, stream, ids, MASK)
 
 
 @pytest.mark.parametrize("changes", ["dsdsdd", "sdssds", "ddddds", "sddddd", "dssssd"])
-def test_a_path_is_the_composition_of_its_stretches(ids, changes):
+def test_a_path_is_the_composition_of_its_sublayers(ids, changes):
     pair = join(gpt2(layers=3), sparse_model())
     path = ["dense" if side == "d" else "sparse" for side in changes]
     with torch.no_grad():
