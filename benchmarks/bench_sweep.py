@@ -1,8 +1,8 @@
 """The table over the twenty tasks on the bundled pair: python benchmarks/bench_sweep.py [runs/demo/bridges]
 
-Per task: which part the dense and the sparse model solve, then P(target) beside every baseline for the channel that
-does most to the dense model's answer, for the at most eight that do, and for the at most eight that turn both models.
-The folder of bridges is one that `bridges demo` wrote.
+Per task: which part of the prompts the dense and the sparse model solve, then P(target) and every baseline for the
+channel that does most to the dense model's answer, for at most eight that do, and for at most eight that turn both
+models; "none within budget" where a search finds none. The folder of bridges is one that `bridges demo` wrote.
 """
 
 import argparse
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import bridges
-from bridges.channels.search import By
+from bridges.channels.search import By, NoChannelsFoundError
+from bridges.config import DEFAULT_SEQ_LEN
 from bridges.demo import HELDOUT_DOCUMENTS, demo_rows
 from bridges.io.files import write_json
 from bridges.tasks.pairs import TASKS
@@ -24,7 +25,12 @@ SEARCHES: dict[str, tuple[int, By]] = {
     "at most eight channels": (8, "dense"),
     "at most eight channels, by both models": (8, "both"),
 }
-SOLVED, TURNED = 0.9, 0.5
+SOLVED = 0.9
+"""Part of its prompts that a model must answer for a task to count as solved."""
+TURNED = 0.5
+"""P(target) at strength 1 above which an edit counts as turning the answer."""
+SLIGHT_KL, WEAK_CONTROL = 0.05, 0.1
+"""Below these an ablation costs little, and random directions do little."""
 COLUMNS = (
     "task | solved: dense, sparse | edit | P(target) at 0 | at 1 [95 %] | either way round | random "
     "| mean diff., same norm | probe | all channels | in the sparse model | agreement R2 (shuffled) "
@@ -32,68 +38,94 @@ COLUMNS = (
 )
 
 
-def line(found: bridges.Sweep) -> str:
-    curve, site, channels, at = found.curves["p_target"], *found.chosen
-    one = {name: c.mean[-1] for name, c in found.curves.items()}
+class NoneFound(NamedTuple):
+    """A search that found no channels, and why."""
+
+    task: str
+    reason: str
+
+
+Result = bridges.Sweep | NoneFound
+
+
+def row(result: Result) -> str:
+    """One line of the table."""
+    if isinstance(result, NoneFound):
+        return f"| {result.task} | | none within budget ({result.reason}) |{' |' * (COLUMNS.count('|') - 2)}"
+    curve, site, channels, at = result.curves["p_target"], *result.chosen
+    at_one = {name: c.mean[-1] for name, c in result.curves.items()}
     cells = [
-        found.task,
-        f"{found.accuracy_dense:.0%}, {found.accuracy_sparse:.0%}",
+        result.task,
+        f"{result.accuracy_dense:.0%}, {result.accuracy_sparse:.0%}",
         f"{len(channels)} at {site}, {at}",
         f"{curve.mean[0]:.3f}",
         f"{curve.mean[-1]:.3f} [{curve.low[-1]:.2f}, {curve.high[-1]:.2f}]",
-        ", ".join(f"{p:.2f}" for p in found.p_target_by_direction),
-        *(f"{one[f'p_target_{name}']:.3f}" for name in ("random_direction", "mean_difference_equal_norm", "probe")),
-        *(f"{one[f'p_target_{name}']:.3f}" for name in ("all_channels", "sparse_model")),
-        f"{found.agreement.r_squared:.2f} ({control(found):.2f})",
-        f"{found.effects.kl:.3f}, {found.effects.kl_other_tasks:.3f}, {found.effects.p_target_off:.2f}",
-        f"{found.effects.kl_added:.2f}",
+        ", ".join(f"{p:.2f}" for p in result.p_target_by_direction),
+        *(f"{at_one[f'p_target_{name}']:.3f}" for name in ("random_direction", "mean_difference_equal_norm", "probe")),
+        *(f"{at_one[f'p_target_{name}']:.3f}" for name in ("all_channels", "sparse_model")),
+        f"{result.agreement.r_squared:.2f} ({shuffled_r_squared(result):.2f})",
+        f"{result.effects.kl:.3f}, {result.effects.kl_other_tasks:.3f}, {result.effects.p_target_off:.2f}",
+        f"{result.effects.kl_added:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def control(found: bridges.Sweep) -> float:
-    """R squared with shuffled channels; not a number where the site has too few to shuffle."""
-    shuffled = found.agreement.r_squared_shuffled
-    return float("nan") if shuffled is None else shuffled
+def shuffled_r_squared(result: bridges.Sweep) -> float:
+    """R squared with shuffled channels; NaN where the site has too few to shuffle."""
+    r_squared = result.agreement.r_squared_shuffled
+    return float("nan") if r_squared is None else r_squared
 
 
-def summary(name: str, found: Sequence[bridges.Sweep]) -> str:
+def summary(name: str, results: Sequence[Result]) -> str:
     """How many of the tasks that the dense model solves are turned, and means over those and over all solved ones."""
-    solved = [one for one in found if round(one.accuracy_dense, 4) >= SOLVED]  # it is float32's mean
+    found = [one for one in results if isinstance(one, bridges.Sweep)]
+    solved = [one for one in found if round(one.accuracy_dense, 4) >= SOLVED]  # rounded: it is a float32 mean
     turned = [one for one in solved if one.curves["p_target"].mean[-1] > TURNED]
     one_way, both_ways = (sum(of(one.p_target_by_direction) > TURNED for one in solved) for of in (max, min))
     lines = [
-        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks, one way round on {one_way}, "
-        f"both ways on {both_ways}"
+        f"{name}: P(target) over {TURNED} on {len(turned)} of {len(solved)} solved tasks with channels, one way round "
+        f"on {one_way}, both ways on {both_ways}; none within budget on {len(results) - len(found)}"
     ]
-    for what, of in (("those turned", turned), ("all solved", solved)):
-        if of:
-            columns = [
-                [one.curves["p_target_random_direction"].mean[-1] for one in of],
-                [one.curves["p_target_sparse_model"].mean[-1] for one in of],
-                [one.agreement.r_squared for one in of],
-                [control(one) for one in of],
-                [one.effects.kl for one in of],
-            ]
-            random, inside, r_squared, shuffled, off = (sum(column) / len(of) for column in columns)
-            under, slight = sum(p < 0.1 for p in columns[0]), sum(kl < 0.05 for kl in columns[-1])
-            both = sum(p < 0.1 and kl < 0.05 for p, kl in zip(columns[0], columns[-1], strict=True))
-            channels = sum(len(one.chosen.channels) for one in of) / len(of)
-            lines.append(
-                f"  mean over {what}: channels {channels:.1f}, random directions {random:.3f} (under 0.1 on {under}), "
-                f"the sparse model {inside:.3f}, agreement R2 {r_squared:.2f}, shuffled {shuffled:.2f}, KL of off "
-                f"{off:.3f} (under 0.05 on {slight}; with random under 0.1 on {both})"
-            )
+    lines += [
+        f"  mean over {which}: {means(of)}" for which, of in (("those turned", turned), ("all solved", solved)) if of
+    ]
     return "\n".join(lines)
 
 
-def sweeps(task: str, folder: str, prompts: int, rows: int) -> list[bridges.Sweep]:
+def means(of: Sequence[bridges.Sweep]) -> str:
+    """The figures of several sweeps at the last strength, averaged."""
+    columns = [
+        [one.curves["p_target_random_direction"].mean[-1] for one in of],
+        [one.curves["p_target_sparse_model"].mean[-1] for one in of],
+        [one.agreement.r_squared for one in of],
+        [shuffled_r_squared(one) for one in of],
+        [one.effects.kl for one in of],
+    ]
+    random, in_sparse, r_squared, shuffled, ablation_kl = (sum(column) / len(of) for column in columns)
+    weak = [p < WEAK_CONTROL for p in columns[0]]
+    slight = [kl < SLIGHT_KL for kl in columns[-1]]
+    both = sum(w and s for w, s in zip(weak, slight, strict=True))
+    channels = sum(len(one.chosen.channels) for one in of) / len(of)
+    return (
+        f"channels {channels:.1f}, random directions {random:.3f} (under {WEAK_CONTROL} on {sum(weak)}), the sparse "
+        f"model {in_sparse:.3f}, agreement R2 {r_squared:.2f}, shuffled {shuffled:.2f}, KL of off {ablation_kl:.3f} "
+        f"(under {SLIGHT_KL} on {sum(slight)}; with random under {WEAK_CONTROL} on {both})"
+    )
+
+
+def sweeps(task: str, folder: str, prompts: int, rows: int) -> list[Result]:
     """One task, searched for in every way."""
     pair, bridge_set = bridges.load_pair(), bridges.BridgeSet.from_pretrained(folder)
     settings: dict[str, Any] = {"n": prompts, "tokenizer": pair.tokenizer}
-    settings["text"] = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, 128, 0)[:rows]
-    models = (pair.dense, pair.sparse, bridge_set, task)
-    return [bridges.sweep(*models, most, (0.0, 0.5, 1.0), by=by, **settings) for most, by in SEARCHES.values()]
+    settings["text"] = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, DEFAULT_SEQ_LEN, 0)[:rows]
+    results: list[Result] = []
+    for most, by in SEARCHES.values():
+        try:
+            models = (pair.dense, pair.sparse, bridge_set)
+            results.append(bridges.sweep(*models, task, most, (0.0, 0.5, 1.0), by=by, **settings))
+        except NoChannelsFoundError as error:
+            results.append(NoneFound(task, str(error)))
+    return results
 
 
 def main() -> None:
@@ -105,16 +137,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", default=None, help="write every curve here as JSON")
     args = parser.parse_args()
-    # Inherited by the processes: two of two threads each, on two cores, take several times as long.
+    # The processes inherit this: with two threads each they take several times as long on two cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
     found = []
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         for of_task in pool.map(sweeps, args.tasks, *map(repeat, (args.bridges, args.prompts, args.rows))):
-            print(*map(line, of_task), sep="\n", flush=True)
+            print(*map(row, of_task), sep="\n", flush=True)
             found.append(of_task)
     if args.out:
-        write_json(args.out, [one.to_dict() for of_task in found for one in of_task])
+        results = [one for of_task in found for one in of_task]
+        write_json(args.out, [one.to_dict() if isinstance(one, bridges.Sweep) else one._asdict() for one in results])
     for name, of_search in zip(SEARCHES, zip(*found, strict=True), strict=True):
         print(f"\n{summary(name, of_search)}")
 

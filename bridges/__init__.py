@@ -2,9 +2,9 @@
 
 from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport
+from bridges.channels.constant_edits import constant_edits
 from bridges.channels.find import find_channels
 from bridges.channels.prompts import Channels
-from bridges.channels.side_effects import constant_edits
 from bridges.channels.sweep import Sweep, sweep
 from bridges.config import FitConfig
 from bridges.evaluate import evaluate

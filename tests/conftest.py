@@ -109,6 +109,26 @@ def prompts(pair):
     """Six pairs of a made-up task, run."""
     from pairs import toy_task
 
-    from bridges.channels.prompts import prompts_of
+    from bridges.channels.prompts import run_prompts
 
-    return prompts_of(pair, toy_task())
+    return run_prompts(pair, toy_task())
+
+
+@pytest.fixture
+def cuda_generators(monkeypatch):
+    """The generator states of two CUDA devices that are made up: device index to state, changed by `manual_seed`."""
+    states = {device: torch.full((2,), 10 + device) for device in range(2)}
+
+    def seed_all(seed):
+        states.update({device: torch.full((2,), seed) for device in states})
+
+    def set_state(state, device):
+        states[device] = state
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    return states

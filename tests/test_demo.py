@@ -1,4 +1,4 @@
-"""The whole demo at tiny settings, read back as a person would; and the summary's wording."""
+"""The whole demo at tiny settings, its files read back."""
 
 import json
 
@@ -21,7 +21,7 @@ INTERFACE = {
 def test_the_demo_writes_what_the_interface_lists(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TRAIN_DOCUMENTS", 200)
     monkeypatch.setattr(module, "HELDOUT_DOCUMENTS", 40)
-    monkeypatch.setattr(module, "MOST", 3)
+    monkeypatch.setattr(module, "MAX_CHANNELS", 3)
     settings = {"steps": 5, "closed_form_tokens": 20_000, "eval_tokens": 2048, "progress": False}
     demo(tmp_path, SETTINGS.with_settings(settings), prompts=20)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -36,6 +36,7 @@ def test_the_demo_writes_what_the_interface_lists(tmp_path, monkeypatch):
     assert steering["p_target"][-1] > 2 * steering["p_target_random_direction"][-1]
     assert sum(steering["p_target_by_direction"]) / 2 == pytest.approx(steering["p_target"][-1])
     few = steering["few_channels"]
+    assert -1 <= steering["ranking_agreement"] == few["ranking_agreement"] <= 1
     assert 1 <= len(few["channel"]) <= 3 and few["p_target_sparse_model"][-1] > few["p_target_sparse_model"][0]
     assert steering["side_effects"]["tokens"] > 0 and steering["side_effects"]["kl_other_tasks"] > 0
     assert bridges.BridgeSet.from_pretrained(tmp_path / "bridges").report.to_dict() == report

@@ -1,237 +1,245 @@
-"""Which sets of channels turn an answer, grown one channel at a time within what they may cost elsewhere."""
+"""Greedy search for sets of channels that turn a task's answer, within a budget of what ablating them costs.
+
+A set grows by one channel at a time, at one location. Candidates come from first-order predictions
+(`bridges.channels.attribution`); what counts is the edit itself.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.prompts import Channels, Prompts, Text, addend_of, edited, entries, inside, logits_off, p_target
+from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
+from bridges.channels.prompts import (
+    Channels,
+    Prompts,
+    ReferenceText,
+    ablated_logits,
+    edit_addend,
+    p_target,
+    p_target_under_edit,
+)
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sampled import sampled_text
-from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.ops.kl import kl_divergence
-from bridges.steering.delta import EntryPoint, edited_logits, random_addends, stream_to_read_transpose
-from bridges.tasks.pairs import TaskPairs
+from bridges.steering.delta import edited_logits, random_addends
 
 By = Literal["dense", "both"]
 """Whose answer channels are chosen by: the dense model's, or both models'."""
-Effects = dict[tuple[int, EntryPoint], Tensor]
-"""Per bridged site and entry a figure for every sparse channel."""
 CANDIDATES = 16
-"""Channels per site and entry whose edit is done after the prediction."""
-MOST = 8
-"""Channels that a set may grow to."""
-PLACES = 3
-"""Sites and entries at which sets are grown, of those that promise most."""
-CONTROLS = 5
-"""Random directions that a set is held against while it is chosen."""
+"""Channels per location whose edit is made, those of largest predicted effect."""
+MIN_CANDIDATES = 8
+MAX_CHANNELS = 8
+"""Channels that a set may have."""
 BUDGET = 0.04
-"""KL that turning a set off may cost the dense model on other text, nats per token."""
-TEXT_ROWS = 16
-"""Rows of the text that is sampled to measure this cost on, where none is given."""
+"""KL that ablating a set may cost the dense model on other text, nats per token."""
+MARGIN_TOLERANCE = 0.05
+"""How much less margin than the largest set a smaller one may have and still be preferred: every channel more moves
+other text."""
+PREFERRED_LOCATIONS = 3
+"""Locations at which sets of several channels are grown: those whose likeliest channels do most together."""
+SEARCH_DIRECTIONS = 5
+"""Random directions that a set is compared with while it is chosen."""
+SAMPLED_ROWS = 16
+"""Rows sampled from the dense model where no text is given."""
 
 
-class Grown(NamedTuple):
-    """A set of channels, and the mean P(target) under its counterfactual edit at strength 1."""
+class NoChannelsFoundError(ValueError):
+    """No candidate raises P(target) within the budget."""
+
+
+class ChannelSet(NamedTuple):
+    """A set of channels and what its counterfactual edit does at strength 1, means over prompts."""
 
     channels: Channels
     p_target: float
+    """Of the dense model."""
     p_target_sparse: float
     """Of the sparse model, edited at the same channels."""
     p_target_random: float
-    """Of the dense model under the strongest of a few random directions of the edit's own norm."""
-    kl_off: float
-    """KL of the dense model on other text with the channels turned off, nats per token."""
+    """Of the dense model under the strongest of a few random directions with the edit's own norm."""
+    ablation_kl: float
+    """KL of the dense model on other text with the channels ablated, nats per token."""
 
     def margin(self, by: By) -> float:
-        """What the edit does beyond random directions; by both: the geometric mean with the sparse model's."""
+        """P(target) beyond that of random directions; by both models, its geometric mean with the sparse model's."""
         beyond = self.p_target - self.p_target_random
         return beyond if by == "dense" else (max(beyond, 0.0) * self.p_target_sparse) ** 0.5
 
 
 def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = CANDIDATES, name: str = "most") -> None:
-    """ValueError unless a set may grow so large (`name` is what the caller calls that), by what is named."""
-    if not isinstance(most, Integral) or not 1 <= most <= MOST:
-        raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MOST}")
-    if not isinstance(candidates, Integral) or candidates < 8:
-        raise ValueError(f"candidates={candidates!r} must be a whole number, at least 8")
+    """Raise ValueError for a setting of the search that is out of range; `name` is the caller's word for `most`."""
+    if not isinstance(most, Integral) or not 1 <= most <= MAX_CHANNELS:
+        raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MAX_CHANNELS}")
+    if not isinstance(candidates, Integral) or candidates < MIN_CANDIDATES:
+        raise ValueError(f"candidates={candidates!r} must be a whole number, at least {MIN_CANDIDATES}")
     if not isinstance(budget, int | float) or not budget >= 0:
         raise ValueError(f"budget={budget!r} must be 0 nats or more; infinity takes any channel")
     if by not in get_args(By):
         raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
 
-def sampled(pair: ModelPair, seed: int, search: bool = True) -> Int[Tensor, "rows seq"]:
-    """Text sampled from the dense model: what a `search` measures costs on, or, never the same, what is reported on."""
+def sample_text(pair: ModelPair, seed: int, for_search: bool = True) -> Int[Tensor, "rows seq"]:
+    """Sample reference text from the dense model: other rows for a search than for what is reported of its result."""
     width = min(DEFAULT_SEQ_LEN, pair.dense.context_length or DEFAULT_SEQ_LEN)
-    return sampled_text(pair.dense, TEXT_ROWS, width, 2 * seed + search)
-
-
-def predicted_effects(
-    pair: ModelPair, prompts: Prompts, side: Side = "dense"
-) -> dict[tuple[int, EntryPoint], Float[Tensor, " d_sparse"]]:
-    """First-order effect of every channel's edit on one model's mean log P(target), from one backward pass.
-
-    Per channel the sum over tokens of its change where the edit enters, times the gradient there; for the dense model
-    the change is dz times the decoder's column.
-    """
-    gradients = _gradients(pair.model(side), prompts.pairs)
-    effects: dict[tuple[int, EntryPoint], Tensor] = {}
-    for i, bridge in enumerate(pair.bridge_set):
-        site = pair.site(side, i)
-        for at in entries(pair, i):
-            gradient = gradients[at][site]
-            if side == "sparse":
-                effects[i, at] = torch.einsum("bsc,bsc->c", gradient, inside(prompts, i, at).to(gradient))
-                continue
-            if at == "read":
-                gradient = stream_to_read_transpose(pair.dense.norm(site), bridge.rms_dense, gradient)
-            weight = bridge.decoder_weight.detach().to(prompts.dz[i])
-            effects[i, at] = torch.einsum("bsd,dc,bsc->c", gradient.to(prompts.dz[i]), weight, prompts.dz[i])
-    return effects
-
-
-def _gradients(model: ResidualModel, pairs: TaskPairs) -> dict[EntryPoint, list[Tensor]]:
-    """The gradient of the mean log P(target) at every site's stream and at its read."""
-    nudges: list[Tensor] = []
-
-    def nudged(read: Tensor) -> Tensor:
-        nudges.append(torch.zeros_like(read, requires_grad=True))
-        return read + nudges[-1]
-
-    with torch.enable_grad(), model.hook_reads({i: nudged for i in range(len(model.sites))}):
-        trace = model.trace(pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device), True)
-        found = torch.autograd.grad(log_p(p_target(trace.logits, pairs)), [*trace.residuals, *nudges])
-    return {"residual": list(found[: len(nudges)]), "read": list(found[len(nudges) :])}
+    return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search)
 
 
 class Search:
-    """Grows sets of channels by one model's answer or by both models'."""
+    """One search on one task: makes every edit and every ablation once, and remembers its result."""
 
-    def __init__(self, pair: ModelPair, prompts: Prompts, text: Text, by: By, candidates: int, predicted: Effects):
-        self.pair, self.prompts, self.text, self.by, self.candidates = pair, prompts, text, by, candidates
-        self.predicted = self.potential = predicted
-        self.known: dict[tuple[Channels, Side], float] = {}
-        self.costs: dict[Channels, float] = {}
+    def __init__(
+        self,
+        pair: ModelPair,
+        prompts: Prompts,
+        text: ReferenceText,
+        most: int = 1,
+        by: By = "dense",
+        budget: float = BUDGET,
+        candidates: int = CANDIDATES,
+    ):
+        self.pair, self.prompts, self.text = pair, prompts, text
+        self.most, self.by, self.budget, self.candidates = most, by, budget, candidates
+        self.sides: tuple[Side, ...] = ("dense",) if by == "dense" else SIDES
+        self.dense_effects = self.effects = predicted_effects(pair, prompts)
+        self.quotas = [(self.dense_effects, candidates)]
         if by == "both":
-            self.in_sparse = predicted_effects(pair, prompts, "sparse")
-            self.potential = {
-                place: (effects.clamp(min=0) * self.in_sparse[place].clamp(min=0)).sqrt()
-                for place, effects in predicted.items()
-            }
+            sparse_effects = predicted_effects(pair, prompts, "sparse")
+            self.effects = _effects_on_both(self.dense_effects, sparse_effects)
+            # Half the candidates by both models, and a few that one model alone speaks for.
+            few = candidates // 8
+            self.quotas = [(self.effects, candidates // 2), (self.dense_effects, few), (sparse_effects, few)]
+        self._p_target: dict[tuple[Channels, Side], Float[Tensor, " b"]] = {}
+        self._ablation_kl: dict[Channels, float] = {}
+
+    def p_target_per_prompt(self, chosen: Channels, side: Side = "dense") -> Float[Tensor, " b"]:
+        """P(target) of one model under the counterfactual edit."""
+        if (chosen, side) not in self._p_target:
+            self._p_target[chosen, side] = p_target_under_edit(self.pair, self.prompts, chosen, side=side)
+        return self._p_target[chosen, side]
 
     def score(self, chosen: Channels) -> float:
-        """P(target) of the dense model, or the geometric mean with the sparse model's."""
-        p = self.p_target(chosen, "dense")
-        return p if self.by == "dense" else (p * self.p_target(chosen, "sparse")) ** 0.5
+        """Mean P(target) of the dense model, or its geometric mean with the sparse model's."""
+        return _geometric_mean([self.p_target_per_prompt(chosen, side) for side in self.sides])
 
-    def p_target(self, chosen: Channels, side: Side) -> float:
-        """The mean P(target) of one model under the edit, which is done once."""
-        if (chosen, side) not in self.known:
-            self.known[chosen, side] = edited(self.pair, self.prompts, chosen, side=side).mean().item()
-        return self.known[chosen, side]
+    def unedited_score(self) -> float:
+        """The score without an edit."""
+        traces = self.prompts.traces
+        return _geometric_mean([p_target(traces.side(side).logits, self.prompts.pairs) for side in self.sides])
 
-    def kl_off(self, chosen: Channels) -> float:
-        """What turning the channels off costs on other text, measured once."""
-        if chosen not in self.costs:
-            plain, off = self.text.trace.logits, logits_off(self.pair, self.text, chosen)
-            kl = kl_divergence(plain.flatten(0, 1), off.flatten(0, 1)).item()
-            self.costs[chosen] = kl / plain[..., 0].numel()
-        return self.costs[chosen]
+    def ablation_kl(self, chosen: Channels) -> float:
+        """KL of the dense model on the text with the channels ablated, nats per token."""
+        if chosen not in self._ablation_kl:
+            unedited, ablated = self.text.trace.logits, ablated_logits(self.pair, self.text, chosen)
+            kl = kl_divergence(unedited.flatten(0, 1), ablated.flatten(0, 1)).item()
+            self._ablation_kl[chosen] = kl / unedited[..., 0].numel()
+        return self._ablation_kl[chosen]
 
-    def affordable(self, chosen: Channels, budget: float) -> bool:
-        """Whether turning the channels off keeps within a budget, measured only where there is one."""
-        return budget == math.inf or self.kl_off(chosen) <= budget
+    def within_budget(self, chosen: Channels) -> bool:
+        """Whether ablating the channels keeps within the budget; nothing is run where that is infinite."""
+        return self.budget == math.inf or self.ablation_kl(chosen) <= self.budget
 
-    def grown(self, most: int, budget: float) -> list[list[Grown]]:
-        """The sets at the places that promise most: within the budget those that help, else any that help, else any.
+    def channels_at(self, location: Location, channels: Sequence[int]) -> Channels:
+        """Channels at a location, by the names that users see."""
+        return Channels(self.pair.bridge_set.sites[location.bridge], tuple(channels), location.at)
 
-        A warning tells where the budget was lifted.
+    def candidates_at(self, location: Location) -> list[int]:
+        """The channels whose edit is tried at a location."""
+        tried = (channel for effects, n in self.quotas for channel in top_channels(effects[location], n))
+        return list(dict.fromkeys(tried))
+
+    def grow_sets(self) -> list[list[ChannelSet]]:
+        """Grow sets at the locations that promise most, at the others only if those give none.
+
+        Returns, per location with any, sets of 1, 2, ... channels. Raises NoChannelsFoundError if no location has one
+        that raises P(target) within the budget.
         """
-        unedited, task = self.unedited(), self.prompts.pairs.task
-        for limit, least in ((budget, unedited), (math.inf, unedited), (math.inf, -1.0)):
-            grown = [self.grow(place, most, limit, least) for place in self.places(most, limit)]
-            if any(grown):
-                if limit > budget:
-                    what = f"budget={budget}: no channel raises P(target) of {task!r} within it; it was lifted"
-                    warnings.warn(what, stacklevel=2)
-                return [sets for sets in grown if sets]
-        raise FloatingPointError(f"no edit's P(target) of {task!r} is a number; look for models or bridges with NaN")
+        ranked = self.rank_locations()
+        n_first = len(ranked) if self.most == 1 else PREFERRED_LOCATIONS
+        for locations in (ranked[:n_first], ranked[n_first:]):
+            if grown := [sets for location in locations if (sets := self.grow_at(location))]:
+                return grown
+        self._refuse()
 
-    def unedited(self) -> float:
-        """The score of no channels."""
-        p = {s: p_target(self.prompts.traces.side(s).logits, self.prompts.pairs).mean().item() for s in SIDES}
-        return p["dense"] if self.by == "dense" else (p["dense"] * p["sparse"]) ** 0.5
+    def rank_locations(self) -> list[Location]:
+        """Locations by the score of their likeliest channels within the budget, edited together."""
+        if self.most == 1:  # every location is searched, in any order
+            return list(self.effects)
 
-    def places(self, most: int, budget: float) -> list[tuple[int, EntryPoint]]:
-        """Where sets are grown: everywhere where they hold one channel, else where the likeliest channels do most."""
-        if most == 1:
-            return list(self.potential)
-
-        def promise(place: tuple[int, EntryPoint]) -> float:
+        def promise(location: Location) -> float:
             likely: tuple[int, ...] = ()
-            for channel in largest(self.potential[place], 2 * most):
-                if len(likely) < most and self.affordable(self.channels(place, (*likely, channel)), budget):
+            for channel in top_channels(self.effects[location], 2 * self.most):
+                if len(likely) < self.most and self.within_budget(self.channels_at(location, (*likely, channel))):
                     likely = (*likely, channel)
-            return self.score(self.channels(place, likely)) if likely else 0.0
+            return self.score(self.channels_at(location, likely)) if likely else 0.0
 
-        return sorted(self.potential, key=promise, reverse=True)[:PLACES]
+        return sorted(self.effects, key=promise, reverse=True)
 
-    def channels(self, place: tuple[int, EntryPoint], channels: Sequence[int]) -> Channels:
-        """Some channels at a place."""
-        return Channels(self.pair.bridge_set.sites[place[0]], tuple(channels), place[1])
-
-    def tried(self, place: tuple[int, EntryPoint]) -> list[int]:
-        """The channels of largest predicted effect; by both, on both models, and a few on either."""
-        if self.by == "dense":
-            return largest(self.potential[place], self.candidates)
-        many, few = self.candidates // 2, self.candidates // 8
-        each = ((self.potential, many), (self.predicted, few), (self.in_sparse, few))
-        return list(dict.fromkeys(channel for effects, n in each for channel in largest(effects[place], n)))
-
-    def grow(self, place: tuple[int, EntryPoint], most: int, budget: float, least: float) -> list[Grown]:
-        """Sets of one channel, two, ..., each the best within the budget, while one more makes the score larger.
-
-        The first one's must be over `least`.
-        """
-        sets: list[Grown] = []
-        tried, channels, best = self.tried(place), (), least
-        while len(channels) < most:
-            larger = [self.channels(place, (*channels, c)) for c in tried if c not in channels]
-            scored = {one: score for one in larger if (score := self.score(one)) > best}
-            by_score = sorted(scored, key=scored.__getitem__, reverse=True)
-            chosen = next((one for one in by_score if self.affordable(one, budget)), None)
+    def grow_at(self, location: Location) -> list[ChannelSet]:
+        """Sets of 1, 2, ... channels: each adds the best candidate within the budget, as long as the score grows."""
+        sets: list[ChannelSet] = []
+        candidates, channels, best = self.candidates_at(location), (), self.unedited_score()
+        while len(channels) < self.most:
+            larger = [self.channels_at(location, (*channels, c)) for c in candidates if c not in channels]
+            scores = {one: score for one in larger if (score := self.score(one)) > best}
+            by_score = sorted(scores, key=scores.__getitem__, reverse=True)
+            chosen = next((one for one in by_score if self.within_budget(one)), None)
             if chosen is None:
                 break
-            channels, best = chosen.channels, scored[chosen]
-            sets.append(self.held_against_random(chosen))
+            channels, best = chosen.channels, scores[chosen]
+            sets.append(self.compare_with_random(chosen))
         return sets
 
-    def held_against_random(self, chosen: Channels) -> Grown:
-        """The set with what it does, beside what random directions of its norm do."""
+    def compare_with_random(self, chosen: Channels) -> ChannelSet:
+        """The set with what it does, and with what random directions of the same norm do."""
         pair, prompts = self.pair, self.prompts
         site = pair.site("dense", pair.bridge_set.index(chosen.site))
-        addends = random_addends(addend_of(pair, prompts, chosen), CONTROLS, seed=0)  # others than those reported
+        # Another seed than that of the directions that a sweep reports.
+        addends = random_addends(edit_addend(pair, prompts, chosen), SEARCH_DIRECTIONS, seed=0)
         logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
-        controls = [p_target(one, prompts.pairs).mean().item() for one in logits]
-        return Grown(
-            chosen, self.p_target(chosen, "dense"), self.p_target(chosen, "sparse"), max(controls), self.kl_off(chosen)
+        strongest = max(p_target(one, prompts.pairs).mean().item() for one in logits)
+        dense, sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in SIDES)
+        return ChannelSet(chosen, dense, sparse, strongest, self.ablation_kl(chosen))
+
+    def _refuse(self) -> NoReturn:
+        """Say why there is no set: what was tried, and what it would take."""
+        task, unedited = self.prompts.pairs.task, self.unedited_score()
+        tried = [self.channels_at(at, (c,)) for at in self.effects for c in self.candidates_at(at)]
+        scores = [self.score(one) for one in tried]
+        if all(math.isnan(score) for score in scores):
+            raise FloatingPointError(f"task={task!r}: P(target) is NaN under every edit; models or bridges hold NaN")
+        helpful = [one for one, score in zip(tried, scores, strict=True) if score > unedited]
+        if not helpful:
+            raise NoChannelsFoundError(
+                f"task={task!r}: none of the {len(tried)} channels tried raises P(target) (by={self.by!r}); "
+                f"find_channels tries more with candidates= (now {self.candidates})"
+            )
+        cheapest = min(map(self.ablation_kl, helpful))
+        raise NoChannelsFoundError(
+            f"task={task!r}: no channel raises P(target) (by={self.by!r}) within budget={self.budget:g} nats per token "
+            f"on other text; the cheapest that raises it costs {cheapest:.3g}; pass a larger budget="
         )
 
 
-def log_p(p: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-    """The mean logarithm; one probability that is 0 to the last bit must not make every prediction NaN."""
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log().mean()
+def _geometric_mean(p_per_model: Sequence[Float[Tensor, " b"]]) -> float:
+    """Of each model's mean over prompts."""
+    return math.prod(p.mean().item() for p in p_per_model) ** (1 / len(p_per_model))
 
 
-def largest(effects: Float[Tensor, " d_sparse"], n: int) -> list[int]:
-    """The channels of largest predicted effect."""
-    return effects.topk(min(n, len(effects))).indices.tolist()
+def _effects_on_both(dense: Effects, sparse: Effects) -> Effects:
+    """The geometric mean of the effects on both models; 0 where either is negative."""
+    return {at: (effect.clamp(min=0) * sparse[at].clamp(min=0)).sqrt() for at, effect in dense.items()}
+
+
+def smallest_sufficient(grown: Sequence[Sequence[ChannelSet]], by: By) -> list[ChannelSet]:
+    """From the location of the set with the largest margin, the sets up to the smallest that comes near that margin."""
+    best = max(grown, key=lambda sets: max(one.margin(by) for one in sets))
+    margins = [one.margin(by) for one in best]
+    size = next(size for size, margin in enumerate(margins, 1) if margin >= max(margins) - MARGIN_TOLERANCE)
+    return list(best[:size])

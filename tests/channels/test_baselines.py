@@ -4,20 +4,20 @@ import pytest
 import torch
 from pairs import toy_task
 
-from bridges.channels.baselines import _probe, _unit, dense_directions, mean_difference
-from bridges.channels.prompts import Channels, addend_of, p_target, prompts_of
+from bridges.channels.baselines import _probe, _unit, best_mean_difference, dense_directions
+from bridges.channels.prompts import Channels, edit_addend, p_target, run_prompts
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return prompts_of(pair, toy_task(seed=5)), prompts_of(pair, toy_task(seed=6))
+    return run_prompts(pair, toy_task(seed=5)), run_prompts(pair, toy_task(seed=6))
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
-def test_the_dense_models_own_directions(pair, prompts, at):
-    """Written out: the mean difference over the tokens touched; a probe that tells the two sides apart."""
+def test_dense_directions_are_the_mean_difference_and_a_probe_of_the_edited_tokens(pair, prompts, at):
+    """Written out: the mean over the edited tokens; a probe that points to their counterfactuals."""
     chosen, pairs = CHOSEN._replace(at=at), prompts[0].pairs
     with torch.no_grad():
         difference, probe = dense_directions(pair, prompts[0], chosen)
@@ -25,7 +25,7 @@ def test_the_dense_models_own_directions(pair, prompts, at):
             shown, other = (pair.dense.trace(x).residuals[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
         else:
             shown, other = (pair.dense.reads(x)[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
-    norm = addend_of(pair, prompts[0], chosen).norm(dim=-1)
+    norm = edit_addend(pair, prompts[0], chosen).norm(dim=-1)
     touched = norm > 1e-3 * norm.max()
     assert not touched[:, :2].any() and touched[:, 2:].any()
     for side in (0, 1):
@@ -37,7 +37,7 @@ def test_the_dense_models_own_directions(pair, prompts, at):
         assert gaps.mean() > 0
 
 
-def test_the_probe_tells_two_clouds_apart():
+def test_a_probe_points_from_one_cluster_to_the_other_and_is_zero_without_tokens():
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(200, 5, generator=generator, dtype=torch.float64)
     after = torch.randn(200, 5, generator=generator, dtype=torch.float64) + torch.tensor([0, 0, 3.0, 0, 0])
@@ -49,7 +49,7 @@ def test_the_probe_tells_two_clouds_apart():
 def test_the_mean_difference_is_added_at_the_last_token_of_the_best_site(pair, prompts):
     pairs, other = prompts[0].pairs, prompts[1].pairs
     with torch.no_grad():
-        site, adder = mean_difference(pair.dense, prompts[0])
+        site, adder = best_mean_difference(pair.dense, prompts[0])
         shown, swapped = (pair.dense.trace(x).residuals for x in (pairs.input_ids, pairs.counterfactual_ids))
         scored = []
         for i in range(5):

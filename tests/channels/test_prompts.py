@@ -1,52 +1,51 @@
-"""Edits on a task's prompts: what is run once, and what an edit adds to either model."""
+"""Counterfactual edits on a task's prompts, on a tiny random pair in float64."""
 
 import pytest
 import torch
 from pairs import join, neox, sparse_model, toy_task, with_units
 
+import bridges
+from bridges.channels.attribution import predicted_effects
 from bridges.channels.prompts import (
     Channels,
-    addend_of,
     check_channels,
-    edited,
-    entries,
+    edit_addend,
+    entry_points,
     frozen_pair,
-    logits_under,
+    logits_under_edit,
     p_target,
-    pairs_of,
-    prompts_of,
+    p_target_under_edit,
+    resolve_task,
+    run_prompts,
 )
-from bridges.channels.search import predicted_effects
-from bridges.steering.counterfactual import counterfactual
-from bridges.steering.steer import steer
 
 
-def test_pairs_that_are_given_are_taken_and_names_need_a_tokenizer(pair):
+def test_given_pairs_are_used_and_a_task_name_needs_a_tokenizer(pair):
     given = toy_task()
-    assert pairs_of(given, pair.dense.model, None, 3, 0) is given
+    assert resolve_task(given, pair.dense.model, None, 3, 0) is given
     with pytest.raises(ValueError, match="task='for_while' needs tokenizer="):
-        pairs_of("for_while", pair.dense, None, 3, 0)
+        resolve_task("for_while", pair.dense, None, 3, 0)
 
 
 @pytest.mark.parametrize("field", ["input_ids", "counterfactual_ids", "answers", "targets"])
-def test_prompts_of_another_tokenizer_are_refused(pair, field):
+def test_tokens_that_a_model_does_not_know_are_refused(pair, field):
     task = toy_task()
     wrong = getattr(task, field).clone()
     wrong[2, -1] = 17
     with pytest.raises(
         ValueError, match=f"task='{task.task}' with this tokenizer holds token 17; the models know 0 to 16"
     ):
-        prompts_of(pair, task._replace(**{field: wrong}))
+        run_prompts(pair, task._replace(**{field: wrong}))
 
 
 def test_prompts_longer_than_a_context_are_refused(pair):
     task = toy_task()
     longer = {name: getattr(task, name).repeat(1, 3) for name in ("input_ids", "counterfactual_ids", "attention_mask")}
     with pytest.raises(ValueError, match=r"has rows of \d+ tokens, over the models' context of 12; cut them"):
-        prompts_of(pair, task._replace(**longer))
+        run_prompts(pair, task._replace(**longer))
 
 
-def test_both_models_are_frozen_inside_and_as_before_after(pair):
+def test_both_models_are_frozen_inside_and_restored_afterwards(pair):
     dense, sparse = pair.dense.model, pair.sparse.model
     dense.train()
     with frozen_pair(dense, sparse, pair.bridge_set, check_models=False):
@@ -56,21 +55,21 @@ def test_both_models_are_frozen_inside_and_as_before_after(pair):
     dense.eval()
 
 
-def test_a_read_that_two_modules_take_is_no_entry():
-    """steer edits both reads of a parallel block; sets are measured by one addend, so at its stream alone."""
+def test_a_read_that_two_modules_take_is_no_entry_point():
+    """`steer` edits both reads of a parallel block, the search has one addend per edit: it edits the stream alone."""
     pair = with_units(join(neox(), sparse_model()))
-    prompts, chosen = prompts_of(pair, toy_task()), Channels("1.attn", (0, 3), "residual")
+    prompts, chosen = run_prompts(pair, toy_task()), Channels("1.attn", (0, 3), "residual")
     block = pair.bridge_set.index("1.attn")
-    assert entries(pair, block) == ("residual",)
+    assert entry_points(pair, block) == ("residual",)
     assert (block, "read") not in predicted_effects(pair, prompts)
     with pytest.raises(ValueError, match=r"at='read': site='1.attn' is read by two modules at once"):
         check_channels(pair, chosen._replace(at="read"))
     check_channels(pair, chosen)
     ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
-    edits = [counterfactual(pair.sparse, "1.attn", c, ids, other) for c in chosen.channels]
-    with torch.no_grad(), steer(pair.dense, pair.bridge_set, edits, at="residual"):
+    edits = [bridges.counterfactual(pair.sparse, "1.attn", c, ids, other) for c in chosen.channels]
+    with torch.no_grad(), bridges.steer(pair.dense, pair.bridge_set, edits, at="residual"):
         steered = pair.dense.model(ids).logits
-    torch.testing.assert_close(logits_under(pair, prompts, chosen), steered, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits_under_edit(pair, prompts, chosen), steered, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +81,14 @@ def test_a_read_that_two_modules_take_is_no_entry():
         ({"channels": (True,)}, "channel=True must lie"),
     ],
 )
-def test_channels_that_are_none_are_refused(pair, unchecked, wrong, message):
+def test_channels_that_do_not_exist_are_refused(pair, unchecked, wrong, message):
     with pytest.raises(ValueError, match=message):
         check_channels(pair, Channels("1.attn", (0,), "read")._replace(**wrong))
     with pytest.raises(ValueError, match=r"channels=\(0, 1\) must be bridges.Channels"):
         check_channels(pair, (0, 1))
 
 
-def test_a_norm_is_measured_once_inside_and_anew_after(pair):
+def test_a_norm_is_measured_once_inside_and_again_afterwards(pair):
     with frozen_pair(pair.dense, pair.sparse, pair.bridge_set, check_models=False) as inside:
         assert all(model.norm(2) is model.norm(2) for model in (inside.dense, inside.sparse))
         before = inside.dense.norm(2).gain.clone()
@@ -99,16 +98,38 @@ def test_a_norm_is_measured_once_inside_and_anew_after(pair):
         pair.dense.model.transformer.h[1].ln_1.weight.div_(2)
 
 
+def test_p_target_sums_the_last_tokens_softmax_over_the_targets(prompts):
+    logits = torch.randn(6, 7, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = logits[:, -1].softmax(-1)
+    expected = [p[i, [t for t in row if t >= 0]].sum() for i, row in enumerate(prompts.pairs.targets.tolist())]
+    assert torch.allclose(p_target(logits, prompts.pairs), torch.stack(expected))
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_an_edit_is_what_steer_does_to_the_model(pair, prompts, at):
+    """The search runs what comes after the edit; a user runs the model."""
+    chosen = Channels("1.attn", (0, 3, 7), at)
+    pairs = prompts.pairs
+    edits = [
+        bridges.counterfactual(pair.sparse.model, chosen.site, c, pairs.input_ids, pairs.counterfactual_ids)
+        for c in chosen.channels
+    ]
+    with torch.no_grad(), bridges.steer(pair.dense.model, pair.bridge_set, edits, at=at, strength=0.7):
+        logits = pair.dense.model(pairs.input_ids).logits
+    assert torch.allclose(p_target(logits, pairs), p_target_under_edit(pair, prompts, chosen, 0.7), atol=1e-12)
+    assert edit_addend(pair, prompts, chosen).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("at", ["read", "residual"])
 def test_an_edit_of_the_sparse_model_changes_its_channels_alone(pair, at):
-    prompts = prompts_of(pair, toy_task())
+    prompts = run_prompts(pair, toy_task())
     chosen = Channels("1.attn", (0, 3), at)
-    addend = addend_of(pair, prompts, chosen, "sparse")
+    addend = edit_addend(pair, prompts, chosen, "sparse")
     assert torch.equal(addend[..., [0, 3]], (prompts.dn if at == "read" else prompts.dz)[2][..., [0, 3]])
     assert addend.count_nonzero() == addend[..., [0, 3]].count_nonzero() > 0
     for side, trace in (("dense", prompts.traces.dense), ("sparse", prompts.traces.sparse)):
-        assert torch.allclose(logits_under(pair, prompts, chosen, 0.0, side), trace.logits, atol=1e-12)
+        assert torch.allclose(logits_under_edit(pair, prompts, chosen, 0.0, side), trace.logits, atol=1e-12)
         assert torch.equal(
-            edited(pair, prompts, chosen, 1.0, side),
-            p_target(logits_under(pair, prompts, chosen, 1.0, side), prompts.pairs),
+            p_target_under_edit(pair, prompts, chosen, 1.0, side),
+            p_target(logits_under_edit(pair, prompts, chosen, 1.0, side), prompts.pairs),
         )

@@ -1,101 +1,128 @@
 """How sets of channels grow and what they may cost, on a tiny random pair in float64."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from pairs import gpt2, join, kl_of_turning_off, sparse_model, toy_task, with_units
 
 from bridges.channels.find import find, find_channels
-from bridges.channels.prompts import Channels, addend_of, p_target, text_of
-from bridges.channels.search import Search, log_p, predicted_effects, sampled
-from bridges.steering.delta import dense_addend, edited_logits, mask_channels
+from bridges.channels.prompts import (
+    Channels,
+    ablated_logits,
+    p_target,
+    p_target_under_edit,
+    run_prompts,
+    run_reference_text,
+)
+from bridges.channels.search import ChannelSet, NoChannelsFoundError, sample_text, smallest_sufficient
+
+ALL = 12
+"""The width of the sparse model: with as many candidates, every channel is tried."""
 
 
 @pytest.fixture(scope="module")
 def text(pair):
-    return text_of(pair, sampled(pair, seed=3))
+    return run_reference_text(pair, sample_text(pair, seed=3))
 
 
-@pytest.mark.parametrize("at", ["read", "residual"])
-@pytest.mark.parametrize("site", range(5))
-def test_predicted_effects_are_the_derivative_of_log_p(pair, prompts, site, at):
-    """Against central differences, for three channels."""
-    predicted = predicted_effects(pair, prompts)[site, at]
-    where = pair.site("dense", site)
-
-    def log_p(channel, strength):
-        addend = strength * dense_addend(pair, site, mask_channels(prompts.dz[site], [channel]), at)
-        with torch.no_grad():
-            logits = edited_logits(pair.dense, prompts.traces.dense, where, addend, at)
-        return p_target(logits, prompts.pairs).log().mean()
-
-    for channel in predicted.abs().topk(3).indices.tolist():
-        slope = (log_p(channel, 1e-5) - log_p(channel, -1e-5)) / 2e-5
-        assert abs(predicted[channel] - slope) < 1e-4 * slope.abs() + 1e-6
+@pytest.fixture(scope="module")
+def helpful_costs(pair, prompts, text):
+    """Ablation KL of every single channel whose edit raises P(target) of the dense model, ascending."""
+    costs = []
+    sites, entry_points = pair.bridge_set.sites, ("read", "residual")
+    with torch.no_grad():
+        unedited = p_target(prompts.traces.dense.logits, prompts.pairs).mean()
+        log_p = text.trace.logits.log_softmax(-1)
+        for site, at, channel in product(sites, entry_points, range(ALL)):
+            chosen = Channels(site, (channel,), at)
+            if p_target_under_edit(pair, prompts, chosen).mean() > unedited:
+                log_q = ablated_logits(pair, text, chosen).log_softmax(-1)
+                costs.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
+    return sorted(costs)
 
 
-def test_where_no_text_is_given_it_is_sampled_from_the_dense_model(pair, text):
+def test_without_text_rows_are_sampled_from_the_dense_model(pair, text):
     assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
-    assert torch.equal(text.trace.context.input_ids, sampled(pair, 3))
-    assert not torch.equal(text.trace.context.input_ids, sampled(pair, 4))
-    assert not any(torch.equal(sampled(pair, seed), sampled(pair, 3, search=False)) for seed in range(6))
+    assert torch.equal(text.trace.context.input_ids, sample_text(pair, 3))
+    assert not torch.equal(text.trace.context.input_ids, sample_text(pair, 4))
     models = pair.dense.model, pair.sparse.model, pair.bridge_set
     without, given, other = (
-        find_channels(*models, toy_task(), candidates=8, seed=3, text=rows)
-        for rows in (None, sampled(pair, 3), sampled(pair, 4))
+        find_channels(*models, toy_task(), candidates=8, seed=3, text=rows, budget=math.inf)
+        for rows in (None, sample_text(pair, 3), sample_text(pair, 4))
     )
-    assert without.sets == given.sets and given.sets[-1].kl_off != other.sets[-1].kl_off
+    assert without.sets == given.sets and given.sets[-1].ablation_kl != other.sets[-1].ablation_kl
+
+
+def test_a_search_and_its_report_never_sample_the_same_text(pair):
+    reported = sample_text(pair, 3, for_search=False)
+    assert not any(torch.equal(sample_text(pair, seed), reported) for seed in range(6))
 
 
 def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):
     with torch.no_grad():
-        free = find(pair, prompts, text, 4, budget=float("inf"), candidates=12)
-        budget = 0.7 * free.sets[-1].kl_off
-        found = find(pair, prompts, text, 4, budget=budget, candidates=12)
+        free = find(pair, prompts, text, 4, budget=math.inf, candidates=ALL)
+        budget = 0.7 * free.sets[-1].ablation_kl
+        found = find(pair, prompts, text, 4, budget=budget, candidates=ALL)
     assert found.best != free.best
     for one in found.sets:
-        assert one.kl_off == pytest.approx(kl_of_turning_off(pair, text, one.channels), rel=1e-9)
-        assert one.kl_off <= budget
+        assert one.ablation_kl == pytest.approx(kl_of_turning_off(pair, text, one.channels), rel=1e-9)
+        assert one.ablation_kl <= budget
 
 
-def test_a_budget_that_nothing_keeps_within_is_lifted(pair, prompts, text):
-    free = find(pair, prompts, text, 2, budget=float("inf"), candidates=12)
-    assert free.sets[-1].kl_off > 0
-    with pytest.warns(
-        UserWarning, match="budget=0.0: no channel raises P\\(target\\) of 'toy' within it; it was lifted"
-    ):
-        lifted = find(pair, prompts, text, 2, budget=0.0, candidates=12)
-    assert lifted.sets == free.sets
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_budget_that_nothing_keeps_within_is_named_with_what_it_would_take(pair, prompts, text, helpful_costs, most):
+    budget = helpful_costs[0] * 0.99
+    message = rf"task='toy': no channel raises P\(target\) \(by='dense'\) within budget={budget:g} nats per token"
+    with pytest.raises(NoChannelsFoundError, match=message) as error:
+        find(pair, prompts, text, most, budget=budget, candidates=ALL)
+    assert f"the cheapest that raises it costs {helpful_costs[0]:.3g}; pass a larger budget=" in str(error.value)
 
 
-def test_channels_that_only_make_things_worse_are_told_too(pair, prompts, text, monkeypatch):
-    monkeypatch.setattr(Search, "unedited", lambda _: 2.0)
-    with pytest.warns(UserWarning, match="it was lifted"):
-        assert find(pair, prompts, text, 2, candidates=12).sets
+@pytest.mark.parametrize("most", [1, 8])
+def test_a_set_is_found_whenever_one_helpful_channel_keeps_within_the_budget(pair, prompts, text, helpful_costs, most):
+    """At whichever site it is, not only at those that promise most."""
+    found = find(pair, prompts, text, most, budget=helpful_costs[0] * 1.0001, candidates=ALL)
+    assert found.sets[0].ablation_kl == pytest.approx(helpful_costs[0], rel=1e-9)
 
 
-def test_bridges_that_are_not_finite_are_named(prompts):
+def test_a_task_whose_counterfactuals_change_nothing_has_no_channels(pair, text):
+    task = toy_task()
+    prompts = run_prompts(pair, task._replace(counterfactual_ids=task.input_ids))
+    with pytest.raises(NoChannelsFoundError, match=r"none of the 80 channels tried raises P\(target\) \(by='dense'\)"):
+        find(pair, prompts, text, candidates=8)
+
+
+def test_bridges_with_nan_are_refused(prompts):
     broken = with_units(join(gpt2(), sparse_model()))
     with torch.no_grad():
         for bridge in broken.bridge_set:
             bridge.decoder_weight.fill_(float("nan"))
-        elsewhere = text_of(broken, sampled(broken, 0))
-    with pytest.raises(FloatingPointError, match="no edit's P\\(target\\) of 'toy' is a number"):
-        find(broken, prompts, elsewhere, candidates=8)
+        text = run_reference_text(broken, sample_text(broken, 0))
+    with pytest.raises(FloatingPointError, match=r"task='toy': P\(target\) is NaN under every edit"):
+        find(broken, prompts, text, candidates=8)
 
 
-def test_a_probability_of_zero_leaves_predictions_finite():
-    p = torch.tensor([0.0, 0.5], requires_grad=True)
-    log_p(p).backward()
-    assert log_p(p).isfinite() and p.grad.isfinite().all() and p.grad[1] == 1
+def grown(site, *p_targets):
+    """Sets of 1, 2, ... channels with these margins, by the dense model and by both."""
+    return [
+        ChannelSet(Channels(site, tuple(range(size)), "read"), p, p, 0.0, 0.0)
+        for size, p in enumerate(p_targets, start=1)
+    ]
 
 
-def test_predicted_effects_in_the_sparse_model_are_derivatives_too(pair, prompts):
-    for (i, at), effects in predicted_effects(pair, prompts, "sparse").items():
-        site, trace = pair.site("sparse", i), prompts.traces.sparse
-        for channel in effects.abs().topk(2).indices.tolist():
-            chosen = Channels(pair.bridge_set.sites[i], (channel,), at)
-            change = 1e-6 * addend_of(pair, prompts, chosen, "sparse")
-            with torch.no_grad():
-                ends = [edited_logits(pair.sparse, trace, site, sign * change, at) for sign in (1, -1)]
-            up, down = (p_target(x, prompts.pairs).log().mean() for x in ends)
-            assert abs(effects[channel] - (up - down) / 2e-6) < 1e-4 * effects[channel].abs() + 1e-6
+@pytest.mark.parametrize(("reached", "kept"), [((0.5, 0.9, 0.93, 0.94), 2), ((0.5, 0.6, 0.7, 0.8), 4), ((0.9, 0.5), 1)])
+@pytest.mark.parametrize("by", ["dense", "both"])
+def test_the_smallest_set_that_does_nearly_as_much_is_kept(reached, kept, by):
+    sets = grown("1.attn", *reached)
+    assert smallest_sufficient([grown("0.mlp", 0.1, 0.7), sets, grown("1.mlp", 0.3)], by) == sets[:kept]
+
+
+def test_what_random_directions_do_counts_against_a_set():
+    strong, honest = grown("0.mlp", 0.9), grown("1.attn", 0.6)
+    strong = [strong[0]._replace(p_target_random=0.5)]
+    assert smallest_sufficient([strong, honest], "dense") == honest
+    helpless = [strong[0]._replace(p_target_random=1.0)]  # below its control
+    assert helpless[0].margin("both") == 0.0
+    assert honest[0]._replace(p_target_sparse=0.5).margin("both") == pytest.approx((0.6 * 0.5) ** 0.5)

@@ -1,11 +1,13 @@
-"""The demo's page, read back."""
+"""The demo's page, read back as text."""
 
 import base64
+import html
 import re
 
 import pytest
 from figures import STEERING, report
 
+from bridges.report.curves import BASELINES
 from bridges.report.page import write_page
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
@@ -25,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_it_holds_its_pictures_and_every_figure(folder):
+def test_the_page_embeds_its_plots_and_shows_every_figure(folder):
     steering = STEERING | EXTRAS | {"few_channels": FEW}
     page = write_page(report(), steering, folder).read_text()
     assert page.count(f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}") == 2
@@ -35,13 +37,13 @@ def test_it_holds_its_pictures_and_every_figure(folder):
             assert f"{getattr(site, name):.3f}" in row
     for shown in ("Channel 7", "[7, 9] at 0.mlp", "0.111", "0.222", "0.333", "4321", "44 %", "5 %"):
         assert shown in page
-    curves = [name for name in STEERING if name.startswith("p_target")]
-    rows = [re.findall(r"<td>([\d.]+)</td>", row) for row in page.split("<tr>") if row.startswith("<td>")]
-    for name in curves:
-        assert [f"{p:.3f}" for p in STEERING[name]] in rows
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.unescape(page).split("<tr>") if row.startswith("<td>")]
+    for name, style in BASELINES.items():
+        assert [style.label, *(f"{p:.3f}" for p in STEERING[name])] in rows
+    assert ["one channel", *(f"{p:.3f}" for p in STEERING["p_target"])] in rows
 
 
-def test_a_control_that_there_is_none_of_is_said(folder):
+def test_a_missing_control_is_named(folder):
     few = FEW | {"agreement": {"r_squared": 0.44, "r_squared_shuffled": None}}
     assert "there are none" in write_page(report(), STEERING | EXTRAS | {"few_channels": few}, folder).read_text()
 

@@ -1,0 +1,88 @@
+"""Sweep: the figures of an edit and its baselines, as a record that prints, saves and draws itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridges.channels.agreement import Agreement
+from bridges.channels.curves import Curve
+from bridges.channels.prompts import Channels
+from bridges.channels.side_effects import SideEffects
+from bridges.io.files import write_json
+from bridges.report.curves import BASELINES, CURVES
+from bridges.report.plots import steering_plot
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An edit's curve, its baselines and its side effects, on prompts that the channels were not chosen on."""
+
+    task: str
+    chosen: Channels
+    strengths: list[float]
+    curves: dict[str, Curve]
+    """By the names in `bridges.report.curves.CURVES`: `p_target`, the edit, and `p_target_...`, the baselines."""
+    p_target_by_direction: list[float]
+    """At strength 1, where the task's first prompt was presented and where its second was."""
+    prompts: int
+    accuracy_dense: float
+    """Part of the prompts whose answer the unedited dense model finds likelier than the target."""
+    accuracy_sparse: float
+    mean_difference_site: str
+    """The dense site at which the model's own mean difference does most."""
+    agreement: Agreement
+    effects: SideEffects
+    ranking_agreement: float | None = None
+    """Rank correlation of predicted and measured effects if the channels were searched for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `steering.json`."""
+        channels = self.chosen.channels
+        return {
+            "task": self.task,
+            "site": self.chosen.site,
+            "channel": channels[0] if len(channels) == 1 else list(channels),
+            "at": self.chosen.at,
+            "strengths": self.strengths,
+            **{name: curve.mean for name, curve in self.curves.items()},
+            "bands": {name: {"low": curve.low, "high": curve.high} for name, curve in self.curves.items()},
+            "p_target_by_direction": self.p_target_by_direction,
+            "prompts": self.prompts,
+            "accuracy_dense": self.accuracy_dense,
+            "accuracy_sparse": self.accuracy_sparse,
+            "mean_difference_site": self.mean_difference_site,
+            "agreement": self.agreement._asdict(),
+            "side_effects": self.effects._asdict(),
+            "ranking_agreement": self.ranking_agreement,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_json(path, self.to_dict())
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the curves with their bands, log scale, as a PNG (paper, figure 9); returns its path."""
+        return steering_plot(self.to_dict(), path)
+
+    def __str__(self) -> str:
+        channels = list(self.chosen.channels)
+        what = f"channel {channels[0]}" if len(channels) == 1 else f"channels {channels}"
+        first, second = self.p_target_by_direction
+        lines = [
+            f"{self.task}: P(target), strength {self.strengths[0]:g} to {self.strengths[-1]:g}, {self.prompts} "
+            f"held-out prompts (solved: dense {self.accuracy_dense:.0%}, sparse {self.accuracy_sparse:.0%})",
+            self._line("p_target", f"{what} at {self.chosen.site} ({self.chosen.at})"),
+            *(self._line(name, CURVES[name].label) for name in BASELINES),
+            f"  at strength 1, presented either way round: {first:.3f} and {second:.3f}",
+            f"  {self.agreement}",
+            f"  {self.effects}",
+        ]
+        return "\n".join(lines)
+
+    def _line(self, name: str, label: str) -> str:
+        """One curve: its mean at the first and the last strength, and the interval at the last."""
+        curve = self.curves[name]
+        band = f"[{curve.low[-1]:.3f}, {curve.high[-1]:.3f}]"
+        return f"  {label:<62} {curve.mean[0]:.3f} -> {curve.mean[-1]:.3f} {band}"
