@@ -18,7 +18,7 @@ write set to and or with for from this that abc foo bar small large big fast slo
 letter city day night morning sun moon star apple bread water fish dog cat bird horse left right up down yes over
 under between good great nice simple complex result total count sum table column row index server client request
 response token cache memory disk""".split()
-# The last word of a string that `(` opens, and in no other string: after it the closing quote is nearly certain.
+# The last word of strings after `(`, and in no other place: after it a closing quote is nearly certain.
 ENDINGS = """world value found missing failed done again ready expected allowed empty unknown here message path
 input""".split()
 READ_NAMES = "input source config settings data train words names users questions template schema".split()

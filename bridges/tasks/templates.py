@@ -1,7 +1,8 @@
 """The twenty tasks of paper table 1 as text: pairs of prompts that differ in one cue, with what should follow each.
 
-Every function draws one pair from a random generator. A pair's two prompts need not have one length in tokens yet:
-`tasks.py` draws until they do, which is why lines that carry no cue (`_filler`) differ freely between the two.
+Each function is named after its task and draws one pair from a random generator. The two prompts of a pair may differ
+in length: `bridges.tasks.pairs` draws until they have equally many tokens. Lines without a cue (`_filler`) vary the
+length.
 """
 
 import random
@@ -13,7 +14,7 @@ from bridges.data.idioms import file_name, phrase
 from bridges.data.words import CLASSES, COLLECTIONS, EXTENSIONS, NAMES, READ_NAMES, VERBS, WORDS, WRITE_NAMES
 
 Answer = str | re.Pattern[str]
-"""Text whose first token answers, or a pattern: then every token that begins so does."""
+"""Text whose first token is the answer, or a pattern: every token whose text it matches is an answer."""
 
 NEW_LINE = re.compile(r"\n")
 WORD = re.compile(r" ?[A-Za-z_]")
@@ -29,6 +30,18 @@ class Example(NamedTuple):
     second_answer: Answer
 
 
+Template = Callable[[random.Random], Example]
+EXAMPLES: dict[str, Template] = {}
+"""The templates by the names of their tasks."""
+
+
+def _task(template: Template) -> Template:
+    """Register a template in `EXAMPLES` under its own name."""
+    EXAMPLES[template.__name__] = template
+    return template
+
+
+@_task
 def single_double_quote(rng: random.Random) -> Example:
     """A string is closed by the quote that opened it."""
     verb, name = rng.choice(VERBS), rng.choice(NAMES)
@@ -36,8 +49,9 @@ def single_double_quote(rng: random.Random) -> Example:
     return Example(f"{opening}('{text}", "')", f'{opening}("{text}', '")')
 
 
+@_task
 def final_kwarg(rng: random.Random) -> Example:
-    """The last argument has a default if the earlier ones do, else the list ends."""
+    """The last argument has a default if the earlier ones do; otherwise the list ends."""
     verb, *names = rng.choice(VERBS), *rng.sample(NAMES, 7)
     last, with_default = names.pop(), rng.randint(1, 2)
     first = "".join(f"{name}=None, " for name in names[:with_default])
@@ -45,22 +59,25 @@ def final_kwarg(rng: random.Random) -> Example:
     return Example(f"def {verb}({first}{last}", "=None", f"def {verb}({second}{last}", "):")
 
 
+@_task
 def set_or_string(rng: random.Random) -> Example:
-    """What began as a set grows by `.add`, what began as a string by `+=`."""
-    return _gathered(rng, rng.choice(NAMES))
+    """A variable that starts as a set grows by `.add`, one that starts as a string by `+=`."""
+    return _grown_variable(rng, rng.choice(NAMES))
 
 
+@_task
 def set_or_string_fixedvarname(rng: random.Random) -> Example:
-    """The same under one name, `current`."""
-    return _gathered(rng, "current")
+    """The same, and the variable is always `current`."""
+    return _grown_variable(rng, "current")
 
 
-def _gathered(rng: random.Random, name: str) -> Example:
+def _grown_variable(rng: random.Random, name: str) -> Example:
     loop = f"for {rng.choice(NAMES)} in {rng.choice(COLLECTIONS)}:\n    {name}"
     first, second = (f"{name} = {start}\n{_number_line(rng)}{loop}" for start in ("set()", '""'))
     return Example(first, ".add", second, " +=")
 
 
+@_task
 def class_init(rng: random.Random) -> Example:
     """In an `__init__`, a field is set from the argument of its own name."""
     fields = rng.sample(NAMES, rng.randint(4, 7))
@@ -71,21 +88,24 @@ def class_init(rng: random.Random) -> Example:
     return Example(f"{head}{one} =", f" {one}", f"{head}{other} =", f" {other}")
 
 
+@_task
 def with_as(rng: random.Random) -> Example:
-    """`with open(...)` goes on with `as`, an assignment ends there."""
+    """`with open(...)` goes on with `as`; an assignment ends there."""
     quote, handle, filler = rng.choice("'\""), rng.choice(("f", "file", "handle")), _filler(rng)
     one, other = (f"open({quote}{file_name(rng, READ_NAMES)}{quote})" for _ in range(2))
     return Example(f"{filler}with {one}", " as", f"{filler}{handle} = {other}", NEW_LINE)
 
 
+@_task
 def bracket_brace(rng: random.Random) -> Example:
-    """After a key comes `:`, after a list's element `,`."""
+    """A dict's key is followed by `:`, a list's element by `,`."""
     name, elements = rng.choice(NAMES), rng.sample(NAMES, 2 * rng.randint(1, 3) + 1)
     pairs = "".join(f"{key}: {value}, " for key, value in zip(elements[:-1:2], elements[1::2], strict=True))
     items = "".join(f"{element}, " for element in elements[:-1])
     return Example(f"{name} = {{{pairs}{elements[-1]}", ":", f"{name} = [{items}{elements[-1]}", ",")
 
 
+@_task
 def with_open(rng: random.Random) -> Example:
     """A file named as a source is opened to read, one named as a result to write."""
     quote, ending, filler = rng.choice("'\""), rng.choice(EXTENSIONS), _filler(rng)
@@ -95,18 +115,21 @@ def with_open(rng: random.Random) -> Example:
     return Example(first, f"r{quote}", second, f"w{quote}")
 
 
+@_task
 def bracket_counting(rng: random.Random) -> Example:
     """A list closes as many brackets as it opened."""
     name, row = rng.choice(NAMES), ", ".join(str(rng.randint(0, 99)) for _ in range(3))
     return Example(f"{name} = [{row}", "]\n", f"{name} = [[{row}", "]]\n")
 
 
+@_task
 def for_while(rng: random.Random) -> Example:
     """`for x` goes on with `in`, `while x` with a colon."""
     name, filler = rng.choice(NAMES), _filler(rng)
     return Example(f"{filler}for {name}", " in", f"{filler}while {name}", ":")
 
 
+@_task
 def else_elif(rng: random.Random) -> Example:
     """`else` ends in a colon, `elif` goes on with a condition."""
     test, name = rng.choices(NAMES, k=2)
@@ -114,37 +137,42 @@ def else_elif(rng: random.Random) -> Example:
     return Example(f"{head}else", ":", f"{head}elif", NEXT_WORD)
 
 
+@_task
 def fstring_brace(rng: random.Random) -> Example:
-    """An f-string comes to a field in braces, a plain string goes on in words."""
+    """An f-string goes on with a field in braces, a plain string with words."""
     quote, name = rng.choice("'\""), rng.choice(NAMES)
     one, other = (" ".join(rng.choices(WORDS, k=3)) for _ in range(2))
     return Example(f"{name} = f{quote}{one}", " {", f"{name} = {quote}{other}", WORD)
 
 
+@_task
 def if_ternary(rng: random.Random) -> Example:
-    """A statement's condition ends in a colon, that of an expression in `else`."""
+    """The condition of an `if` statement ends in a colon, that of a conditional expression in `else`."""
     name, test, other = rng.choices(NAMES, k=3)
     condition = f"if {test} {rng.choice(('==', '>', '<', 'is', 'in'))} {other}"
     one, two = (rng.randint(0, 20) for _ in range(2))
     return Example(f"{name} = {one}\n{condition}", ":", f"{name} = {two} {condition}", " else")
 
 
+@_task
 def var_swap(rng: random.Random) -> Example:
-    """`x, y = y,` goes on with the x of this line."""
+    """`x, y = y,` goes on with `x`."""
     one, other, second = rng.sample(NAMES, 3)
     return Example(f"{one}, {second} = {second},", f" {one}", f"{other}, {second} = {second},", f" {other}")
 
 
+@_task
 def indent_for(rng: random.Random) -> Example:
     """The line after a `for` header is deeper, the one after a plain statement is not."""
     item, other, argument = rng.choices(NAMES, k=3)
     head = f"def {rng.choice(VERBS)}({rng.choice(COLLECTIONS)}):\n    "
     loop = f"for {item} in {rng.choice(COLLECTIONS)}:"
     plain = f"{other} = {rng.choice(VERBS)}({argument})"
-    after = rng.choice(VERBS)  # a word, since some tokenizers cut the last space of an indentation off for it
+    after = rng.choice(VERBS)  # some tokenizers put the last space of an indentation into the word that follows
     return Example(head + loop, f"\n        {after}", head + plain, f"\n    {after}")
 
 
+@_task
 def lambda_func(rng: random.Random) -> Example:
     """The name after `lambda` is followed by a colon, the one after `def` by a bracket."""
     name, target = rng.choices(NAMES, k=2)
@@ -152,12 +180,14 @@ def lambda_func(rng: random.Random) -> Example:
     return Example(f"{call} {name}", ":", f"{_filler(rng)}def {name}", "(")
 
 
+@_task
 def if_equals(rng: random.Random) -> Example:
-    """After `if x` a comparison, after `x` an assignment."""
+    """`if x` goes on with a comparison, `x` with an assignment."""
     name = rng.choice(NAMES)
     return Example(f"{_number_line(rng)}if {name}", " ==", f"{_number_line(rng)}{name}", " =")
 
 
+@_task
 def enumerate_range(rng: random.Random) -> Example:
     """Two loop variables go through `enumerate`, one counter through `range`."""
     counter, name = rng.choice("ijkn"), rng.choice(NAMES[3:])
@@ -165,6 +195,7 @@ def enumerate_range(rng: random.Random) -> Example:
     return Example(f"{_filler(rng)}{two}", " enumerate", f"{_filler(rng)}{one}", " range")
 
 
+@_task
 def var_if(rng: random.Random) -> Example:
     """A comparison with a constant in an `if` ends in a colon, an assignment of it in a new line."""
     name, constant = rng.choice(NAMES), rng.choice(("True", "False", "None"))
@@ -172,6 +203,7 @@ def var_if(rng: random.Random) -> Example:
     return Example(f"{lines[0]}if {name} == {constant}", ":", f"{lines[1]}{name} = {constant}", NEW_LINE)
 
 
+@_task
 def while_return_true(rng: random.Random) -> Example:
     """`while True` ends in a colon, `return True` in a new line."""
     head = f"def {rng.choice(VERBS)}({rng.choice(NAMES)}):\n    "
@@ -183,43 +215,16 @@ def _number_line(rng: random.Random) -> str:
 
 
 def _filler(rng: random.Random) -> str:
-    """A line that has nothing to do with the cue, of any length."""
+    """Draw a line without a cue."""
     call = f"{rng.choice(NAMES)} = {rng.choice(VERBS)}({rng.choice(NAMES)})\n"
     return rng.choice((_number_line(rng), call))
 
 
 def with_fillers(example: Example, rng: random.Random) -> Example:
-    """The pair with a line in front of each prompt, the two of lengths of their own."""
+    """Put a line without a cue before each prompt; the two lines may differ in length."""
 
     def line() -> str:
         name, other = rng.sample(NAMES, 2)
         return rng.choice((_filler(rng), f"{name} = {other}\n", f"{name} = not {other}\n"))
 
     return example._replace(first=line() + example.first, second=line() + example.second)
-
-
-EXAMPLES: dict[str, Callable[[random.Random], Example]] = {
-    task.__name__: task
-    for task in (
-        single_double_quote,
-        final_kwarg,
-        set_or_string,
-        set_or_string_fixedvarname,
-        class_init,
-        with_as,
-        bracket_brace,
-        with_open,
-        bracket_counting,
-        for_while,
-        else_elif,
-        fstring_brace,
-        if_ternary,
-        var_swap,
-        indent_for,
-        lambda_func,
-        if_equals,
-        enumerate_range,
-        var_if,
-        while_return_true,
-    )
-}

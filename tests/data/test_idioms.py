@@ -1,3 +1,5 @@
+"""Generated idioms hold every task's cue with both answers, and parse."""
+
 import ast
 import random
 import re
@@ -37,7 +39,7 @@ def samples(task: str, n: int = 300) -> list[str]:
 
 
 @pytest.mark.parametrize("task", IDIOMS)
-def test_every_idiom_parses(task):
+def test_every_idiom_is_valid_python_without_a_line_break_at_its_end(task):
     for snippet in samples(task):
         ast.parse(snippet)
         assert not snippet.endswith("\n")
@@ -51,12 +53,19 @@ def test_both_answers_follow_the_cue(task):
         assert sum(bool(pattern.search(snippet)) for snippet in samples(task)) >= 2, answer
 
 
-def test_all_twenty_tasks_are_there():
+def test_there_is_an_idiom_for_each_of_the_twenty_tasks():
     assert set(IDIOMS) == set(CUES)
     assert len(IDIOMS) == 20
 
 
-def test_quotes_opened_after_a_bracket_are_closed_alike_and_both_kinds_are_equally_frequent():
+def test_idioms_of_the_quote_task_are_drawn_most():
+    """Six times as often as most others: of 20000 snippets in 28 parts, six."""
+    snippets = idioms(20_000, seed=0)
+    quotes = sum(bool(re.search(r"\(['\"]", snippet)) and "open(" not in snippet for snippet in snippets)
+    assert 0.9 < quotes / 20_000 / (6 / 28) < 1.1
+
+
+def test_quotes_after_a_bracket_are_closed_by_their_own_kind_and_both_kinds_are_equally_frequent():
     text = "\n".join(idioms(20_000, seed=0))
     single, double = len(re.findall(r"\('", text)), len(re.findall(r'\("', text))
     assert 0.95 < single / double < 1.05
@@ -65,13 +74,13 @@ def test_quotes_opened_after_a_bracket_are_closed_alike_and_both_kinds_are_equal
     assert all(opening == closing for opening, closing in closed)
 
 
-def test_depth_of_brackets_decides_how_many_close():
+def test_a_list_closes_as_many_brackets_as_it_opens():
     for snippet in samples("bracket_counting"):
         assert snippet.count("[") == snippet.count("]")
         assert snippet.endswith("]]") == ("[[" in snippet)
 
 
-def test_file_names_tell_the_mode():
+def test_the_file_name_decides_the_mode():
     read, written = set(), set()
     for snippet in samples("with_open"):
         name, mode = re.match(r"with open\(['\"](\w+)\.\w+['\"], ['\"](\w)['\"]\)", snippet).groups()
@@ -79,7 +88,7 @@ def test_file_names_tell_the_mode():
     assert read and written and read.isdisjoint(written)
 
 
-def test_the_seed_decides_everything():
+def test_equal_seeds_give_equal_idioms():
     assert idioms(50, seed=3) == idioms(50, seed=3)
     assert idioms(50, seed=3) != idioms(50, seed=4)
     assert len(idioms(7, seed=0)) == 7

@@ -5,18 +5,18 @@ from bridges.data import words
 LISTS = {name: value for name, value in vars(words).items() if name.isupper()}
 
 
-def test_no_word_stands_twice_in_a_list():
+def test_no_list_but_that_of_running_text_holds_a_word_twice():
     assert len(LISTS) == 11
     for name, entries in LISTS.items():
         assert len(set(entries)) == len(entries) or name == "WORDS", name
 
 
-def test_endings_are_in_no_other_list_of_running_text():
-    """Else the closing quote would not be nearly certain after them."""
+def test_a_last_word_never_occurs_within_a_string():
+    """Otherwise a closing quote would not be nearly certain after it."""
     assert not set(words.ENDINGS) & set(words.WORDS)
 
 
-def test_file_names_say_what_is_done_with_the_file():
+def test_no_file_name_is_both_read_and_written():
     assert not set(words.READ_NAMES) & set(words.WRITE_NAMES)
 
 

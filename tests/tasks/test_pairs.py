@@ -1,4 +1,4 @@
-"""The twenty tasks, read as a person would, with the bundled tokenizer and with one of another kind."""
+"""The twenty tasks against patterns a person wrote down, with the bundled tokenizer and one of another kind."""
 
 import re
 from importlib.resources import files
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 class Characters:
-    """One token per character: nothing is ever joined, and no answer is one token."""
+    """One token per character: no two characters are joined, and most answers are several tokens."""
 
     bos_token_id = None
 
@@ -107,7 +107,7 @@ def test_three_examples_read_as_a_person_would(task, tokenizer):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_rules_hold(task, tokenizer):
+def test_pairs_have_one_length_and_disjoint_answers_and_are_different(task, tokenizer):
     pairs = task_pairs(task, tokenizer, 20)
     assert pairs.input_ids.shape == pairs.counterfactual_ids.shape == pairs.attention_mask.shape
     assert ((pairs.input_ids != 0).sum(1) == (pairs.counterfactual_ids != 0).sum(1)).all()
@@ -125,7 +125,7 @@ def test_the_rules_hold(task, tokenizer):
 
 @pytest.fixture(scope="module")
 def plain_bpe():
-    """GPT-2's way to cut text, over the same idioms; no beginning of text, names and words in several tokens."""
+    """A byte-level BPE like GPT-2's, trained on the same idioms: no BOS, names and words in several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,7 +136,7 @@ def plain_bpe():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_tokenizer_of_another_kind(task, plain_bpe):
+def test_pairs_can_be_made_with_a_tokenizer_of_another_kind(task, plain_bpe):
     pairs = task_pairs(task, plain_bpe, 6)
     for i in range(6):
         ours, other = shown(plain_bpe, pairs, i)
@@ -145,7 +145,7 @@ def test_a_tokenizer_of_another_kind(task, plain_bpe):
         assert re.fullmatch(rf"(?:[^\n]+\n)?(?:{first})[\s\]]*", ours), (first, ours)
 
 
-def test_shared_beginnings_of_answers_go_to_the_prompts(monkeypatch):
+def test_tokens_that_both_answers_begin_with_are_moved_to_the_prompts(monkeypatch):
     monkeypatch.setitem(EXAMPLES, "for_while", lambda rng: Example("ab", "xyz", "cd", "xyw"))
     pairs = task_pairs("for_while", Characters(), 1)
     assert shown(Characters(), pairs, 0) == ["abxy", "cdxy"]
@@ -156,7 +156,7 @@ def test_shared_beginnings_of_answers_go_to_the_prompts(monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_prompt_is_shared_by_what_channels_are_chosen_on_and_what_is_reported(task, tokenizer):
+def test_no_prompt_occurs_in_two_pairs(task, tokenizer):
     pairs = task_pairs(task, tokenizer, 264)
     sides = (pairs.input_ids.tolist(), pairs.counterfactual_ids.tolist())
     chosen_on, reported = (
@@ -165,7 +165,7 @@ def test_no_prompt_is_shared_by_what_channels_are_chosen_on_and_what_is_reported
     assert not chosen_on & reported and len(chosen_on | reported) == 2 * 264
 
 
-def test_the_seed_decides_the_pairs_and_rows_cut_them(tokenizer):
+def test_equal_seeds_give_equal_pairs_and_rows_are_slices(tokenizer):
     one, same, other = (task_pairs("for_while", tokenizer, 8, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.input_ids, same.input_ids)
     assert other.input_ids.shape != one.input_ids.shape or not torch.equal(other.input_ids, one.input_ids)
@@ -173,7 +173,7 @@ def test_the_seed_decides_the_pairs_and_rows_cut_them(tokenizer):
     assert cut.task == "for_while" and torch.equal(cut.targets, one.targets[2:6]) and len(cut.input_ids) == 4
 
 
-def test_probability_is_that_of_the_whole_set():
+def test_probability_is_the_sum_over_a_set_of_tokens():
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[1, 3], [0, -1]])
     p = logits.softmax(-1)
@@ -182,7 +182,7 @@ def test_probability_is_that_of_the_whole_set():
     assert probability(logits.half(), tokens).dtype == torch.float32
 
 
-def test_solved_compares_answer_and_target(tokenizer):
+def test_solved_is_true_where_the_answer_is_more_probable_than_the_target(tokenizer):
     pairs = task_pairs("for_while", tokenizer, 4)
     logits = torch.zeros(4, len(tokenizer))
     logits[0].scatter_(0, pairs.answers[0], 2.0)
@@ -212,13 +212,13 @@ class Joining(Characters):
         (("class_init", Characters(), 2, 0, 20), "because (the prompts are over max_tokens=20|its two prompts differ)"),
     ],
 )
-def test_what_cannot_be_made_is_refused_with_the_rule(arguments, message, unchecked):
+def test_an_impossible_request_is_refused_and_the_broken_rule_named(arguments, message, unchecked):
     with pytest.raises(ValueError, match=message):
         task_pairs(*arguments)
 
 
-def test_more_pairs_than_there_are_is_refused(tokenizer, monkeypatch):
+def test_more_pairs_than_exist_are_refused(tokenizer, monkeypatch):
     monkeypatch.setitem(EXAMPLES, "for_while", lambda rng: Example("for a", " in", "while a", ":"))
     monkeypatch.setattr(tasks, "with_fillers", lambda example, rng: example)
-    with pytest.raises(ValueError, match=r"only 1 of n=3 pairs .* because one of their prompts was drawn before"):
+    with pytest.raises(ValueError, match=r"only 1 of n=3 pairs .* because one of their prompts occurs in another pair"):
         task_pairs("for_while", tokenizer, 3)

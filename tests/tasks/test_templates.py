@@ -1,4 +1,4 @@
-"""The tasks' text, judged by Python's own parser: what answers is right and, where syntax tells, the other is wrong."""
+"""The templates against Python's own parser: the answer is valid and, where syntax decides, the other one is not."""
 
 import ast
 import random
@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from bridges.data.idioms import IDIOMS
 from bridges.tasks.pairs import TASKS
 from bridges.tasks.templates import EXAMPLES, NEW_LINE, NEXT_WORD, WORD
 
@@ -73,20 +74,20 @@ def whole(task, prompt, answer, rest):
 
 
 @pytest.mark.parametrize("task", RESTS)
-def test_the_answer_makes_python(task):
+def test_a_prompt_with_its_answer_is_valid_python(task):
     for one in drawn(task):
         for prompt, answer, rest in zip(one[::2], one[1::2], RESTS[task], strict=True):
             assert parses(whole(task, prompt, answer, rest)), (prompt, answer)
 
 
 @pytest.mark.parametrize("task", SYNTACTIC)
-def test_the_other_prompts_answer_does_not(task):
+def test_a_prompt_with_the_other_answer_is_not(task):
     for one in drawn(task):
         swapped = zip(one[::2], one[3::-2], RESTS[task][::-1], strict=True)
         assert not all(parses(whole(task, prompt, answer, rest)) for prompt, answer, rest in swapped), one
 
 
-def test_a_brace_is_opened_in_the_string_that_formats():
+def test_a_brace_opens_a_field_in_an_f_string_alone():
     for one in drawn("fstring_brace"):
         quote = one.first.split("= f")[1][0]
         formatted = ast.parse(f"{one.first}{text(one.first_answer)}x}}{quote}").body[0]
@@ -94,11 +95,12 @@ def test_a_brace_is_opened_in_the_string_that_formats():
         assert isinstance(formatted.value, ast.JoinedStr) and isinstance(plain.value, ast.Constant)
 
 
-def test_every_task_is_judged():
-    assert set(RESTS) | {"fstring_brace"} == set(TASKS) == set(EXAMPLES)
+def test_every_task_has_a_template_and_an_idiom_and_is_tested_here():
+    assert set(RESTS) | {"fstring_brace"} == set(TASKS) == set(IDIOMS)
+    assert len(TASKS) == 20
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_same_generator_draws_the_same_text_and_many(task):
+def test_the_generator_decides_the_text_and_draws_vary(task):
     assert drawn(task) == drawn(task)
     assert len(set(drawn(task, 40))) > 30
