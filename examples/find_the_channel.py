@@ -1,7 +1,7 @@
 """Which channel of the sparse model decides a task? python examples/find_the_channel.py BRIDGES --task for_while
 
-Prints what was predicted of each channel from one backward pass and what its edit then did, measures the best set on
-other prompts beside its baselines, and saves the edit as a fixed direction.
+Prints the predicted effect of each channel (one backward pass) and what its edit did, measures the best set on other
+prompts with its baselines, and saves the edit as a fixed direction.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import bridges
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("bridges", help="a bridge folder for the bundled pair, as `bridges demo` writes it")
 parser.add_argument("--task", default="single_double_quote", choices=bridges.TASKS)
-parser.add_argument("--most", type=int, default=4, help="channels to turn together")
-parser.add_argument("--by", default="dense", help="whose answer they are chosen by: the dense model's, or both")
+parser.add_argument("--most", type=int, default=4, help="channels that may be edited together")
+parser.add_argument("--by", default="dense", choices=("dense", "both"), help="whose answer they are chosen by")
 parser.add_argument("--prompts", type=int, default=100)
 parser.add_argument("--save", default=None, help="write the edit as PATH.json, and as a direction to PATH.safetensors")
 args = parser.parse_args()

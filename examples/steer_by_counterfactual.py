@@ -1,7 +1,7 @@
-"""Turn a channel of the sparse model and watch the dense model change its mind:
+"""Edit channels of the sparse model and watch the dense model's answer change:
 python examples/steer_by_counterfactual.py BRIDGES
 
-The channel gets, token by token, the reading it would have had on another prompt, here one with the other quote.
+Each channel gets, token by token, the reading that it has on another prompt, here one with the other quote.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import bridges
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("bridges", help="a bridge folder for the bundled pair, as `bridges demo` writes it")
 parser.add_argument("--prompt", default="print('hello world")
-parser.add_argument("--other", default='print("hello world', help="a prompt of as many tokens that differs in the cue")
-parser.add_argument("--answers", nargs=2, default=("')", '")'), help="what should follow either")
+parser.add_argument("--other", default='print("hello world', help="a prompt of equally many tokens with another cue")
+parser.add_argument("--answers", nargs=2, default=("')", '")'), help="what should follow each prompt")
 args = parser.parse_args()
 
 dense, sparse, tokenizer = bridges.load_pair()

@@ -1,7 +1,7 @@
-"""Generate with a channel held at a value, read from the sparse model or from the dense one's own stream:
+"""Generate with one channel scaled, read from the sparse model or from the dense model's own stream:
 python examples/steer_in_generation.py BRIDGES
 
-Inside the context `generate` is the ordinary one: cache, sampling, beams and padding work as ever.
+Inside the context `generate` is the ordinary one: cache, sampling, beams and padding work as usual.
 """
 
 import argparse
@@ -14,8 +14,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("bridges", help="a bridge folder for the bundled pair, as `bridges demo` writes it")
 parser.add_argument("--prompt", default="def get(name):\n    return ")
 parser.add_argument("--site", default="1.attn")
-parser.add_argument("--channel", type=int, default=None, help="none: the one that varies most on the prompt")
-parser.add_argument("--factor", type=float, default=-2.0, help="the channel's reading is multiplied by this everywhere")
+parser.add_argument("--channel", type=int, default=None, help="default: the one that varies most on the prompt")
+parser.add_argument("--factor", type=float, default=-2.0, help="what the channel's reading is multiplied by")
 parser.add_argument("--tokens", type=int, default=16)
 args = parser.parse_args()
 
@@ -23,8 +23,8 @@ dense, sparse, tokenizer = bridges.load_pair()
 bridge_set = bridges.BridgeSet.from_pretrained(args.bridges)
 ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(args.prompt)]])
 with torch.no_grad():
-    chain = bridges.as_residual(sparse)
-    read = chain.reads(ids)[chain.index(args.site)][0]
+    residual_model = bridges.as_residual(sparse)
+    read = residual_model.reads(ids)[residual_model.index(args.site)][0]
 channel = int(read.var(0).argmax()) if args.channel is None else args.channel
 edit = bridges.Edit(args.site, channel, args.factor, mode="scale")
 options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
