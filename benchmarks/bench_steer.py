@@ -1,6 +1,7 @@
-"""What an edit costs: forward and generate with and without it, side by side: python benchmarks/bench_steer.py
+"""What an edit costs: forward and generate with and without it, in turns: python benchmarks/bench_steer.py
 
-A GPT-2 shape of 4 layers and width 256, a sparse model of width 2048, both random: what is computed is what counts.
+A dense GPT-2 of 4 layers and width 256 and a sparse model of width 2048, both random: the cost does not depend on the
+weights.
 """
 
 from contextlib import nullcontext
@@ -12,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bridges
 
-BESIDE = "from the sparse model"
+FROM_SPARSE = "from the sparse model"
 VOCAB, NEW_TOKENS = 1024, 32
-ROUNDS, SLOW_ROUNDS = 40, 3  # the sparse model beside takes twenty times as long, and its change is no small one
+ROUNDS, SLOW_ROUNDS = 40, 3  # with the sparse model a round takes twenty times as long, and its change is large
 
 
 def models():
@@ -38,14 +39,14 @@ def main() -> None:
     def steered(edit, **options):
         return lambda: bridges.steer(chain, bridge_set, edit, check_models=False, **options)
 
-    how = {
+    contexts = {
         "without": nullcontext,
         "fixed edit": steered(add),
         "from the encoder": steered(scale, source="encoder"),
-        BESIDE: steered(scale, sparse=sparse),
+        FROM_SPARSE: steered(scale, sparse=sparse),
     }
     print(f"{torch.get_num_threads()} threads, float32")
-    print(header("ms (change against without)", list(how)))
+    print(header("ms (change against without)", list(contexts)))
     for batch in (1, 8):
         ids = torch.randint(VOCAB, (batch, 128))
         options = {
@@ -67,19 +68,25 @@ def main() -> None:
 
                 return context, run
 
-            slow = [rounds_inside({name: timed(context) for name, context in how.items()}) for _ in range(SLOW_ROUNDS)]
-            quick = {name: timed(context) for name, context in how.items() if name != BESIDE}
+            slow = [
+                rounds_inside({name: timed(context) for name, context in contexts.items()}) for _ in range(SLOW_ROUNDS)
+            ]
+            quick = {name: timed(context) for name, context in contexts.items() if name != FROM_SPARSE}
             rounds = [rounds_inside(quick) for _ in range(ROUNDS)]
-            print(f"| {label} | " + " | ".join(cell(name, slow if name == BESIDE else rounds) for name in how) + " |")
+            print(
+                f"| {label} | "
+                + " | ".join(cell(name, slow if name == FROM_SPARSE else rounds) for name in contexts)
+                + " |"
+            )
 
 
 def rounds_inside(candidates):
-    """Milliseconds of the work alone: entering takes the model apart, once however long one stays inside."""
-    taken = {}
+    """Milliseconds of the work alone: entering the context takes the model apart once, and is not counted."""
+    milliseconds = {}
     for name, (context, run) in candidates.items():
         with context():
-            taken[name] = medians({"run": run}, rounds=3)["run"]
-    return taken
+            milliseconds[name] = medians({"run": run}, rounds=3)["run"]
+    return milliseconds
 
 
 def cell(name, rounds):

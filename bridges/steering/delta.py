@@ -1,6 +1,6 @@
-"""Push a change of one sparse channel into the dense model's forward pass (paper A.4; method, section 4).
+"""The formula of an edit: a change of sparse reads as a change of the dense model (paper A.4; method.md, section 4).
 
-What stands here computes the intervention on a `ResidualModel`; `steer` makes an ordinary Hugging Face model behave so.
+These functions compute an intervention on `ResidualModel`s; `steer` applies it inside an ordinary Hugging Face model.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def changed_reads(
     counterfactual_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b s"] | None = None,
 ) -> list[Float[Tensor, "b s d_sparse"]]:
-    """dn at every site of the sparse model: n_counterfactual - n_presented in read units, zero on padding.
+    """dn = n_counterfactual - n_presented at every site of the sparse model, in read units; zero on padding.
 
-    ValueError unless both prompts have one shape.
+    Raises ValueError if the prompts differ in shape.
     """
     if input_ids.shape != counterfactual_ids.shape:
         raise ValueError(
             f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
-            "one shape; use pairs of equal token length"
+            "one shape; use pairs of prompts of equal token length"
         )
-    presented, changed = (sparse.reads(ids, attention_mask) for ids in (input_ids, counterfactual_ids))
+    presented, counterfactual = (sparse.reads(ids, attention_mask) for ids in (input_ids, counterfactual_ids))
     real = 1 if attention_mask is None else attention_mask[..., None].to(presented[0].device)
-    return [(other - shown) * real for shown, other in zip(presented, changed, strict=True)]
+    return [(after - before) * real for before, after in zip(presented, counterfactual, strict=True)]
 
 
 def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
-    """dz = dn R_s / gain_s: a change of reads as a change of the sparse stream, at strength 1.
+    """dz = dn R_s / gain_s: the change of the sparse stream that changes its read by dn, at strength 1.
 
-    Channels whose gain is 0 give 0: they cannot be read, so no stream explains a change of theirs.
+    It is 0 in channels whose gain is 0: their read is always 0, whatever the stream.
     """
     bridge = pair.bridge_set[site]
     gain = bridge.gain_sparse.to(dn)
@@ -52,7 +52,7 @@ def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -
 def dense_addend(
     pair: ModelPair, site: int, dz: Float[Tensor, "*b d_sparse"], at: EntryPoint
 ) -> Float[Tensor, "*b d_dense"]:
-    """What is added to the dense read (gain_d C(W_dec dz) / R_d) or to the dense stream (W_dec dz)."""
+    """What a change of the sparse stream adds to the dense stream (W_dec dz) or read (gain_d C(W_dec dz) / R_d)."""
     bridge = pair.bridge_set[site]
     delta = bridge.decode_delta(dz)
     if at == "residual":
@@ -61,26 +61,26 @@ def dense_addend(
 
 
 def mask_channels(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> Float[Tensor, "*b d_sparse"]:
-    """The same change with every other channel left alone."""
+    """The change in these channels alone; 0 in all others."""
     kept = torch.zeros_like(dz)
     kept[..., list(channels)] = dz[..., list(channels)]
     return kept
 
 
 def stream_to_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """A change of the stream in the units of the read: gain C(delta) / R."""
+    """gain C(delta) / R: a change of the stream in the units of the read."""
     centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
     return norm.gain.to(delta) * centred / rms.to(delta)
 
 
 def stream_to_read_transpose(norm: Norm, rms: Tensor, gradient: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """The transpose of `stream_to_read`: from a gradient at the read to one with respect to the stream's change."""
-    gained = norm.gain.to(gradient) * gradient / rms.to(gradient)
-    return gained - gained.mean(-1, keepdim=True) if norm.centred else gained
+    """The transpose of `stream_to_read`: from the gradient at the read to that at the change of the stream."""
+    scaled = norm.gain.to(gradient) * gradient / rms.to(gradient)
+    return scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled
 
 
 def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterator[Float[Tensor, "b s d"]]:
-    """`n` random directions, each with the addend's own norm at every token: the control."""
+    """`n` random directions, each with the addend's norm at every token: the control of a steering figure."""
     generator = torch.Generator().manual_seed(seed)
     norm = addend.norm(dim=-1, keepdim=True)
     for _ in range(n):
@@ -91,9 +91,9 @@ def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterato
 def edited_logits(
     model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: EntryPoint
 ) -> Float[Tensor, "b s vocab"]:
-    """Logits with `addend` added to the read of a site (seen by its sublayer alone) or to the stream there (by all).
+    """Logits with `addend` added to the read of a site (for its sublayer alone) or to the stream (for all later ones).
 
-    `trace` is the unedited run, so only what comes after the site is run again.
+    `trace` is the unedited run: only what comes after the site runs again.
     """
     residual = trace.residuals[site]
     if at == "residual":

@@ -25,12 +25,13 @@ def directions(
     is not one number added at every position, or that these bridges cannot carry over.
 
     >>> import bridges, torch
-    >>> pair = bridges.load_pair()
-    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
-    >>> found = directions(bridge_set, [Edit("0.mlp", 3, 2.0, "add"), Edit("0.mlp", 5, -1.0, "add")])
-    >>> {site: vector.shape for site, vector in found.items()}
-    {'0.mlp': torch.Size([64])}
+    >>> bridge = bridges.Bridge(d_dense=2, d_sparse=3, k=1)  # by hand: fit() sets all of this
+    >>> bridge.decoder_weight.data = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    >>> for units in (bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse):
+    ...     _ = units.fill_(1.0)
+    >>> bridge_set = bridges.BridgeSet([("0.mlp", "0.mlp")], [bridge])
+    >>> directions(bridge_set, [Edit("0.mlp", 1, 2.0, "add"), Edit("0.mlp", 0, -1.0, "add")])
+    {'0.mlp': tensor([3., 6.])}
     """
     found: dict[str, Tensor] = {}
     edits = as_edit_list(edits)
@@ -68,13 +69,15 @@ def export_direction(
     >>> import bridges, torch
     >>> from tempfile import TemporaryDirectory
     >>> from safetensors.torch import load_file
-    >>> pair = bridges.load_pair()
-    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> dense = bridges.load_pair().dense
+    >>> bridge = bridges.Bridge(d_dense=64, d_sparse=3, k=1)  # by hand: fit() sets all of this
+    >>> for units in (bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse):
+    ...     _ = units.fill_(1.0)
+    >>> bridge_set = bridges.BridgeSet([("0.mlp", "0.mlp")], [bridge])
     >>> with TemporaryDirectory() as folder:
-    ...     export_direction(pair.dense, bridge_set, Edit("0.mlp", 3, 2.0, "add"), f"{folder}/d.safetensors")
-    ...     list(load_file(f"{folder}/d.safetensors"))
-    ['0.mlp']
+    ...     export_direction(dense, bridge_set, Edit("0.mlp", 1, 2.0, "add"), f"{folder}/direction.safetensors")
+    ...     {site: vector.shape for site, vector in load_file(f"{folder}/direction.safetensors").items()}
+    {'0.mlp': torch.Size([64])}
     """
     path, vectors = Path(path), directions(bridge_set, edits, strength)
     if not vectors:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bridges.models.modes import attribute
+from bridges.models.modes import replaced_attribute
 from bridges.steering.positions import Prompt
 
 
@@ -50,7 +50,7 @@ def register(model: nn.Module, tracker: CallTracker) -> Iterator[None]:
         for name, wrap in (("forward", wrap_forward), ("generate", wrap_generate)):
             if hasattr(model, name):
                 wrapped = _Wrapped(getattr(model, name), wrap(getattr(model, name), registry.trackers))
-                registry.undo.enter_context(attribute(model, name, wrapped))
+                registry.undo.enter_context(replaced_attribute(model, name, wrapped))
     registry.trackers.append(tracker)
     try:
         yield

@@ -57,18 +57,20 @@ def steer(
     own prompt: in a loop over growing prefixes without a cache, position -1 is the last token of every call.
 
     On every way out the model is as it was, and so are the caches that it filled: they hold its own layers alone. Edits
-    belong to the model, not to a thread: another thread that uses the same dense model meanwhile gets them too. Two
-    threads may steer two dense models, which may share a sparse one.
+    belong to the model, not to a thread: another thread that runs the same dense model meanwhile runs it with them, and
+    unless they add one number everywhere its calls must not overlap. Two threads may steer two dense models, which may
+    share a sparse one. Gradient checkpointing, which runs layers again after the call, goes with edits that add one
+    number everywhere; with others the backward pass may raise ValueError.
 
     Raises ValueError, before anything is changed, for edits that the bridges cannot carry over, and for models other
     than those the bridges were fitted to (unless `check_models` is False), at strength 0 too.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
-    >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> ids = torch.randint(1024, (16, 16), generator=torch.Generator().manual_seed(0))
     >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
     >>> with steer(pair.dense, bridge_set, Edit("0.mlp", 3, 2.0, "add")) as dense, torch.no_grad():
-    ...     steered = dense(ids[:1]).logits  # [1, 32, 1024]
+    ...     steered = dense(ids[:1]).logits  # [1, 16, 1024]
     >>> torch.equal(steered, pair.dense(ids[:1]).logits)
     False
     """
@@ -173,7 +175,7 @@ def _installed(plan: _Plan) -> Iterator[None]:
     with ExitStack() as stack:
         tracker = None
         if not all(site_edit.constant for site_edit in plan.site_edits):
-            tracker = _CallTracker(plan, active)
+            tracker = _PlanTracker(plan, active)
             stack.callback(tracker.close)
             stack.enter_context(register(model, tracker))
         stack.enter_context(_listed(plan, active))
@@ -198,7 +200,7 @@ def _listed(plan: _Plan, active: _ActivePlans) -> Iterator[None]:
 
 
 def _hooks(
-    plan: _Plan, site_edit: SiteEdit, active: _ActivePlans, tracker: _CallTracker | None
+    plan: _Plan, site_edit: SiteEdit, active: _ActivePlans, tracker: _PlanTracker | None
 ) -> Iterator[AbstractContextManager[None]]:
     """The hooks of one site: they add its edits to the stream, or to what each module reads of it."""
 
@@ -231,7 +233,7 @@ def _constant_hook(site_edit: SiteEdit, unit: Float[Tensor, "channels d"]) -> Ho
     return hook
 
 
-class _CallTracker(CallTracker):
+class _PlanTracker(CallTracker):
     """Runs each call of the model with its state at hand, where edits depend on tokens, prompts or readings."""
 
     def __init__(self, plan: _Plan, active: _ActivePlans):

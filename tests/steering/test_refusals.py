@@ -115,6 +115,19 @@ def test_nothing_is_left_of_a_call_that_failed(pair, source, error):
         assert torch.equal(logits(pair, ids), expected)
 
 
+def test_layers_that_run_again_after_the_call_have_no_state_to_use(pair):
+    """Gradient checkpointing does so in the backward pass; edits of one number everywhere need no state."""
+    model, ids = pair.dense.model, tokens()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()
+    with steered(pair, EDITS["add"], sparse=None):
+        model(ids, labels=ids).loss.backward()
+    with steered(pair, EDITS["set"], at="read"):
+        loss = model(ids, labels=ids).loss
+        with pytest.raises(ValueError, match=PART_ALONE):
+            loss.backward()
+
+
 @pytest.mark.parametrize(("edits", "strength"), [([], 1.0), (EDITS["add"], 0.0)], ids=["no edits", "strength 0"])
 def test_what_changes_nothing_checks_the_models_all_the_same(pair, edits, strength):
     pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
