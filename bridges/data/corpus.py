@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from bridges.data.idioms import idioms
 from bridges.data.python_source import python_source
 
-# Idioms are about 60 bytes each; this many make three parts of idioms to two of library.
+# Three parts of idioms to two parts of library.
 IDIOM_BYTES_PER_SOURCE_BYTE = 1.5
 SNIPPETS_PER_DOCUMENT = 12
-# Far from any seed a user would choose, so that held-out idioms are never those of some training seed.
+# Far from any seed a user would choose, so that held-out idioms are not drawn by a seed of training.
 HELDOUT_IDIOM_SEED = 1_000_003
 
 
@@ -24,9 +24,9 @@ def bundled_corpus(
 ) -> Int[Tensor, "n seq"]:
     """Rows of the bundled training text: [n, seq_len] token ids, the first of each row BOS.
 
-    The documents of `bundled_documents(split, seed)`, each followed by EOS, make one stream; a row holds the next
-    seq_len - 1 of its tokens (what does not fill a last row is dropped). Rows follow the stream: shuffle them for
-    training. Raises ValueError for an unknown split or a `seq_len` below 2.
+    The documents of `bundled_documents(split, seed)`, each followed by EOS, are joined to one stream of tokens. A
+    row holds BOS and the next seq_len - 1 tokens; a last row that is not full is dropped. Rows are in the order of the
+    stream: shuffle them for training. Raises ValueError for an unknown split or a `seq_len` below 2.
     """
     stream = encode_documents(tokenizer, bundled_documents(split, seed))
     return pack_rows(stream, seq_len, cast(int, tokenizer.bos_token_id))
@@ -45,7 +45,7 @@ def bundled_documents(split: str = "train", seed: int = 0) -> list[str]:
 
 
 def idiom_documents(n_characters: int, seed: int) -> list[str]:
-    """Documents of `SNIPPETS_PER_DOCUMENT` idioms, one below another, until they have `n_characters` together."""
+    """Documents of `SNIPPETS_PER_DOCUMENT` idioms each, about `n_characters` in all."""
     sample = idioms(200, seed)
     mean_length = sum(len(snippet) + 1 for snippet in sample) / len(sample)
     snippets = idioms(round(n_characters / mean_length), seed)
@@ -54,7 +54,7 @@ def idiom_documents(n_characters: int, seed: int) -> list[str]:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Int[Tensor, " tokens"]:
-    """One stream of token ids: every document followed by EOS."""
+    """Encode documents to one stream of token ids, each document followed by EOS."""
     # The backend encodes a batch several times faster than the wrapper, which builds dicts and masks around it.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
@@ -66,9 +66,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
 
 
 def pack_rows(stream: Int[Tensor, " tokens"], seq_len: int, bos_token_id: int) -> Int[Tensor, "n seq"]:
-    """Cut a stream of tokens into rows of BOS and seq_len - 1 tokens; the rest that fills no row is dropped."""
+    """Cut a stream of tokens into rows of BOS and seq_len - 1 tokens; tokens that do not fill a row are dropped."""
     if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len}: a row is BOS and at least one token, so 2 or more")
+        raise ValueError(f"seq_len={seq_len} must be at least 2: a row is BOS and one token or more")
     width = seq_len - 1
     text = stream[: len(stream) // width * width].view(-1, width)
     return torch.cat([text.new_full((len(text), 1), bos_token_id), text], dim=1)

@@ -1,4 +1,4 @@
-"""The standard library's source: Python text that every machine with Python already has."""
+"""The source text of Python's standard library, which every machine with Python has."""
 
 import hashlib
 import os
@@ -14,28 +14,28 @@ SKIPPED_FOLDERS = frozenset(
     | {"turtledemo", "__phello__", "_bundled", "__pycache__"}
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
-ONE_HELDOUT_IN = 20
+MODULES_PER_HELDOUT = 20
 
 
 def python_source(split: str = "all") -> list[str]:
     """Texts of the standard library's modules, sorted by module name.
 
-    split: "heldout" is about one module in 20, chosen by a hash of the module's name alone, so that a module stays
-    on its side whatever the Python version; "train" is the others; "all" is both. Files that are not UTF-8 are left
-    out. Raises ValueError for another split.
+    split: "heldout" is about one module in 20, chosen by a hash of the module's name, so that a module is in the same
+    split in every Python version; "train" is the others; "all" is both. Files that are not UTF-8 are left out. Raises
+    ValueError for another split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split={split!r}: choose 'train', 'heldout' or 'all'")
+        raise ValueError(f"split={split!r} must be 'train', 'heldout' or 'all'")
     files = sorted(module_files().items())
     texts = (_read(path) for name, path in files if split == "all" or is_heldout(name) == (split == "heldout"))
     return [text for text in texts if text]
 
 
 def module_files() -> dict[str, Path]:
-    """Dotted name -> file, for the modules that `python_source` reads; a package is named `html.__init__`."""
+    """The file of each module that `python_source` reads, by dotted name; a package is named like `html.__init__`."""
     root, modules = Path(sysconfig.get_paths()["stdlib"]), {}
     for folder, subfolders, files in os.walk(root):
-        # Pruned here rather than filtered afterwards: installed packages can be a hundred times the library.
+        # Pruned here rather than filtered afterwards: installed packages can be a hundred times larger.
         subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
         for path in (Path(folder, name) for name in files if name.endswith(".py") and not _is_skipped(name)):
             modules[".".join(path.relative_to(root).with_suffix("").parts)] = path
@@ -43,9 +43,9 @@ def module_files() -> dict[str, Path]:
 
 
 def is_heldout(module: str) -> bool:
-    """Whether a module belongs to the held-out split; depends on its dotted name alone."""
+    """Whether a module is in the held-out split, by a hash of its dotted name."""
     digest = hashlib.sha256(module.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % ONE_HELDOUT_IN == 0
+    return int.from_bytes(digest[:8], "big") % MODULES_PER_HELDOUT == 0
 
 
 def _is_skipped(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A small byte-level BPE for Python, cut so that the tasks' cues and answers are whole tokens."""
+"""A small byte-level BPE tokenizer for Python in which the cues and answers of the tasks are single tokens."""
 
 from collections.abc import Iterable
 
@@ -7,20 +7,20 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Cuts text into pieces that BPE never merges across. A string's opening (' and closing ') are pieces of their own
-# even amid other punctuation, otherwise '), and "): would hide the answer of the quote task in longer tokens. A line
-# break takes the whole indentation after it, so that a change of depth is one token.
+# Splits text into pieces; BPE merges within a piece only. (' and ') are pieces of their own, also next to other
+# punctuation: otherwise the answer of the quote task would be part of longer tokens such as '), and "):. A line break
+# and the indentation after it are one piece, so that a change of depth is one token.
 PIECES = r"""\(['"]|['"]\)|\n[\n ]*| ?[\p{L}_]+| ?\p{N}| ?(?:(?!\(['"]|['"]\))[^\s\p{L}\p{N}_])+|[^\S\n]+(?!\S)|\s+"""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens, learned from `texts`; any text is encoded and decoded without loss.
+    """Train a byte-level BPE of `vocab_size` tokens on `texts`; it encodes and decodes any text without loss.
 
-    Token 0, `<|endoftext|>`, is beginning, end and padding at once. Every digit is a token of its own. Raises
-    ValueError if `vocab_size` is too small for the 256 bytes and the special token.
+    Token 0, `<|endoftext|>`, is the BOS, EOS and padding token. Every digit is a token of its own. Raises ValueError if
+    `vocab_size` is too small for the 256 bytes and the special token.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size={vocab_size}: 256 bytes and one special token need at least 257")
+        raise ValueError(f"vocab_size={vocab_size} must be at least 257, for 256 bytes and one special token")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

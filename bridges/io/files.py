@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a killed run, never meets half of one."""
+"""Reading and writing files; each is written whole or not at all, so that a killed run leaves no half of one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to (file or folder); it takes `path`'s place if nothing is raised."""
+    """Context that gives a temporary path beside `path`, for a file or a folder, and renames it to `path` at the end.
+
+    If the block raises, `path` stays as it was and what was written is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,12 +44,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON whole or not at all, indented; the same value gives the same bytes. Numbers as in `json_text`."""
+    """Write indented JSON whole or not at all, with numbers as in `json_text`; equal values give equal bytes."""
     write_text(path, json_text(value, indent=2) + "\n")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON as the standard has it: NaN and infinities, which it does not know and browsers do not parse, are null."""
+    """JSON text in which NaN and infinities are null: the standard has no such numbers, and browsers refuse them."""
     return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -59,7 +62,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; ValueError names a file that is damaged."""
+    """Read JSON; raises ValueError that names the file if it is not valid JSON."""
     text = Path(path).read_text(encoding="utf-8")
     try:
         return json.loads(text)
@@ -79,10 +82,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; at most one metadata key, or their order is not fixed."""
+    """Write a safetensors file whole or not at all.
+
+    Pass at most one metadata key: safetensors writes several in random order, so that equal files would differ.
+    """
     with replacing(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors writes for the owner alone; a cluster's users share folders
+        mode = (
+            temporary.stat().st_mode
+        )  # safetensors lets the owner alone read the file, but users of a cluster share folders
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata)
         temporary.chmod(mode)

@@ -30,7 +30,7 @@ def test_documents_hold_each_module_once_and_idioms_for_three_fifths(split):
     assert 0.5 < share < 0.7
 
 
-def test_heldout_idioms_are_others():
+def test_heldout_documents_are_not_among_the_training_ones():
     assert set(bundled_documents("train")).isdisjoint(bundled_documents("heldout"))
 
 
@@ -68,10 +68,10 @@ def test_packing_by_hand():
     assert rows.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
 
 
-def test_a_stream_shorter_than_a_row_makes_no_row():
+def test_a_stream_shorter_than_a_row_gives_no_row():
     assert pack_rows(torch.arange(2), seq_len=4, bos_token_id=0).shape == (0, 4)
 
 
-def test_rows_without_room_for_text_are_refused():
+def test_a_seq_len_that_leaves_no_token_after_bos_is_refused():
     with pytest.raises(ValueError, match="seq_len=1"):
         pack_rows(torch.arange(4), seq_len=1, bos_token_id=0)

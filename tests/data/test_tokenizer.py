@@ -40,7 +40,7 @@ def pieces(tokenizer, text: str) -> list[str]:
     return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
 
 
-def test_it_has_the_asked_size_and_one_special_token(tokenizer):
+def test_it_has_the_requested_size_and_one_special_token(tokenizer):
     assert len(tokenizer) == 700
     assert tokenizer.all_special_tokens == [END_OF_TEXT]
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
@@ -67,7 +67,7 @@ def test_quotes_at_brackets_never_merge_with_what_surrounds_them(tokenizer, befo
     assert tokens.count(f"{quote})") == 1
 
 
-def test_digits_stand_alone(tokenizer):
+def test_every_digit_is_a_token(tokenizer):
     assert pieces(tokenizer, "1234 56") == ["1", "2", "3", "4", " 5", "6"]
 
 

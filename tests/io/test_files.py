@@ -28,7 +28,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["x.txt"]
 
 
-def test_a_folder_takes_another_folders_place_whole(tmp_path):
+def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "stale").write_text("")
@@ -81,7 +81,12 @@ def test_toml_is_read_and_what_cannot_be_read_is_refused_by_name(tmp_path):
 
 def test_tensors_come_back_whatever_their_strides_and_gradients(tmp_path):
     base = torch.arange(6.0).view(2, 3)
-    tensors = {"plain": base, "turned": base.T, "asking": base.clone().requires_grad_(), "half": base.bfloat16()}
+    tensors = {
+        "plain": base,
+        "transposed": base.T,
+        "with gradient": base.clone().requires_grad_(),
+        "half": base.bfloat16(),
+    }
     write_tensors(tmp_path / "t.safetensors", tensors)
     stored = load_file(tmp_path / "t.safetensors")
     assert stored.keys() == tensors.keys()

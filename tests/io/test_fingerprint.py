@@ -20,14 +20,14 @@ def test_a_half_precision_model_raised_again_is_the_same_model(tiny):
         assert fingerprint(half) == fingerprint(copy.deepcopy(half).float())
 
 
-def test_reading_it_twice_gives_the_same_and_says_both_roundings(tiny):
+def test_a_fingerprint_is_repeatable_and_names_both_roundings(tiny):
     mark = fingerprint(tiny("gpt2"))
     assert mark == fingerprint(tiny("gpt2").train())
     labels = [part.split(":") for part in mark.split()]
     assert [label for label, _ in labels] == ["bf16", "fp16"] and all(len(digest) == 32 for _, digest in labels)
 
 
-def test_another_model_is_another(tiny):
+def test_a_model_of_other_values_has_another_fingerprint(tiny):
     mark = fingerprint(tiny("gpt2"))
     assert not same_model(mark, fingerprint(tiny("gpt2", seed=1)))
     one_weight = tiny("gpt2")
@@ -51,7 +51,7 @@ def test_names_and_shapes_count_and_the_sign_of_zero_does_not():
     assert not same_model(fingerprint(linear(1.0)), fingerprint(named))
 
 
-def test_values_that_are_elsewhere_are_refused_by_name():
+def test_a_parameter_without_values_is_named():
     with pytest.raises(ValueError, match=r"parameter '0.weight' holds no values"):
         fingerprint(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta")))
 
