@@ -53,12 +53,12 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
     """Inside, each module's forward is replaced; its hooks still run."""
     with ExitStack() as stack:
         for module, forward in replacements.items():
-            stack.enter_context(attribute(module, "forward", forward))
+            stack.enter_context(replaced_attribute(module, "forward", forward))
         yield
 
 
 @contextmanager
-def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Inside, an object's own attribute has another value; afterwards its old value, or no such attribute."""
     own = vars(owner)
     had, before = name in own, own.get(name)

@@ -17,7 +17,7 @@ from bridges.models.huggingface.calls import CallArguments, as_output, output_hi
 from bridges.models.huggingface.decompose import check_causal, check_chain, decoder_layers, decompose
 from bridges.models.huggingface.norm_probe import measure_norm, probe_vector, read_in_head, read_in_layer
 from bridges.models.huggingface.recording import base_model, model_inputs, probe_batches, record_forward
-from bridges.models.modes import attribute, eval_mode
+from bridges.models.modes import eval_mode, replaced_attribute
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, input_hook
 
 
@@ -94,7 +94,7 @@ class HuggingFaceResidual(ResidualModel):
         residual: Tensor | None = None,
         keep: Callable[[int, Tensor, CallArguments], None] = lambda *_: None,
     ) -> dict[nn.Module, Callable[..., Any]]:
-        """Per layer, a call that computes nothing: the stream goes through, `residual` (if given) leaves the last."""
+        """Per layer, a call that computes nothing and returns the stream; the last returns `residual` if given."""
         last = len(self.layers) - 1
 
         def skip(index: int) -> Callable[..., Any]:
@@ -109,8 +109,10 @@ class HuggingFaceResidual(ResidualModel):
         return {layer: skip(index) for index, layer in enumerate(self.layers)}
 
     def read_modules(self, index: int) -> list[nn.Module]:
-        """The attention or MLP module of the sublayer; both, of a block where both read its stream; at `final` the
-        unembedding."""
+        """The attention or MLP module of the sublayer, at `final` the unembedding.
+
+        Both modules, for a block where both read its stream.
+        """
         if index == len(self.decomposition.sublayers):
             return [self.model.get_output_embeddings()]  # pyright: ignore[reportCallIssue]
         modules = self.decomposition.sublayers[index].readers
@@ -144,12 +146,12 @@ class HuggingFaceResidual(ResidualModel):
         module = self.read_modules(index)[reader]
         with ExitStack() as stack:
             if layer in _SPLIT_LAYERS:  # a copy of the split forward would run the layer itself, and its hooks
-                stack.enter_context(attribute(layer, "forward", _SPLIT_LAYERS[layer].forward))
+                stack.enter_context(replaced_attribute(layer, "forward", _SPLIT_LAYERS[layer].forward))
             return read_in_layer(layer, submodules, module, context.arguments[number], streams[:, None])[:, 0]
 
     @contextmanager
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
-        """Hooks on the layers; a stream between a layer's halves shows by running them one after the other."""
+        """By hooks on the layers; for the stream between a layer's halves, the layer runs them one after the other."""
         sublayers = self.decomposition.sublayers
         with ExitStack() as stack:
             for index, hook in hooks.items():
@@ -172,7 +174,7 @@ class HuggingFaceResidual(ResidualModel):
         layer = self.layers[self.decomposition.sublayers[index].layer]
         if layer not in _SPLIT_LAYERS:
             split = _SplitLayer([], layer.forward, ExitStack())
-            split.restore.enter_context(attribute(layer, "forward", self._split_forward(index, split)))
+            split.restore.enter_context(replaced_attribute(layer, "forward", self._split_forward(index, split)))
             _SPLIT_LAYERS[layer] = split
         split = _SPLIT_LAYERS[layer]
         split.hooks.append(hook)

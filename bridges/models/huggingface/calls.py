@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bridges.models.modes import attribute
+from bridges.models.modes import replaced_attribute
 
 
 class CallArguments(NamedTuple):
@@ -80,5 +80,5 @@ def replace_calls(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Itera
     with ExitStack() as stack:
         for module, call in replacements.items():
             # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.
-            stack.enter_context(attribute(module, "_call_impl", call))
+            stack.enter_context(replaced_attribute(module, "_call_impl", call))
         yield

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bridges.models.modes import attribute
+from bridges.models.modes import replaced_attribute
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, Site
 from bridges.models.sparse.model import SparseTransformer
 
@@ -79,7 +79,7 @@ class SparseResidual(ResidualModel):
                     owner, name = self.model, "unembed"
                 else:
                     owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
-                stack.enter_context(attribute(owner, name, _with_hook(getattr(owner, name), hook)))
+                stack.enter_context(replaced_attribute(owner, name, _with_hook(getattr(owner, name), hook)))
             yield
 
 

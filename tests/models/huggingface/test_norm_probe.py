@@ -184,3 +184,10 @@ def test_a_copy_shares_what_it_should_and_follows_no_hook():
     assert copied[1] is shared and shared.weight.dtype == torch.bfloat16
     assert copied[0] is not inner and torch.equal(copied[0].weight, inner.weight.double())
     assert inner.weight.dtype == torch.bfloat16 and copied[0](torch.ones(4).double()).dtype == torch.float64
+
+
+def test_neither_embeddings_nor_matrices_are_copied(tiny, monkeypatch):
+    chain = as_residual(tiny("llama").bfloat16())
+    for kind in (nn.Embedding, nn.Linear):
+        monkeypatch.setattr(kind, "__deepcopy__", lambda *_: pytest.fail("a matrix was copied"), raising=False)
+    assert all(chain.norm(index).present for index in range(5))
