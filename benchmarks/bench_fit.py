@@ -1,6 +1,6 @@
-"""Closed form alone, gradient steps alone, both, at equal wall time on the bundled pair: python benchmarks/bench_fit.py
+"""The closed form, gradient steps, and both, at equal wall time on the bundled pair: python benchmarks/bench_fit.py
 
-All three see the same rows and are measured on the same held-out ones; the pace of each part is measured first.
+All three see the same rows and are measured on the same held-out rows. How fast each part is, is measured first.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def timed(pair, train, heldout, **settings):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=90.0, help="wall time of each, evaluation aside")
+    parser.add_argument("--seconds", type=float, default=90.0, help="wall time of each, without evaluation")
     seconds = parser.parse_args().seconds
     pair = bridges.load_pair()
     train = demo_rows(pair, "train", 2 * TRAIN_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)
@@ -32,7 +32,7 @@ def main():
     tokens_took = timed(pair, train, heldout, steps=0, closed_form_tokens=PROBE_TOKENS)[0] - rest
     steps_took = timed(pair, train, heldout, steps=PROBE_STEPS, closed_form=False)[0] - rest
     if min(tokens_took, steps_took) <= 0:
-        raise SystemExit("the machine is too busy to measure a pace; run this alone")
+        raise SystemExit("the machine is too busy to time a part; run this alone")
     per_token, per_step = tokens_took / PROBE_TOKENS, steps_took / PROBE_STEPS
     tokens = min(round(seconds / per_token), train.numel())
     few = min(SETTINGS.closed_form_tokens, tokens // 2)

@@ -123,7 +123,7 @@ class FitConfig(BaseModel):
         return self
 
     def _interchange_is_possible(self) -> None:
-        """The interchange loss is computed once, with the closed form's decoders, so the sparse model must not train."""
+        """The interchange loss is computed once, with the closed form's decoders, for a frozen sparse model."""
         name = f"interchange_weight={self.interchange_weight}"
         if not self.closed_form or self.nmse_weight == 0:
             raise ValueError(f"{name} is solved in the closed form: pass closed_form=True and an nmse_weight over 0")

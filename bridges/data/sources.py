@@ -1,4 +1,4 @@
-"""From what users pass as `data` to rows of tokens."""
+"""Rows of tokens from whatever a user passes as `data`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def load_rows(
 ) -> Rows:
     """Rows from a [n, seq] tensor, an iterable of batches or of dicts, or a path to text files.
 
-    `seq_len` cuts longer rows (and is the width that text is packed to); shorter ones are padded on the right to the
-    longest. A row that is cut loses its padding on the left first. An iterable is read up to `limit`, else to its
-    end. ValueError names what is wrong with `data` (or whatever the caller calls it).
+    Rows longer than `seq_len` are cut, and text is packed into rows of that width; shorter rows are padded on the right
+    to the longest. A row that is cut loses its padding on the left first. An iterable is read up to `limit`, or to its
+    end. Raises ValueError that says what is wrong with `data`, which the caller may know by another `name`.
     """
     if isinstance(data, Rows):
         return data
@@ -43,14 +43,14 @@ def load_rows(
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point() or not len(data):
             raise ValueError(
-                f"{name}={tuple(data.shape)} of {data.dtype}: a tensor of tokens is [n, seq], integers, n at least 1"
+                f"{name}={tuple(data.shape)} of {data.dtype}: must be integer token ids [n, seq] with at least one row"
             )
         return Rows(data[:, :seq_len].long(), seed=seed)
     if isinstance(data, Mapping):  # one batch, or a tokenizer's output
         data = [data]
     if not isinstance(data, Iterable):
         raise ValueError(
-            f"{name}={type(data).__name__} is neither tokens [n, seq], an iterable of batches, nor a path to text"
+            f"{name}={type(data).__name__} must be token ids [n, seq], an iterable of batches, or a path to text"
         )
     return _from_batches(data, seq_len, limit, seed)
 
@@ -58,7 +58,7 @@ def load_rows(
 def _from_batches(data: Iterable[Any], seq_len: int | None, limit: ReadLimit | None, seed: int) -> Rows:
     rows = _read(data, limit)
     if not rows:
-        raise ValueError("data holds no rows; an iterator that was read before is empty the second time")
+        raise ValueError("data holds no rows; an iterator can be read only once, so pass a new one")
     width = max(len(ids) for ids, _ in rows)
     width = width if seq_len is None else min(width, seq_len)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -86,7 +86,7 @@ def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
     mask = None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
-            raise ValueError(f"data: a batch has the keys {sorted(item)}, no 'input_ids'; tokenize the data first")
+            raise ValueError(f"data: a batch has the keys {sorted(item)}, but not 'input_ids'; tokenize the data first")
         item, mask = item["input_ids"], item.get("attention_mask")
         if isinstance(item, list) and len(item) > 1 and all(isinstance(one, Tensor) and one.ndim == 1 for one in item):
             raise ValueError(
@@ -107,10 +107,14 @@ def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(f"data: a batch is the text {item[:20]!r}; tokenize it first, or pass a path to text files")
     ids = torch.as_tensor(item)
     if ids.is_floating_point() or ids.ndim not in (1, 2):
-        raise ValueError(f"data: a batch is {tuple(ids.shape)} of {ids.dtype}, not token ids [batch, seq]")
+        raise ValueError(
+            f"data: a batch is {tuple(ids.shape)} of {ids.dtype}; it must be integer token ids [batch, seq]"
+        )
     real = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
     if real.shape != ids.shape:
-        raise ValueError(f"data: attention_mask {tuple(real.shape)} is not shaped like input_ids {tuple(ids.shape)}")
+        raise ValueError(
+            f"data: attention_mask {tuple(real.shape)} must have the shape of input_ids {tuple(ids.shape)}"
+        )
     return list(zip(torch.atleast_2d(ids).long(), torch.atleast_2d(real).long(), strict=True))
 
 
@@ -127,7 +131,7 @@ def _from_text(path: Path, tokenizer: Any, seq_len: int, seed: int) -> Rows:
     documents = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("tokenizer has no EOS token to set documents apart")
+        raise ValueError("tokenizer has no EOS token, which must separate documents; set tokenizer.eos_token")
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     stream = encode_documents(tokenizer, documents)
     if len(stream) < seq_len - 1:

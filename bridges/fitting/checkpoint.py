@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors and JSON, whole or not at all, the last two kept."""
+"""Checkpoints of a run, as safetensors and JSON. Each is written completely or not at all; the last two are kept."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from bridges.io.files import read_json, replacing, write_json, write_tensors
 from bridges.io.tensors import read_safetensors
 
-KEPT = 2
+N_KEPT = 2
 
 
 class Checkpoint(NamedTuple):
-    """What a run continues from: the step it has done, plain values, and tensors by file and name."""
+    """What a run continues from: the number of steps done, plain values, and tensors by file and name."""
 
     step: int
     state: dict[str, Any]
@@ -25,24 +25,24 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-N` under a temporary name, rename it, and drop all but the newest two."""
+    """Write `folder/step-N` under a temporary name, rename it, and delete all but the newest two; returns its path."""
     target = folder / f"step-{checkpoint.step:08d}"
     with replacing(target) as temporary:
         temporary.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)
         write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state})
-    for old in _steps(folder)[:-KEPT]:
+    for old in _steps(folder)[:-N_KEPT]:
         shutil.rmtree(old)
     return target
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, None where there is none; what a killed run left half written is removed."""
+    """The newest checkpoint, or None. Partial checkpoints that a killed run left are deleted."""
     if not folder.is_dir():
         return None
-    for torn in folder.glob(".step-*.tmp"):
-        shutil.rmtree(torn, ignore_errors=True)  # another process may be at it too
+    for partial in folder.glob(".step-*.tmp"):
+        shutil.rmtree(partial, ignore_errors=True)  # another process may be deleting it too
     steps = _steps(folder)
     if not steps:
         return None
@@ -52,7 +52,7 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state by parameter index and name."""
+    """An optimiser's state as tensors named by parameter index and state name, `0.exp_avg`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -62,7 +62,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """Load what `optimizer_tensors` gave into an optimiser over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

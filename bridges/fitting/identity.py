@@ -1,4 +1,4 @@
-"""What makes two runs the same run, so that one may continue the other."""
+"""What two runs must share so that one may resume the other: settings, data and models."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from bridges.config import FitConfig
 from bridges.io.fingerprint import fingerprint, same_model
 from bridges.objective.hybrid import ModelPair
 
-RESOURCES = ("checkpoint_every", "moments_gib")
-"""Settings that say what a run may take, not what it computes: another value carries it on as well."""
+RESOURCE_SETTINGS = ("checkpoint_every", "moments_gib")
+"""Settings that no result depends on; a run may be resumed with other values of them."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Settings, data and models of a run."""
+    """The settings, data and models of a run."""
 
     settings: dict[str, Any]
     data: str
     """The fingerprint of the training and the held-out rows."""
     dense: str
+    """Fingerprint of the dense model."""
     sparse: str | None
-    """None where the sparse model trains: its weights change, and the checkpoint holds them."""
+    """Fingerprint of a frozen sparse model; None where it trains: its weights change, and the checkpoint holds them."""
     versions: dict[str, str]
 
     @classmethod
     def of(
-        cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str], processes: int = 1
+        cls, pair: ModelPair, config: FitConfig, data: str, versions: dict[str, str], world_size: int = 1
     ) -> RunIdentity:
-        """The identity of a run about to start."""
+        """The identity of a run that is about to start on so many processes."""
         sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
-        settings = {name: value for name, value in config.recorded().items() if name not in RESOURCES}
-        return cls({**settings, "processes": processes}, data, fingerprint(pair.dense.model), sparse, versions)
+        settings = {name: value for name, value in config.recorded().items() if name not in RESOURCE_SETTINGS}
+        return cls({**settings, "processes": world_size}, data, fingerprint(pair.dense.model), sparse, versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in a checkpoint."""
+        """Plain values, as a checkpoint stores them."""
         return asdict(self)
 
 
 def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
-    """ValueError, naming both values, if a checkpoint is of a run with other settings, data or models."""
+    """ValueError, naming both values, if the `stored` identity has other settings, data or models than `here`."""
     for name, value in here.settings.items():
-        # A setting that came after the run was started had its default.
+        # A setting that was added after the run had started had its default value.
         field = FitConfig.model_fields.get(name)
         started = stored["settings"].get(name, None if field is None else field.default)
         if started != value:
@@ -59,11 +60,14 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
     for side in ("dense", "sparse"):
         known, given = stored[side], getattr(here, side)
         if known and given and not same_model(known, given):
-            raise ValueError(f"resume=True with another {side} model than the run was started with")
+            raise ValueError(
+                f"resume=True with another {side} model ({given.split()[0]}, the run was started with "
+                f"{known.split()[0]}); pass the same model, or another output_dir"
+            )
 
 
 def refuse_used_folder(output_dir: Path | None) -> None:
-    """ValueError if a new run would write over what lies in its folder."""
+    """ValueError if a new run would overwrite another one in its folder."""
     if output_dir is None:
         return
     for name in ("checkpoints", "config.json", "metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""Where a run's figures go: `metrics.jsonl`, and Weights & Biases if asked."""
+"""The log of a run: `metrics.jsonl` in the run folder, and Weights & Biases where `report_to` says so."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from bridges.bridge_report import BridgeReport
 from bridges.io.files import json_text, replacing, write_text
 
 REPORT_SENT_FILE = "wandb_report_sent"
-"""The file that a run folder has once its final report went to wandb: a kill may fall between the two."""
+"""A run folder has this file once its final report has been sent to wandb; a run may be killed before that."""
 
 
 class Tracker:
-    """A run's rows: kept in memory, appended to `metrics.jsonl`, and sent to wandb where `report_to` says so.
+    """Keeps a run's rows in memory, appends them to `metrics.jsonl`, and sends them to wandb if `report_to` says so.
 
-    A resumed run drops the rows after its checkpoint, a torn last line with them, and goes on in the same wandb run.
+    A run that resumes from `step` deletes the rows after it, and a last line that is cut short, and continues the same
+    wandb run.
     """
 
     def __init__(self, output_dir: Path | None, report_to: str, settings: dict[str, Any], step: int):
         self.path = None if output_dir is None else output_dir / "metrics.jsonl"
-        self.rows: list[dict[str, Any]] = [] if self.path is None else _keep_rows(self.path, step)
+        self.rows: list[dict[str, Any]] = [] if self.path is None else _rows_until(self.path, step)
         self.run = None
         if report_to == "wandb":
-            self.run = _start(output_dir, settings)
+            self.run = _start_run(output_dir, settings)
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one step's row; `row["step"]` counts from 1."""
@@ -39,7 +40,7 @@ class Tracker:
             self.run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def finish(self, report: BridgeReport | None, folder: Path | None, plot: Path | None = None) -> None:
-        """Send the final report as a table, the plot as an image and the bridge folder as an artifact; end the run."""
+        """End the wandb run: send the report as a table, the plot as an image and the bridge folder as an artifact."""
         if self.run is None:
             return
         import wandb
@@ -53,7 +54,7 @@ class Tracker:
         if plot is not None:
             self.run.log({"quality": wandb.Image(str(plot))})
         if folder is not None:
-            artifact = wandb.Artifact(f"bridges-{self.run.id}", "bridges", metadata=_figures(report))
+            artifact = wandb.Artifact(f"bridges-{self.run.id}", "bridges", metadata=_artifact_metadata(report))
             for name in ("config.json", "bridges.safetensors", "report.json", "history.json", "README.md"):
                 if (folder / name).is_file():
                     artifact.add_file(str(folder / name))
@@ -63,22 +64,22 @@ class Tracker:
             write_text(folder / REPORT_SENT_FILE, self.run.id)
 
     def abort(self) -> None:
-        """End a run that did not come to its end; resuming goes on in it."""
+        """Mark the wandb run as failed; a resumed run continues it."""
         if self.run is not None:
             self.run.finish(exit_code=1)
 
 
-def _figures(report: BridgeReport | None) -> dict[str, Any]:
+def _artifact_metadata(report: BridgeReport | None) -> dict[str, Any]:
     return {} if report is None else report.flat("final") | {"tokens": report.tokens}
 
 
-def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to `step`, the file cut to them."""
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to `step`; later ones are deleted from the file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = []
     for line in lines:
         if not line.endswith("}"):
-            break  # a kill in mid-line tears the last one only
+            break  # only the last line can be cut short, by a kill while it was written
         row = json.loads(line)
         if row["step"] > step:
             break
@@ -89,8 +90,8 @@ def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _start(output_dir: Path | None, settings: dict[str, Any]) -> Any:
-    """Start or continue the run; offline, with a line that says so, where there is neither an account nor a mode."""
+def _start_run(output_dir: Path | None, settings: dict[str, Any]) -> Any:
+    """Start or continue the wandb run; offline, with a line on stderr, if neither an account nor WANDB_MODE is set."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or None
@@ -112,7 +113,7 @@ def _start(output_dir: Path | None, settings: dict[str, Any]) -> Any:
 
 
 def _run_id(output_dir: Path | None) -> str:
-    """The run's id, kept in the run folder from before the first step, so that a resume meets the same run."""
+    """The id of the wandb run, kept in the run folder from the start, so that a resumed run continues the same one."""
     if output_dir is None:
         return uuid.uuid4().hex[:12]
     path = output_dir / "wandb_run_id"

@@ -242,7 +242,7 @@ def train(
 ) -> None:
     """Run the steps that are left. `batches(step)` gives this process's micro-batches, steps counted from 1.
 
-    Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
+    Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
     Global random state is left as it was.
     """
     config, processes = trainer.config, trainer.processes

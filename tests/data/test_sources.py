@@ -64,19 +64,19 @@ MASKED = {
 
 
 @pytest.mark.parametrize("form", PLAIN)
-def test_every_form_of_whole_rows(form):
+def test_rows_without_padding_are_read_from_every_form(form):
     rows = load_rows(PLAIN[form](), seed=3)
     assert torch.equal(rows.input_ids, IDS) and rows.input_ids.dtype == torch.int64
     assert rows.attention_mask is None and rows.seed == 3
 
 
 @pytest.mark.parametrize("form", MASKED)
-def test_every_form_of_rows_with_a_mask(form):
+def test_rows_with_a_mask_are_read_from_every_form(form):
     rows = load_rows(MASKED[form]())
     assert torch.equal(rows.input_ids, IDS) and torch.equal(rows.attention_mask, MASK)
 
 
-def test_rows_pass_as_they_are():
+def test_rows_are_returned_as_they_are():
     rows = Rows(IDS)
     assert load_rows(rows) is rows
 
@@ -91,7 +91,7 @@ def test_shorter_rows_are_padded_on_the_right(data):
 
 
 @pytest.mark.parametrize("data", [IDS, list(IDS), {"input_ids": IDS}])
-def test_seq_len_cuts_and_never_widens(data):
+def test_seq_len_cuts_rows_and_never_widens_them(data):
     assert torch.equal(load_rows(data, seq_len=3).input_ids, IDS[:, :3])
     assert torch.equal(load_rows(data, seq_len=9).input_ids, IDS)
 
@@ -128,7 +128,7 @@ def expected_rows(tokenizer, texts, seq_len):
     return [[tokenizer.bos_token_id, *stream[start : start + width]] for start in starts]
 
 
-def test_a_text_file_and_a_folder_of_them(tokenizer, tmp_path):
+def test_text_files_and_folders_of_them_are_packed_into_rows(tokenizer, tmp_path):
     texts = {"b.py": "def f(x):\n    return x + 1\n", "a/z.txt": 'print("one", "two")\n' * 3, "c": "x = [1, 2]\n"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -143,12 +143,12 @@ def test_a_text_file_and_a_folder_of_them(tokenizer, tmp_path):
     assert whole.input_ids.tolist() == expected_rows(tokenizer, [texts["a/z.txt"], texts["b.py"], texts["c"], ""], 5)
 
 
-def test_text_that_is_no_utf8_is_read_all_the_same(tokenizer, tmp_path):
+def test_text_that_is_not_utf8_is_read(tokenizer, tmp_path):
     (tmp_path / "latin.txt").write_bytes("# café\nx = 1\n".encode("latin-1") * 5)
     assert len(load_rows(tmp_path, tokenizer, seq_len=4)) > 3
 
 
-class NoEnd:
+class WithoutEos:
     eos_token_id = None
 
 
@@ -156,18 +156,18 @@ REFUSED = {
     "floats": (lambda: torch.ones(2, 3), r"data=\(2, 3\) of torch.float32"),
     "one row": (lambda: IDS[0], r"data=\(5,\) of torch.int64"),
     "three dimensions": (lambda: IDS[None], r"data=\(1, 4, 5\)"),
-    "a number": (lambda: 3, "data=int is neither tokens"),
-    "a bare data set": (lambda: TensorDataset(IDS), "data=TensorDataset is neither"),
+    "a number": (lambda: 3, "data=int must be token ids"),
+    "a bare data set": (lambda: TensorDataset(IDS), "data=TensorDataset must be token ids"),
     "nothing": (lambda: [], "data holds no rows"),
-    "an empty tensor": (lambda: IDS[:0], r"data=\(0, 5\) .* n at least 1"),
+    "an empty tensor": (lambda: IDS[:0], r"data=\(0, 5\) .* at least one row"),
     "texts": (lambda: ["some text"], "a batch is the text 'some text'; tokenize it first"),
-    "used up": (lambda: iter(()), "empty the second time"),
-    "text rows": (lambda: [{"text": "x"}], r"keys \['text'\], no 'input_ids'; tokenize"),
+    "used up": (lambda: iter(()), "an iterator can be read only once"),
+    "text rows": (lambda: [{"text": "x"}], r"keys \['text'\], but not 'input_ids'; tokenize"),
     "float batch": (lambda: [torch.ones(2, 3)], r"a batch is \(2, 3\) of torch.float32"),
     "deep batch": (lambda: [IDS[None]], r"a batch is \(1, 4, 5\)"),
     "mask of another shape": (
         lambda: [{"input_ids": IDS, "attention_mask": MASK[:, :4]}],
-        r"attention_mask \(4, 4\) is not shaped like input_ids \(4, 5\)",
+        r"attention_mask \(4, 4\) must have the shape of input_ids \(4, 5\)",
     ),
     "nameless mask": (lambda: DataLoader(TensorDataset(IDS, MASK), 2), "a batch is 2 tensors without names"),
     "text without tokenizer": (lambda: Path("x.txt"), "data='x.txt' is text: pass tokenizer="),
@@ -175,20 +175,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case):
+def test_data_of_another_form_is_refused(case):
     data, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         load_rows(data())
 
 
-def test_refusals_of_text(tokenizer, tmp_path):
+def test_text_that_makes_no_row_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"data='.*nothing' does not exist"):
         load_rows(tmp_path / "nothing", tokenizer)
     (tmp_path / "short.txt").write_text("x = 1")
     with pytest.raises(ValueError, match=r"short.txt' holds \d tokens, fewer than one row of seq_len=64"):
         load_rows(tmp_path / "short.txt", tokenizer, seq_len=64)
     with pytest.raises(ValueError, match="tokenizer has no EOS"):
-        load_rows(tmp_path, NoEnd())
+        load_rows(tmp_path, WithoutEos())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty' holds 0 tokens, fewer than one row of seq_len=128"):
         load_rows(tmp_path / "empty", tokenizer)

@@ -18,7 +18,7 @@ def checkpoint(step):
     return Checkpoint(step, {"settings": {"lr": 0.1}, "data": "abc"}, tensors)
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_a_checkpoint_saved_and_loaded_is_the_same(tmp_path):
     folder = save_checkpoint(tmp_path, checkpoint(7))
     assert folder == tmp_path / "step-00000007"
     assert sorted(file.name for file in folder.iterdir()) == [
@@ -33,7 +33,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         assert all(torch.equal(found.tensors[file][name], tensor) for name, tensor in tensors.items())
 
 
-def test_files_are_safetensors_and_json_alone(tmp_path):
+def test_the_files_are_plain_safetensors_and_json(tmp_path):
     folder = save_checkpoint(tmp_path, checkpoint(1))
     assert torch.equal(load_file(folder / "bridges.safetensors")["a"], torch.arange(6.0).view(2, 3))
     assert json.loads((folder / "state.json").read_text())["step"] == 1
@@ -46,18 +46,18 @@ def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path):
     assert last_checkpoint(tmp_path).step == 100
 
 
-def test_a_step_saved_twice_is_the_second(tmp_path):
+def test_a_step_saved_again_replaces_the_first(tmp_path):
     save_checkpoint(tmp_path, checkpoint(3))
     save_checkpoint(tmp_path, checkpoint(3)._replace(state={"settings": {}, "data": "new"}))
     assert last_checkpoint(tmp_path).state["data"] == "new"
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_a_folder_without_checkpoints_gives_none(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
     assert last_checkpoint(tmp_path) is None
 
 
-def test_what_a_kill_left_half_written_is_passed_over_and_removed(tmp_path):
+def test_a_partial_checkpoint_is_ignored_and_deleted(tmp_path):
     save_checkpoint(tmp_path, checkpoint(4))
     torn = tmp_path / ".step-00000005.123.tmp"
     torn.mkdir()
@@ -67,7 +67,7 @@ def test_what_a_kill_left_half_written_is_passed_over_and_removed(tmp_path):
     assert not torn.exists()
 
 
-def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path):
     save_checkpoint(tmp_path, checkpoint(4))
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, checkpoint(5)._replace(state={"data": object()}))

@@ -10,14 +10,14 @@ def identity(dense=None, sparse=None, data="d1", versions=None, **settings):
     return RunIdentity.of(pair, FitConfig(**settings), data, versions or {"torch": "1"})
 
 
-def test_the_same_run_may_continue_shown_elsewhere_and_with_other_versions(tmp_path):
+def test_a_run_may_resume_with_other_reporting_resources_and_versions(tmp_path):
     stored = identity().to_dict()
     refuse_other_run(stored, identity(output_dir=tmp_path, resume=True, progress=False, report_to="wandb"))
     refuse_other_run(stored, identity(checkpoint_every=3, moments_gib=0.5))
     refuse_other_run(stored, identity(versions={"torch": "2"}))
 
 
-def test_half_precision_copies_are_the_same_models():
+def test_a_run_may_resume_with_half_precision_copies_of_its_models():
     stored = identity().to_dict()
     refuse_other_run(stored, identity(gpt2(layers=1).bfloat16(), sparse_model(layers=1).float()))
 
@@ -32,12 +32,12 @@ def test_half_precision_copies_are_the_same_models():
         ({"sparse": sparse_model(layers=1, seed=8)}, "another sparse model"),
     ],
 )
-def test_another_run_is_refused_and_both_values_are_named(other, message):
+def test_a_different_run_is_refused_and_both_values_are_named(other, message):
     with pytest.raises(ValueError, match=message):
         refuse_other_run(identity().to_dict(), identity(**other))
 
 
-def test_a_setting_that_came_later_had_its_default():
+def test_a_setting_added_after_a_run_started_had_its_default():
     stored = identity().to_dict()
     stored["settings"] = {k: v for k, v in stored["settings"].items() if not k.startswith("interchange")}
     refuse_other_run(stored, identity())
@@ -45,7 +45,7 @@ def test_a_setting_that_came_later_had_its_default():
         refuse_other_run(stored, identity(interchange_weight=0.5))
 
 
-def test_a_sparse_model_that_trains_may_have_other_weights():
+def test_a_sparse_model_that_trains_may_have_changed_weights():
     stored = identity(train_sparse=True)
     assert stored.sparse is None
     refuse_other_run(stored.to_dict(), identity(sparse=sparse_model(layers=1, seed=8), train_sparse=True))

@@ -19,7 +19,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_are_kept_and_appended_one_line_each(tmp_path):
+def test_rows_are_kept_in_memory_and_appended_one_line_each(tmp_path):
     tracker = Tracker(tmp_path / "new", "none", {}, 0)
     tracker.log({"step": 1, "train/loss": 0.5})
     assert lines(tmp_path / "new") == [{"step": 1, "train/loss": 0.5}]
@@ -37,7 +37,7 @@ def test_without_a_folder_rows_are_kept_in_memory_alone(tmp_path, monkeypatch):
     assert tracker.rows == [{"step": 1, "train/loss": 0.5}] and list(tmp_path.iterdir()) == []
 
 
-TORN = {
+TAILS = {
     "rows after the checkpoint": '{"step": 3}\n{"step": 4}\n',
     "a torn line": '{"step": 3, "train/lo',
     "a torn number": '{"step": 3, "train/loss": 0.',
@@ -45,17 +45,17 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize("tail", TORN)
-def test_a_resume_cuts_what_comes_after_its_checkpoint(tmp_path, tail):
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_resume_deletes_the_rows_after_its_checkpoint(tmp_path, tail):
     kept = '{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": 1.0}\n'
-    (tmp_path / "metrics.jsonl").write_text(kept + TORN[tail])
+    (tmp_path / "metrics.jsonl").write_text(kept + TAILS[tail])
     tracker = Tracker(tmp_path, "none", {}, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == kept
     tracker.log({"step": 3, "train/loss": 0.5})
     assert [row["step"] for row in tracker.rows] == [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_last_line_that_only_lacks_its_end_of_line_is_whole(tmp_path):
+def test_a_last_line_without_its_end_of_line_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     Tracker(tmp_path, "none", {}, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -167,7 +167,7 @@ def test_a_run_in_wandb_holds_settings_curves_report_plot_and_artifact(tmp_path,
 
 
 @pytest.mark.slow
-def test_without_an_account_or_a_mode_one_line_says_so_and_a_resume_meets_the_same_run(
+def test_without_an_account_or_a_mode_a_line_says_so_and_a_resume_continues_the_same_run(
     tmp_path, offline, monkeypatch, capfd
 ):
     monkeypatch.delenv("WANDB_MODE")
@@ -196,7 +196,7 @@ def test_without_an_account_or_a_mode_one_line_says_so_and_a_resume_meets_the_sa
 
 
 @pytest.mark.slow
-def test_a_kill_between_saving_and_reporting_loses_no_report(tmp_path, offline, monkeypatch):
+def test_a_report_that_a_kill_kept_from_wandb_is_sent_by_the_resume(tmp_path, offline, monkeypatch):
     models, data = (gpt2(layers=1), sparse_model(layers=1)), tokens(12, 8)
     settings = {**SETTINGS, "report_to": "wandb", "output_dir": tmp_path / "run", "resume": True}
 
@@ -216,7 +216,7 @@ def test_a_kill_between_saving_and_reporting_loses_no_report(tmp_path, offline, 
     assert tables[0] == [] and len(tables[1]) == 1
 
 
-def test_reporting_changes_nothing_that_is_computed(tmp_path, monkeypatch):
+def test_bridges_are_the_same_with_and_without_reporting(tmp_path, monkeypatch):
     """With wandb disabled nothing is recorded, and the bridges are the same to the bit."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     models, data = (gpt2(layers=1), sparse_model(layers=1)), tokens(12, 8)

@@ -127,7 +127,7 @@ def test_a_trainer_built_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path,
     assert all(torch.equal(one, two) for one, two in zip(tensors(second), tensors(whole), strict=True))
 
 
-def test_a_saver_without_a_folder_saves_nothing(tmp_path, monkeypatch):
+def test_without_a_folder_no_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint_saver(trainer(), None, {})()
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +146,7 @@ def test_a_cross_entropy_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nothing_changes_when_a_step_is_refused(where):
+def test_a_step_that_is_refused_changes_nothing(where):
     found = trainer(**JOINT)
     if where == "loss":
         found.pair.bridge_set[1].encoder_bias.data[2] = float("nan")
@@ -178,7 +178,7 @@ def loop(found, tracker=None, folder=None, hook=lambda step: None):
     return found
 
 
-def test_the_loop_asks_saves_and_logs_at_its_steps():
+def test_the_loop_takes_batches_saves_and_logs_at_its_steps():
     tracker = Tracker(None, "none", {}, 0)
     found = loop(trainer(steps=5, checkpoint_every=2), tracker)
     assert (found.asked, found.saved) == ([1, 2, 3, 4, 5], [2, 4, 5])
@@ -187,13 +187,13 @@ def test_the_loop_asks_saves_and_logs_at_its_steps():
     assert all(row["tokens_per_second"] > 0 and "kept_fraction" not in row for row in tracker.rows)
 
 
-def test_a_loop_at_its_end_does_nothing():
+def test_a_loop_whose_steps_are_done_does_nothing():
     found = trainer(start=StartState(step=2), steps=2)
     assert loop(found).asked == [] and found.saved == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_loop_after_the_step_in_hand_with_a_checkpoint(number):
+def test_a_signal_ends_the_loop_after_the_current_step_with_a_checkpoint(number):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     found = trainer(checkpoint_every=100)
     with pytest.raises(KeyboardInterrupt):
@@ -265,7 +265,7 @@ def test_the_main_processs_values_are_broadcast():
     assert tensors[1].tolist() == tensors[0].tolist() == [1.0, 2.0]
 
 
-def test_precisions_may_follow_one_another_in_one_process():
+def test_process_groups_of_different_precisions_may_follow_one_another():
     for precision in ("no", "bf16", "no"):
         processes = ProcessGroup(precision)
         with processes.autocast():
