@@ -1,4 +1,17 @@
-"""Linear bridges between a dense language model and a weight-sparse, readable one: fit, measure, steer."""
+"""Linear bridges between a dense language model and a weight-sparse, readable one: fit, measure, steer.
+
+Models             load_pair, as_residual, ResidualModel, SparseTransformer, SparseConfig
+Fit and measure    fit, FitConfig, evaluate, BridgeReport, hybrid_losses, HybridLosses
+Bridges            BridgeSet, Bridge, abs_topk
+Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
+Find channels      find_channels, Channels, sweep, Sweep
+Tasks              TASKS, task_pairs
+
+A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the paper
+(arXiv 2511.13653) and to `docs/method.md`.
+"""
+
+from importlib.metadata import version
 
 from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport
@@ -22,6 +35,8 @@ from bridges.steering.export import directions, export_direction
 from bridges.steering.steer import steer
 from bridges.tasks.pairs import TASKS, task_pairs
 
+__version__ = version("sparse-bridges")
+
 __all__ = [
     "TASKS",
     "Bridge",
@@ -35,6 +50,7 @@ __all__ = [
     "SparseConfig",
     "SparseTransformer",
     "Sweep",
+    "__version__",
     "abs_topk",
     "as_residual",
     "constant_edits",

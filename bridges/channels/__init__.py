@@ -1,0 +1,1 @@
+"""Finding channels of the sparse model that turn an answer, and measuring what they do."""

@@ -1,0 +1,1 @@
+"""What `fit` does: the closed form, gradient steps, checkpoints, tracking."""

@@ -1,0 +1,1 @@
+"""The paper's twenty binary next-token tasks."""

@@ -1,0 +1,1 @@
+"""The weight-sparse transformer, its configuration and its files."""
