@@ -48,7 +48,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_is_raised_to_float32(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     target, logits = random_pair(200, 30, dtype)
     value, gradient = value_and_gradient(kl_divergence, target, logits)
     exact, exact_gradient = value_and_gradient(kl_divergence, target.double(), logits.double())
@@ -57,7 +57,7 @@ def test_low_precision_is_raised_to_float32(dtype):
     assert (gradient - exact_gradient).abs().max() <= 2 * torch.finfo(dtype).eps
 
 
-def test_a_float64_target_raises_the_computation():
+def test_a_float64_target_makes_the_result_float64():
     target, logits = random_pair(3, 5)
     assert kl_divergence(target, logits.float()).dtype == torch.float64
 
@@ -97,7 +97,7 @@ def test_infinite_logits(function, target, logits, expected, gradient):
 
 @pytest.mark.parametrize("function", TWINS)
 @pytest.mark.parametrize("bad", [0, 1])
-def test_nan_is_seen(function, bad):
+def test_nan_propagates(function, bad):
     pair = list(random_pair(3, 4))
     pair[bad][1, 2] = float("nan")
     assert function(*pair).isnan()
