@@ -76,10 +76,10 @@ def fit(
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
-    >>> rows = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
+    >>> rows = torch.randint(1024, (16, 16), generator=torch.Generator().manual_seed(0))
     >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, sites=("0.mlp",), steps=0, progress=False)
     >>> bridge_set.sites, bridge_set.report.tokens
-    (['0.mlp'], 96)
+    (['0.mlp'], 16)
     """
     if not isinstance(config, FitConfig | None):
         raise ValueError(f"config={config!r} must be a FitConfig; single settings are given by name: fit(..., steps=0)")
