@@ -7,8 +7,8 @@ Steer              steer, Edit, counterfactual, constant_edits, save_edits, load
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
 
-A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the paper
-(arXiv 2511.13653) and to `docs/method.md`.
+A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
+paper (arXiv 2511.13653) and to `docs/method.md`.
 """
 
 from importlib.metadata import version
