@@ -1,4 +1,8 @@
-"""Binary next-token tasks on pairs of prompts that differ in one cue (paper table 1; method, section 7)."""
+"""Binary next-token tasks on pairs of prompts that differ in one cue (paper table 1; method, section 7).
+
+>>> len(TASKS), TASKS[:2]
+(20, ('single_double_quote', 'final_kwarg'))
+"""
 
 from __future__ import annotations
 

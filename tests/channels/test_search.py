@@ -7,6 +7,7 @@ import pytest
 import torch
 from pairs import gpt2, join, kl_of_turning_off, sparse_model, toy_task, with_units
 
+from bridges.channels.attribution import predicted_effects
 from bridges.channels.find import find, find_channels
 from bridges.channels.prompts import (
     Channels,
@@ -85,6 +86,23 @@ def test_a_set_is_found_whenever_one_helpful_channel_keeps_within_the_budget(pai
     """At whichever site it is, not only at those that promise most."""
     found = find(pair, prompts, text, most, budget=helpful_costs[0] * 1.0001, candidates=ALL)
     assert found.sets[0].ablation_kl == pytest.approx(helpful_costs[0], rel=1e-9)
+
+
+def test_every_location_is_searched_if_the_preferred_ones_have_none_within_the_budget(pair, prompts, text):
+    """The only channel that costs nothing helps, though others at its site are predicted to do more."""
+    with torch.no_grad():
+        unedited = p_target(prompts.traces.dense.logits, prompts.pairs).mean()
+        unlikely = [
+            Channels(pair.bridge_set.sites[i], (channel,), at)
+            for (i, at), effects in predicted_effects(pair, prompts).items()
+            for channel in effects.topk(ALL).indices[4:].tolist()
+        ]
+        free = [one for one in unlikely if p_target_under_edit(pair, prompts, one).mean() > unedited][-1]
+    delta = [delta.clone() for delta in text.ablation_delta]
+    delta[pair.bridge_set.index(free.site)][..., free.channels[0]] = 0
+    found = find(pair, prompts, text._replace(ablation_delta=delta), 2, budget=1e-12, candidates=ALL)
+    assert (found.best.site, found.best.channels) == (free.site, free.channels)
+    assert found.sets[0].ablation_kl < 1e-12
 
 
 def test_a_task_whose_counterfactuals_change_nothing_has_no_channels(pair, text):

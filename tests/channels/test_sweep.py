@@ -80,11 +80,11 @@ def test_channels_are_searched_for_on_the_first_pairs_and_on_text_that_is_not_re
     assert result.effects.tokens == all_text[n_search:].numel()
 
 
-def test_a_search_that_finds_nothing_within_its_budget_says_so(models):
-    with pytest.raises(
-        NoChannelsFoundError, match=r"task='toy': no channel raises P\(target\) .* pass a larger budget="
-    ):
-        sweep(*models, TASK, 1, (1.0,), budget=0.0)
+def test_a_search_that_finds_nothing_says_so(models):
+    """Where the counterfactuals are the prompts themselves, no edit changes anything."""
+    task = TASK._replace(counterfactual_ids=TASK.input_ids)
+    with pytest.raises(NoChannelsFoundError, match=r"task='toy': none of the \d+ channels tried raises P\(target\)"):
+        sweep(*models, task, 2, (1.0,), text=TEXT)
 
 
 def test_it_saves_draws_and_prints_its_figures(models, tmp_path):
