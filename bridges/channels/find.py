@@ -135,8 +135,8 @@ def find(
 
     search = Search(pair, prompts, text, most, by, budget, candidates)
     ranking = _rank_single_channels(search)
-    agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
     sets = smallest_sufficient(search.grow_sets(), by)
+    agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
     return FoundChannels(prompts.pairs.task, ranking, float(agreement), sets)
 
 
