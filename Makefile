@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Keeps glibc from giving large tensors back to the kernel after every operation (CONTRIBUTING.md, decisions).
+# Keeps glibc from giving large tensors back to the kernel after every operation (docs/decisions.md).
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 

@@ -1,4 +1,4 @@
-"""One thread, no network, no reporting; and the tiny random models that tests of several rooms share."""
+"""One thread, no network, no reporting; and the tiny random models that tests of several packages share."""
 
 import os
 

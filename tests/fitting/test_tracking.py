@@ -70,8 +70,8 @@ def records(path):
     assert data[:4] == b":W&B"
     place, parts = 7, []
     while place + 7 <= len(data):
-        if (room := 32768 - place % 32768) < 7:
-            place += room
+        if (remaining := 32768 - place % 32768) < 7:
+            place += remaining
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
         parts.append(data[place + 7 : place + 7 + length])
