@@ -1,4 +1,7 @@
-"""Bridge and BridgeSet: linear maps between the residual streams of two models (method.md, section 1)."""
+"""Bridge and BridgeSet: linear maps between the residual streams of two models (method.md, section 1).
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class Bridge(nn.Module):
         d_dense: width of the dense model's residual stream.
         d_sparse: width of the sparse model's.
         k: how many entries of the encoder's output are kept per token; ValueError unless 1 <= k <= d_sparse.
-        dtype: of the weights, which start at zero. R is float64 and the gain at least float32, whatever the dtype.
+        dtype: of the weights, which start at zero. `rms_dense` and `rms_sparse` are always
+            float64, `gain_sparse` is at least float32.
 
     >>> bridge = Bridge(d_dense=3, d_sparse=4, k=2)
     >>> bridge.randomize(torch.Generator().manual_seed(0))
@@ -46,11 +50,11 @@ class Bridge(nn.Module):
     decoder_weight: Float[nn.Parameter, "d_dense d_sparse"]
     decoder_bias: Float[nn.Parameter, " d_dense"]
     rms_dense: Float[Tensor, ""]
-    """R of the dense stream at this site (method.md, section 4), measured by `fit`; NaN before."""
+    """R, the mean RMS, of the dense stream at this site (method.md, section 4); `fit` measures it, NaN before."""
     rms_sparse: Float[Tensor, ""]
-    """R of the sparse stream."""
+    """R, the mean RMS, of the sparse stream."""
     gain_sparse: Float[Tensor, " d_sparse"]
-    """The gain of the sparse model's norm at this site: with R, the unit of a read where that model is not loaded."""
+    """The gain of the sparse model's norm at this site: with `rms_sparse`, the unit of a read without that model."""
 
     def __init__(self, d_dense: int, d_sparse: int, k: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -66,7 +70,7 @@ class Bridge(nn.Module):
         self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=_at_least_float32(dtype)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bridge:
-        """What `.to`, `.half` and `.cuda` call: the units (R, gain) change device with the weights, but stay exact."""
+        """What `.to`, `.half` and `.cuda` call: mean RMS and gain change device with the weights, but stay exact."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -99,14 +103,17 @@ class Bridge(nn.Module):
         return F.linear(z.to(self.decoder_weight.dtype), self.decoder_weight, self.decoder_bias)
 
     def decode_delta(self, dz: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
-        """W_dec dz: the change of the dense stream that a change dz of the sparse one stands for; no bias.
+        """W_dec dz: the change of the dense stream for a change dz of the sparse one; no bias.
 
         More exact than decode(z + dz) - decode(z), where most digits cancel.
         """
         return F.linear(dz.to(self.decoder_weight), self.decoder_weight)
 
     def read_columns(self, channels: Sequence[int]) -> Float[Tensor, "n d_dense"]:
-        """W_dec[:, c] R_s / gain_s: one read unit of each channel c, in the dense stream (method.md, section 4)."""
+        """W_dec[:, c] R_s / gain_s, one read unit of each channel c in the dense stream; R_s is `rms_sparse`.
+
+        Source: method.md, section 4.
+        """
         units = self.rms_sparse.to(self.gain_sparse) / self.gain_sparse[list(channels)]
         return (self.decoder_weight[:, list(channels)].T * units[:, None]).detach()
 
@@ -185,7 +192,7 @@ class BridgeSet(nn.Module):
             raise KeyError(f"site={site!r} has no bridge; the bridged sites are {', '.join(self.sites)}")
         return self.sites.index(site)
 
-    def remember(self, dense: nn.Module, sparse: nn.Module) -> None:
+    def record_models(self, dense: nn.Module, sparse: nn.Module) -> None:
         """Store both models' names and fingerprints in `provenance`, for `check_models`."""
         for side, model in (("dense", dense), ("sparse", sparse)):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -204,7 +211,7 @@ class BridgeSet(nn.Module):
                 raise ValueError(
                     f"{side}={type(model).__name__} is not the model that these bridges were fitted to "
                     f"({known['name']!r}): its parameters hash to {here.split()[0]}, not "
-                    f"{known['fingerprint'].split()[0]}; pass that model, or check_models=False to insist"
+                    f"{known['fingerprint'].split()[0]}; pass that model, or check_models=False to skip this check"
                 )
 
     def save_pretrained(self, path: str | Path) -> None:

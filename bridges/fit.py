@@ -228,7 +228,7 @@ class _Run:
         with frozen(self.pair.sparse.model):
             measure_read_scales(self.pair, self._train_batches(READ_SCALE_TOKENS), self.processes.all_reduce)
             bridge_set.report = self._evaluate()
-        bridge_set.remember(self.pair.dense.model, self.pair.sparse.model)
+        bridge_set.record_models(self.pair.dense.model, self.pair.sparse.model)
         bridge_set.provenance |= {"fit": self.config.recorded(), "versions": identity.versions}
 
     def _save(self, tracker: Tracker) -> None:

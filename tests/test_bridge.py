@@ -354,7 +354,7 @@ def test_check_models_accepts_the_models_of_the_fit_in_any_dtype_and_no_others(t
     dense, sparse = tiny("gpt2"), tiny("llama")
     bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
     bridge_set.check_models(dense, sparse)  # nothing remembered, nothing to refuse
-    bridge_set.remember(dense, sparse)
+    bridge_set.record_models(dense, sparse)
     bridge_set.save_pretrained(tmp_path)
     loaded = BridgeSet.from_pretrained(tmp_path)
     loaded.check_models(tiny("gpt2").to(torch.bfloat16), tiny("llama").double())
@@ -372,11 +372,11 @@ def test_a_local_models_name_is_its_folders_name(tiny, tmp_path):
         tiny("gpt2").save_pretrained(folder)
         bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
         loaded = type(tiny("gpt2")).from_pretrained(folder)
-        bridge_set.remember(loaded, loaded)
+        bridge_set.record_models(loaded, loaded)
         names.append(bridge_set.provenance)
     assert names[0] == names[1] and names[0]["dense"]["name"] == "tiny-dense"
     hub = tiny("gpt2")
     hub.config._name_or_path = "someone/model"
-    bridge_set.remember(hub, tiny("llama"))
+    bridge_set.record_models(hub, tiny("llama"))
     assert bridge_set.provenance["dense"]["name"] == "someone/model"
     assert bridge_set.provenance["sparse"]["name"] == "LlamaForCausalLM"

@@ -161,7 +161,7 @@ def test_a_bridge_that_predicts_the_mean_has_nmse_1_and_the_figures_of_mean_abla
 
 def test_other_models_are_refused_unless_the_caller_insists():
     pair = PAIRS["equal depth"]()
-    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)
     other = sparse_model(seed=99)
     with pytest.raises(ValueError, match="sparse=SparseTransformer is not the model"):
         evaluate(pair.dense, other, pair.bridge_set, DATA)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual, find_tokenizer
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, Trace, check_tokens, refuse_foreign_tokens
+from bridges.models.residual import ResidualModel, Trace, check_tokens, check_vocabulary
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
 from bridges.sparsity.support import use_sparse_kernels
@@ -155,7 +155,7 @@ def run_prompts(pair: ModelPair, pairs: TaskPairs) -> Prompts:
     for ids in (pairs.input_ids, pairs.counterfactual_ids):
         check_tokens(name, ids, None, pair.dense, pair.sparse, least=1)
     for tokens in (pairs.answers, pairs.targets):
-        refuse_foreign_tokens(name, tokens.clamp(min=0), pair.dense, pair.sparse)
+        check_vocabulary(name, tokens.clamp(min=0), pair.dense, pair.sparse)
     pairs = pairs.to(pair.dense.device)
     traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
     changes = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)

@@ -64,7 +64,7 @@ def find_tokenizer(source: ModelSource) -> Any:
 
 
 def as_residual(model: ModelSource, device: torch.device | str | None = None, **kwargs: Any) -> ResidualModel:
-    """See a decoder-only language model as a chain of sublayers on one residual stream (method.md, section 1).
+    """Return a decoder-only language model as a `ResidualModel`, a chain of sublayers (method.md, section 1).
 
     Args:
         model: a Hugging Face causal language model or a `SparseTransformer`; a `ResidualModel`, returned as it is; a
@@ -73,22 +73,23 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
         kwargs: of `from_pretrained` (dtype, device_map, revision, ...), for a model that is loaded.
 
     Returns:
-        The chain, compared with the model's own logits on random tokens: equal bit for bit in float32 on CPUs.
+        The `ResidualModel`. Its logits were compared with the model's own on random tokens: equal bit for bit in
+        float32 on CPUs.
 
     Raises:
-        ValueError: the model is not a plain chain of decoder layers; the message names the layer and the difference.
+        ValueError: the model is not a plain sequence of decoder layers; the message names the layer and the difference.
         OSError: nothing is found at the folder or hub id.
 
     >>> import bridges, torch
     >>> dense = bridges.load_pair().dense
-    >>> chain = bridges.as_residual(dense)
-    >>> chain.sites
+    >>> residual_model = bridges.as_residual(dense)
+    >>> residual_model.sites
     ['0.attn', '0.mlp', '1.attn', '1.mlp', 'final']
     >>> input_ids = torch.tensor([[5, 17, 4]])
-    >>> residuals, logits = chain.residuals(input_ids)
+    >>> residuals, logits = residual_model.residuals(input_ids)
     >>> residuals[0].shape
     torch.Size([1, 3, 64])
-    >>> torch.equal(chain.run_from("1.attn", residuals[2], input_ids), dense(input_ids).logits)
+    >>> torch.equal(residual_model.run_from("1.attn", residuals[2], input_ids), dense(input_ids).logits)
     True
     """
     if isinstance(model, ResidualModel):

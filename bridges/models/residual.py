@@ -1,4 +1,7 @@
-"""`ResidualModel`: a language model as a chain of sublayers on one residual stream (method.md, section 1)."""
+"""`ResidualModel`: a language model as a chain of sublayers on one residual stream (method.md, section 1).
+
+Read: a sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class Norm(NamedTuple):
     centred: bool
     """True for a LayerNorm, which subtracts the mean over channels."""
     present: bool = True
-    """False where the read is the stream itself: gain 1, not centred, R = 1."""
+    """False where the read is the stream itself: gain 1, not centred, and R, the mean RMS, is taken as 1."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,20 @@ class ResidualModel(ABC):
     """A decoder-only model as sublayers M_0 .. M_{n-1} and a head: h_{i+1} = M_i(h_i), logits = head(h_n).
 
     Site i is the input of sublayer i; the last site, `final`, is the input of the head (final norm and unembedding).
-    Built by `bridges.as_residual`. A subclass supplies the abstract methods; the others are made of them. Errors:
+    Built by `bridges.as_residual`. A subclass supplies the abstract methods; the others are built on them. Errors:
     ValueError for a site that the model does not have, and for rows longer than its context.
 
     >>> import bridges
-    >>> chain = bridges.as_residual(bridges.load_pair().sparse)
+    >>> residual_model = bridges.as_residual(bridges.load_pair().sparse)
     >>> input_ids = torch.tensor([[5, 17, 4]])
-    >>> residuals, logits = chain.residuals(input_ids)  # one [batch, seq, d_model] per site, [batch, seq, vocab]
-    >>> len(residuals) == len(chain.sites), logits.shape
+    >>> residuals, logits = residual_model.residuals(input_ids)  # per site [batch, seq, d_model], [batch, seq, vocab]
+    >>> len(residuals) == len(residual_model.sites), logits.shape
     (True, torch.Size([1, 3, 1024]))
-    >>> torch.equal(chain.run_from("1.mlp", residuals[3], input_ids), logits)
+    >>> torch.equal(residual_model.run_from("1.mlp", residuals[3], input_ids), logits)
     True
-    >>> chain.run_from("1.mlp", torch.zeros_like(residuals[3]), input_ids).shape
+    >>> residual_model.run_from("1.mlp", torch.zeros_like(residuals[3]), input_ids).shape
     torch.Size([1, 3, 1024])
-    >>> [read.shape[-1] for read in chain.reads(input_ids)] == [chain.d_model] * 5
+    >>> [read.shape[-1] for read in residual_model.reads(input_ids)] == [residual_model.d_model] * 5
     True
     """
 
@@ -126,7 +129,7 @@ class ResidualModel(ABC):
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
         """Inside, `hooks[i]` is called with the stream at site i, and may replace it, in the model's own passes.
 
-        That is in `model(...)` and `model.generate(...)`, with or without a cache; not in the chain's own methods.
+        That is in `model(...)` and `model.generate(...)`, with or without a cache; not in the methods of this class.
         """
 
     @property
@@ -164,7 +167,7 @@ class ResidualModel(ABC):
         attention_mask: Int[Tensor, "b s"] | None = None,
         differentiable: bool = False,
     ) -> Trace:
-        """Run the whole chain and keep the stream at every site.
+        """Run all sublayers and the head, and keep the stream at every site.
 
         `differentiable`: build a graph from the first stream on, of a frozen model too, so that every stream has a
         gradient with respect to the logits.
@@ -251,17 +254,17 @@ def check_tokens(
     limit, width = context_limit(*models), input_ids.shape[1]
     if limit is not None and width > limit:
         raise ValueError(f"{name} has rows of {width} tokens, over the models' context of {limit}; cut them to that")
-    refuse_foreign_tokens(name, input_ids, *models)
+    check_vocabulary(name, input_ids, *models)
     most = width if attention_mask is None else int(attention_mask.sum(1).max())
     if most < least:
         raise ValueError(f"{name} has rows of {most} real token(s); it must have one of {least} or more")
 
 
-def refuse_foreign_tokens(name: str, input_ids: Tensor, *models: ResidualModel) -> None:
+def check_vocabulary(name: str, input_ids: Tensor, *models: ResidualModel) -> None:
     """ValueError unless every token id is in all models' vocabularies."""
     low, high, vocab_size = int(input_ids.min()), int(input_ids.max()), min(model.vocab_size for model in models)
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"{name} holds token {low if low < 0 else high}; the models know 0 to {vocab_size - 1}")
+        raise ValueError(f"{name} holds token {low if low < 0 else high}; valid ids are 0 to {vocab_size - 1}")
 
 
 def context_limit(*models: ResidualModel) -> int | None:

@@ -1,4 +1,7 @@
-"""What the hooks know of the forward call that is running, and the hooks that depend on it."""
+"""What the hooks know of the forward call that is running, and the hooks that depend on it.
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 

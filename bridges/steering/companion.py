@@ -1,4 +1,4 @@
-"""A model that runs beside another one on the same tokens, with a cache of its own that follows the other's."""
+"""A second model run on the same tokens as the dense model, with its own cache, which follows the dense model's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bridges.steering.model_call import CacheRecords, ModelCall
 
 
 class Companion:
-    """Runs a model on every token that the dense model reads, once.
+    """A second model run on the same tokens as the dense model: on each token once.
 
     Its cache layers are appended to the dense model's cache, so that whatever happens to that (beams reordered, rows
     repeated or dropped, tokens taken back) happens to both. `detach_caches` removes them.
@@ -84,7 +84,7 @@ _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def model_lock(model: nn.Module | ResidualModel | str | Path) -> AbstractContextManager[Any]:
-    """A lock held while a model is taken apart or read, as threads that steer two dense models may share a sparse one.
+    """A lock held while a model is decomposed or read, as threads that steer two dense models may share a sparse one.
 
     A model that is named by a folder or hub id is loaded anew each time, so it needs none.
     """

@@ -1,4 +1,7 @@
-"""counterfactual(): the edit that replaces one prompt's reading of a channel by another prompt's (paper A.4)."""
+"""counterfactual(): the edit that replaces one prompt's reading of a channel by another prompt's (paper A.4).
+
+Read: the sublayer's input, after the norm. Reading: the value of a channel in the read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def counterfactual(
     site: str,
     channel: int,
     input_ids: Int[Tensor, "batch seq"],
-    counterfactual_ids: Int[Tensor, "batch seq_too"],
+    counterfactual_ids: Int[Tensor, "batch other_seq"],
     attention_mask: Int[Tensor, "batch seq"] | None = None,
 ) -> Edit:
     """Build the edit that gives a channel the reading it has on another prompt, token by token (paper A.4).
@@ -38,14 +41,14 @@ def counterfactual(
     >>> edit.mode, edit.value.shape, edit.value[:, :2]  # the prompts are equal up to their third token
     ('add', torch.Size([1, 4]), tensor([[0., 0.]]))
     """
-    chain = as_residual(sparse)
-    index = chain.index(site)
-    if not isinstance(channel, Integral) or not 0 <= channel < chain.d_model:
+    residual_model = as_residual(sparse)
+    index = residual_model.index(site)
+    if not isinstance(channel, Integral) or not 0 <= channel < residual_model.d_model:
         raise ValueError(
-            f"channel={channel!r} must lie between 0 and {chain.d_model - 1}, the sparse stream's channels"
+            f"channel={channel!r} must lie between 0 and {residual_model.d_model - 1}, the sparse stream's channels"
         )
     for name, ids in (("input_ids", input_ids), ("counterfactual_ids", counterfactual_ids)):
-        check_tokens(name, ids, None, chain, least=1)
-    with frozen(chain.model), torch.no_grad():
-        dn = changed_reads(chain, input_ids, counterfactual_ids, attention_mask)[index]
+        check_tokens(name, ids, None, residual_model, least=1)
+    with frozen(residual_model.model), torch.no_grad():
+        dn = changed_reads(residual_model, input_ids, counterfactual_ids, attention_mask)[index]
     return Edit(site, channel, dn[..., channel], "add")

@@ -1,6 +1,9 @@
 """The formula of an edit: a change of sparse reads as a change of the dense model (paper A.4; method.md, section 4).
 
-These functions compute an intervention on `ResidualModel`s; `steer` applies it inside an ordinary Hugging Face model.
+Read: the sublayer's input, after the norm. R: the mean RMS of the stream, centred where the norm is a LayerNorm.
+
+`steer` uses `stream_to_read` and `Bridge.read_columns`, `counterfactual` uses `changed_reads`; `bridges.channels`
+computes with the other functions, on `ResidualModel`s.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ def mask_channels(dz: Float[Tensor, "*b d_sparse"], channels: Sequence[int]) -> 
 
 
 def stream_to_read(norm: Norm, rms: Tensor, delta: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """gain C(delta) / R: a change of the stream in the units of the read."""
+    """gain C(delta) / R, with R = `rms`: a change of the stream in the units of the read."""
     centred = delta - delta.mean(-1, keepdim=True) if norm.centred else delta
     return norm.gain.to(delta) * centred / rms.to(delta)
 

@@ -1,4 +1,7 @@
-"""Edit: what to do to one channel of the sparse model, as plain data; SiteEdit: what the edits of a site change."""
+"""Edit: what to do to one channel of the sparse model, as plain data; SiteEdit: what the edits of a site change.
+
+Read: the sublayer's input, after the norm. Reading: the value of a channel in the read, in read units.
+"""
 
 from __future__ import annotations
 
@@ -168,12 +171,14 @@ def check_edits(bridge_set: BridgeSet, edits: Sequence[Edit], strength: float = 
             raise ValueError(f"channel={edit.channel} must lie between 0 and {last}, the sparse stream's channels")
         if bridge.gain_sparse[edit.channel] == 0:
             raise ValueError(
-                f"channel={edit.channel} at site={edit.site!r} has gain 0: no read shows it, so it cannot be edited"
+                f"channel={edit.channel} at site={edit.site!r} cannot be edited: its norm gain is 0, so it "
+                "never reaches the sublayer"
             )
         units = torch.stack([bridge.rms_dense, bridge.rms_sparse, bridge.gain_sparse[edit.channel].double()])
         if units.isnan().any():
             raise ValueError(
-                f"site={edit.site!r}: its bridge has no R and gain (they are NaN); use bridges that fit() returned"
+                f"site={edit.site!r}: rms and gain of its bridge are not measured (they are NaN); use bridges "
+                "that fit() returned"
             )
 
 
@@ -192,7 +197,7 @@ class SiteEdit:
     to_stream: Float[Tensor, "channels d_dense"]
     """What one read unit of each channel adds to the dense stream, strength included."""
     read_unit: Float[Tensor, " channels"]
-    """gain_s / R_s: what one unit of each channel of the sparse stream is in its read."""
+    """gain_s / R_s, with R_s the mean RMS: what one unit of each channel of the sparse stream is in its read."""
     to_reads: dict[nn.Module, Float[Tensor, "channels d_dense"]]
     """What one read unit adds to the input of each dense module that reads the stream; empty for at="residual"."""
 
@@ -207,12 +212,12 @@ class SiteEdit:
         return next((edit.mode for edit in self.edits if edit.mode != "add"), None)
 
     def constant_change(self) -> Float[Tensor, " channels"]:
-        """dn of every channel where all edits are constant."""
+        """The change of every channel in read units, where all edits are constant."""
         sums = [sum(float(e.value) for e in self.edits if e.channel == channel) for channel in self.channels]
         return self.to_stream.new_tensor(sums)
 
     def change(self, span: TokenSpan, reading: Float[Tensor, "b s channels"] | None) -> Float[Tensor, "b s channels"]:
-        """dn of every channel at a call's tokens: the reading after all edits, one after another, less the reading.
+        """The change of every channel in read units, at a call's tokens: its reading after all edits minus before.
 
         `reading` may be None where no edit needs it.
         """

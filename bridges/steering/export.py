@@ -85,21 +85,21 @@ def export_direction(
     if path.suffix == ".safetensors":
         write_tensors(path, vectors)
     elif path.suffix == ".gguf":
-        chain = as_residual(dense)
-        layers = {_output_layer(chain, site): vector for site, vector in vectors.items()}
-        _write_gguf(path, layers, chain.model.config.model_type, _n_layers(chain))  # pyright: ignore
+        residual_model = as_residual(dense)
+        layers = {_output_layer(residual_model, site): vector for site, vector in vectors.items()}
+        _write_gguf(path, layers, residual_model.model.config.model_type, _n_layers(residual_model))  # pyright: ignore
     else:
         raise ValueError(f"path={str(path)!r} must end in .safetensors or .gguf")
 
 
-def _n_layers(chain: ResidualModel) -> int:
-    return 1 + max(site.layer for site in chain.sites if site.layer is not None)
+def _n_layers(residual_model: ResidualModel) -> int:
+    return 1 + max(site.layer for site in residual_model.sites if site.layer is not None)
 
 
-def _output_layer(chain: ResidualModel, name: str) -> int:
+def _output_layer(residual_model: ResidualModel, name: str) -> int:
     """The layer whose output is the stream at a site."""
     site = Site(name)
-    layer = _n_layers(chain) - 1 if site.layer is None else site.layer - 1
+    layer = _n_layers(residual_model) - 1 if site.layer is None else site.layer - 1
     if layer < 1 or site.kind == "mlp":
         raise ValueError(
             f"site={name!r} is not the output of a layer that llama.cpp's control vectors reach (sites 2.attn, 3.attn, "

@@ -23,7 +23,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class ModelCall:
-    """The arguments of a forward call that tell which tokens it reads."""
+    """The arguments of a forward call that determine which tokens it reads."""
 
     input_ids: Int[Tensor, "b s"]
     attention_mask: Int[Tensor, "b t"] | None
@@ -39,7 +39,7 @@ class ModelCall:
 
 
 def parse_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-    """The call as a `ModelCall`; raises ValueError if its tokens cannot be told from its arguments."""
+    """The call as a `ModelCall`; raises ValueError if its tokens cannot be determined from its arguments."""
     given = {**dict(zip(_parameter_names(type(model).forward), args, strict=False)), **kwargs}
     input_ids, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
     if input_ids is None:

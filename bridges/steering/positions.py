@@ -1,4 +1,4 @@
-"""Where the tokens of a forward call stand in their rows, and which of them belong to a prompt."""
+"""Token positions of a forward call, and which of the tokens belong to a prompt."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class PromptTracker:
             self._generate_prompts = outer
 
     def locate(self, call: ModelCall) -> TokenSpan:
-        """Where the call's tokens stand.
+        """The positions of the call's tokens, and the prompt that they belong to.
 
         Raises ValueError if positions count from the end of a prompt that was not read inside this steer().
         """

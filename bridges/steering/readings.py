@@ -1,4 +1,7 @@
-"""The readings of channels that edits set or scale: the sparse model's, or the encoder's of the dense stream."""
+"""The readings of channels that edits set or scale: the sparse model's, or the encoder's of the dense stream.
+
+Reading: the value of a channel in the read, which is the sublayer's input after the norm.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,18 @@ Readings = dict[int, Tensor]
 class CompanionReader:
     """Runs the sparse model, or the unedited dense one for the encoder, on each call's tokens and reads channels."""
 
-    def __init__(self, chain: ResidualModel, from_encoder: bool):
-        self.chain, self.from_encoder = chain, from_encoder
-        self.companion = Companion(chain.model)
+    def __init__(self, residual_model: ResidualModel, from_encoder: bool):
+        self.residual_model, self.from_encoder = residual_model, from_encoder
+        self.companion = Companion(residual_model.model)
 
     def read(self, call: ModelCall, site_edits: Sequence[SiteEdit]) -> tuple[Readings, Cache | None]:
         """The readings at these sites, and the companion's own cache, None for a call without a cache."""
         readings: Readings = {}
-        with model_lock(self.chain.model), eval_mode(self.chain.model), self._hooks(site_edits, readings):
+        with (
+            model_lock(self.residual_model.model),
+            eval_mode(self.residual_model.model),
+            self._hooks(site_edits, readings),
+        ):
             return readings, self.companion.run(call)
 
     def _hooks(self, site_edits: Sequence[SiteEdit], readings: Readings) -> AbstractContextManager[None]:
@@ -42,9 +49,9 @@ class CompanionReader:
             return hook
 
         if self.from_encoder:
-            return self.chain.hook_residuals({one.dense_site: keep(one) for one in site_edits})
+            return self.residual_model.hook_residuals({one.dense_site: keep(one) for one in site_edits})
         hooks = {one.sparse_site: keep(one) for one in site_edits if one.sparse_site is not None}
-        return self.chain.hook_reads(hooks)
+        return self.residual_model.hook_reads(hooks)
 
 
 @torch.no_grad()

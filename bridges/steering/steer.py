@@ -1,4 +1,7 @@
-"""steer(): inside it, an ordinary Hugging Face model runs with edits of sparse channels pushed into it."""
+"""steer(): inside it, an ordinary Hugging Face model runs with edits of sparse channels pushed into it.
+
+Read: the sublayer's input, after the norm. Reading: the value of a channel in the read.
+"""
 
 from __future__ import annotations
 
@@ -79,19 +82,19 @@ def steer(
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     check_edits(bridge_set, edits, strength)
-    with _unedited(dense):  # taking the model apart must not meet the edits of an outer steer()
-        chain, sparse_chain = as_residual(dense), None
+    with _unedited(dense):  # outer edits are off while the model is decomposed
+        residual_model, sparse_residual = as_residual(dense), None
         if sparse is not None:
             with model_lock(sparse):
-                sparse_chain = as_residual(sparse)
+                sparse_residual = as_residual(sparse)
         if check_models:
-            bridge_set.check_models(chain.model, None if sparse_chain is None else sparse_chain.model)
-        plan = _build_plan(chain, sparse_chain, bridge_set, edits, strength, at, source)
+            bridge_set.check_models(residual_model.model, None if sparse_residual is None else sparse_residual.model)
+        plan = _build_plan(residual_model, sparse_residual, bridge_set, edits, strength, at, source)
     if edits and strength != 0:
         with _installed(plan):
-            yield chain.model
+            yield residual_model.model
     else:
-        yield chain.model
+        yield residual_model.model
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ class _ActivePlans(list[_Plan]):
     """Whether the model runs without any edit for a while."""
 
     def __deepcopy__(self, _memo: Any) -> _ActivePlans:
-        if self.paused:  # whoever takes the model apart copies pieces of it, without their hooks
+        if self.paused:  # decompose copies submodules, without their hooks
             return _ActivePlans()
         raise ValueError("model is steered, and a copy would keep the hooks of the edits; leave steer() to copy it")
 
@@ -240,8 +243,10 @@ class _PlanTracker(CallTracker):
         self.plan, self.active = plan, active
         from_the_end = (edit.positions for one in plan.site_edits for edit in one.edits if edit.counts_from_end)
         self.prompts = PromptTracker(next(from_the_end, None))  # pyright: ignore[reportArgumentType]
-        chain = plan.dense if plan.source == "encoder" else plan.sparse
-        self.reader = CompanionReader(chain, plan.source == "encoder") if plan.reading and chain is not None else None
+        read_model = plan.dense if plan.source == "encoder" else plan.sparse
+        self.reader = None
+        if plan.reading and read_model is not None:
+            self.reader = CompanionReader(read_model, plan.source == "encoder")
         self.current = CurrentCall(plan.dense.model)
 
     def close(self) -> None:
@@ -260,7 +265,7 @@ class _PlanTracker(CallTracker):
             return forward(*args, **kwargs)
         call = parse_call(self.plan.dense.model, args, kwargs)
         if call.logits_by_index and self.plan.edits_head_input:
-            raise ValueError("logits_to_keep: with an edit of what the head reads give a number of tokens, not indices")
+            raise ValueError("logits_to_keep must be an integer when an edit changes the input of the unembedding")
         span = self.prompts.locate(call)
         readings, companion_cache = self._read(call)
         with self.current.running(CallState(span, readings)):
@@ -272,15 +277,15 @@ class _PlanTracker(CallTracker):
         return output
 
     def _read(self, call: ModelCall) -> tuple[Readings, Cache | None]:
-        """The readings that need a run of their own, and the cache of that run."""
-        apart = [site_edit for site_edit in self.plan.reading if self._needs_own_run(site_edit)]
-        if self.reader is None or not apart:
+        """The readings that need a separate run, and the cache of that run."""
+        separate = [site_edit for site_edit in self.plan.reading if self._needs_separate_run(site_edit)]
+        if self.reader is None or not separate:
             return {}, None
-        same = self.reader.chain.model is self.plan.dense.model
+        same = self.reader.residual_model.model is self.plan.dense.model
         with _unedited(self.plan.dense) if same else nullcontext():
-            return self.reader.read(call, apart)
+            return self.reader.read(call, separate)
 
-    def _needs_own_run(self, site_edit: SiteEdit) -> bool:
+    def _needs_separate_run(self, site_edit: SiteEdit) -> bool:
         """Whether the stream at the site may be edited already when the encoder could read it on its way."""
         first = site_edit is self.plan.site_edits[0] and len(self.active) == 1
         return self.plan.source == "sparse" or not first

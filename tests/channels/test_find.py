@@ -66,7 +66,7 @@ def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts, te
         (torch.zeros(5).long(), r"text=\(5,\) must be"),
         (torch.zeros(2, 5), r"text=\(2, 5\) must be"),
         ([[1, 2]], "text=list must be"),
-        (torch.full((1, 3), 99), "text holds token 99; the models know 0 to 16"),
+        (torch.full((1, 3), 99), "text holds token 99; valid ids are 0 to 16"),
         (torch.zeros(1, 13).long(), "text has rows of 13 tokens, over the models' context of 12; cut them to that"),
     ],
 )

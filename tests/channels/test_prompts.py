@@ -33,7 +33,7 @@ def test_tokens_that_a_model_does_not_know_are_refused(pair, field):
     wrong = getattr(task, field).clone()
     wrong[2, -1] = 17
     with pytest.raises(
-        ValueError, match=f"task='{task.task}' with this tokenizer holds token 17; the models know 0 to 16"
+        ValueError, match=f"task='{task.task}' with this tokenizer holds token 17; valid ids are 0 to 16"
     ):
         run_prompts(pair, task._replace(**{field: wrong}))
 

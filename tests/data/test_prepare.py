@@ -118,11 +118,11 @@ def test_data_that_does_not_fit_the_models_is_refused_with_both_values(ready):
         ready(data(), seq_len=33)
     with pytest.raises(ValueError, match=r"data has rows of 40 tokens, over the models' context of 32"):
         ready(data(4, 40))
-    with pytest.raises(ValueError, match=r"data holds token 70; the models know 0 to 60"):
+    with pytest.raises(ValueError, match=r"data holds token 70; valid ids are 0 to 60"):
         ready(torch.full((4, 5), 70))
-    with pytest.raises(ValueError, match=r"data holds token -1; the models know 0 to 60"):
+    with pytest.raises(ValueError, match=r"data holds token -1; valid ids are 0 to 60"):
         ready(torch.full((4, 5), -1))
-    with pytest.raises(ValueError, match=r"eval_data holds token 61; the models know 0 to 60"):
+    with pytest.raises(ValueError, match=r"eval_data holds token 61; valid ids are 0 to 60"):
         ready(data(), eval_data=torch.full((4, 5), 61))
     with pytest.raises(ValueError, match=r"data has 1 row; fit needs two or more"):
         ready(data(1))

@@ -42,11 +42,11 @@ REFUSED = {
     ),
     "unknown tokens held out where rows are sampled": (
         lambda _: {"data": None, "eval_data": DATA + 1},
-        "eval_data holds token 17; the models know 0 to 16",
+        "eval_data holds token 17; valid ids are 0 to 16",
     ),
     "unknown setting": (lambda _: {"learning_rate": 1}, "learning_rate=1 is not a setting of fit"),
     "impossible setting": (lambda _: {"steps": -1}, "steps=-1"),
-    "unknown tokens": (lambda _: {"data": DATA + 1}, "data holds token 17; the models know 0 to 16"),
+    "unknown tokens": (lambda _: {"data": DATA + 1}, "data holds token 17; valid ids are 0 to 16"),
     "one row": (lambda _: {"data": DATA[:1]}, "data has 1 row"),
     "no rows": (lambda _: {"data": []}, "data holds no rows"),
     "unknown site": (lambda _: {"sites": ("7.attn",)}, "sites='7.attn'"),

@@ -105,7 +105,7 @@ def test_where_the_target_does_not_vary_the_nmse_is_nan_and_the_gradients_are_fi
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"input_ids": torch.full((2, 4), 99)}, "input_ids holds token 99; the models know 0 to 16"),
+        ({"input_ids": torch.full((2, 4), 99)}, "input_ids holds token 99; valid ids are 0 to 16"),
         ({"input_ids": torch.zeros(2, 40).long()}, "input_ids has rows of 40 tokens, over the models' context of 12"),
         ({"input_ids": torch.zeros(4).long()}, r"input_ids=\(4,\) must be a tensor of token ids"),
         ({"input_ids": torch.zeros(2, 1).long()}, r"input_ids has rows of 1 real token\(s\)"),
@@ -121,7 +121,7 @@ def test_tokens_and_sites_that_do_not_fit_are_refused(given, message, unchecked)
 
 def test_other_models_are_refused_unless_the_caller_insists(ids):
     pair = PAIRS["equal depth"]()
-    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)
     other = sparse_model(seed=99)
     with pytest.raises(ValueError, match="sparse=SparseTransformer is not the model"):
         hybrid_losses(pair.dense, other, pair.bridge_set, ids)

@@ -84,7 +84,7 @@ def test_edits_and_paths_that_cannot_be_exported_are_refused(pair, tmp_path, edi
         (Edit("9.attn", 1, 1.0, "add"), 1.0, "site='9.attn' has no bridge"),
         (Edit("1.attn", 99, 1.0, "add"), 1.0, "channel=99 must lie between 0 and 11, the sparse stream's channels"),
         (Edit("1.attn", 1, 1.0, "add"), float("nan"), "strength=nan must be a finite number"),
-        (Edit("1.attn", 5, 1.0, "add"), 1.0, "channel=5 at site='1.attn' has gain 0"),
+        (Edit("1.attn", 5, 1.0, "add"), 1.0, "channel=5 at site='1.attn' cannot be edited: its norm gain is 0"),
     ],
 )
 def test_what_steer_refuses_is_not_exported(tmp_path, edit, strength, message):

@@ -93,7 +93,7 @@ def test_an_edit_at_the_head_where_only_the_last_logits_are_kept(dense, at, sour
             torch.testing.assert_close(last, whole[:, -kept:], rtol=0, atol=1e-12)
         picked = torch.tensor([0, 2])
         if at == "read":
-            with pytest.raises(ValueError, match="logits_to_keep: with an edit of what the head reads"):
+            with pytest.raises(ValueError, match="logits_to_keep must be an integer when an edit changes the input"):
                 pair.dense.model(ids, logits_to_keep=picked)
         else:
             with torch.no_grad():

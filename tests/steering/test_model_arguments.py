@@ -31,7 +31,7 @@ def named(pair, tmp_path):
 
 @pytest.mark.parametrize("strength", [1.0, 0.0])
 def test_steer_takes_a_model_however_it_is_named_and_yields_it(pair, named, strength):
-    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)
     edit = Edit(SITE, CHANNEL, 3.0)
     with steer(pair.dense.model, pair.bridge_set, edit, sparse=pair.sparse.model, strength=strength) as model:
         assert model is pair.dense.model

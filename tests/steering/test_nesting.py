@@ -80,7 +80,7 @@ def test_two_threads_may_steer_two_models():
 
 @pytest.mark.parametrize("sparse", slow_but({"sparse": sparse_model, "gpt2": lambda: gpt2(width=12, seed=2)}, "gpt2"))
 def test_threads_may_share_a_sparse_model(sparse):
-    """Two dense models, different prompts, one sparse model that is taken apart, hooked and read in both."""
+    """Two dense models, different prompts, one sparse model that is decomposed, hooked and read in both."""
     sparse, before = sparse(), sys.getswitchinterval()
     pairs = [with_units(join(gpt2_without_eos(), sparse)) for _ in range(2)]
     prompts, expected, right = [tokens(seed=seed) for seed in (1, 2)], [], []

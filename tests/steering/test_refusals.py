@@ -39,15 +39,21 @@ def test_edits_and_strengths_of_other_types_are_refused(pair, unchecked, edits, 
 
 def test_a_channel_of_gain_zero_and_unmeasured_units_are_refused(pair):
     pair.bridge_set[SITE].gain_sparse[CHANNEL] = 0
-    with pytest.raises(ValueError, match=r"channel=0 at site='1\.attn' has gain 0"), steered(pair, EDITS["set"]):
+    with (
+        pytest.raises(ValueError, match=r"channel=0 at site='1\.attn' cannot be edited: its norm gain is 0"),
+        steered(pair, EDITS["set"]),
+    ):
         pass
     pair.bridge_set[SITE].rms_dense.fill_(float("nan"))
-    with pytest.raises(ValueError, match="its bridge has no R and gain"), steered(pair, Edit(SITE, 1, 1.0)):
+    with (
+        pytest.raises(ValueError, match="rms and gain of its bridge are not measured"),
+        steered(pair, Edit(SITE, 1, 1.0)),
+    ):
         pass
 
 
 def test_other_models_are_refused_unless_check_models_is_false(pair):
-    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)
     other = gpt2(seed=9)
     with (
         pytest.raises(ValueError, match="dense=GPT2LMHeadModel is not the model"),
@@ -130,7 +136,7 @@ def test_layers_that_run_again_after_the_call_have_no_state_to_use(pair):
 
 @pytest.mark.parametrize(("edits", "strength"), [([], 1.0), (EDITS["add"], 0.0)], ids=["no edits", "strength 0"])
 def test_what_changes_nothing_checks_the_models_all_the_same(pair, edits, strength):
-    pair.bridge_set.remember(pair.dense.model, pair.sparse.model)
+    pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)
     options = {"strength": strength, "sparse": sparse_model(seed=8)}
     with pytest.raises(ValueError, match="sparse=SparseTransformer is not"), steered(pair, edits, **options):
         pass

@@ -1,1 +1,1 @@
-"""Any Hugging Face decoder-only model: taken apart (`decompose.py`) and run sublayer by sublayer (`adapter.py`)."""
+"""Any Hugging Face decoder-only model: split into sublayers (`decompose.py`), which `adapter.py` runs one by one."""

@@ -1,4 +1,7 @@
-"""Any Hugging Face decoder-only model as a `ResidualModel`: what `decompose.py` finds, run as a chain of sublayers."""
+"""Any Hugging Face decoder-only model as a `ResidualModel`: what `decompose.py` finds, run as a chain of sublayers.
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,10 @@ class _BatchCalls:
 
 
 class _SplitLayer(NamedTuple):
-    """A layer whose forward runs its two halves one after the other."""
+    """A layer whose forward runs its two sublayers one after the other."""
 
     hooks: list[HookFunction]
-    """Called on the stream between the halves."""
+    """Called on the stream between the sublayers."""
     forward: Callable[..., Any]
     """The layer's own forward."""
     restore: ExitStack
@@ -80,7 +83,7 @@ class HuggingFaceResidual(ResidualModel):
         return Context(input_ids, attention_mask, embedding[0], calls)
 
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
-        """One half of a decoder layer (or the whole of a `block`), called as the model would call it."""
+        """One of a decoder layer's two sublayers (or the whole layer, a `block`), called as the model would call it."""
         sublayer = self.decomposition.sublayers[index]
         return self.decomposition.run(sublayer, residual, context.extra.arguments[sublayer.layer])
 
@@ -121,9 +124,9 @@ class HuggingFaceResidual(ResidualModel):
         return modules
 
     def norm(self, index: int, reader: int = 0) -> Norm:
-        """Measured on a float64 copy of what stands between the site and the module that reads it.
+        """Measured on a float64 copy of the modules between the site and the module that reads it.
 
-        The gain is exact in half precision too. ValueError where that is not a LayerNorm or an RMSNorm.
+        The gain is exact in half precision too. ValueError if these are not a LayerNorm or an RMSNorm.
         """
         with eval_mode(self.model), torch.no_grad():
             norm = measure_norm(
@@ -131,11 +134,11 @@ class HuggingFaceResidual(ResidualModel):
             )
         if norm is None:
             name = self.sites[index]
-            raise ValueError(f"site={name!r}: what stands before its read is not a LayerNorm or an RMSNorm")
+            raise ValueError(f"site={name!r}: the module before the sublayer is not a LayerNorm or an RMSNorm")
         return norm._replace(gain=norm.gain.cpu().to(torch.promote_types(self.dtype, torch.float32)))
 
     def _read(self, index: int, reader: int, streams: Float[Tensor, "n d"]) -> Float[Tensor, "n d_read"]:
-        """What a reader of a site is given when the streams stand there, computed in their dtype."""
+        """The input of a module that reads the site, given these streams at the site; computed in their dtype."""
         tokens = torch.zeros(len(streams), 1, dtype=torch.long, device=self.device)
         context: _BatchCalls = self.context(tokens).extra
         if index == len(self.decomposition.sublayers):
@@ -151,7 +154,7 @@ class HuggingFaceResidual(ResidualModel):
 
     @contextmanager
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
-        """By hooks on the layers; for the stream between a layer's halves, the layer runs them one after the other."""
+        """By hooks on the layers; for the stream between a layer's sublayers, the layer runs them in sequence."""
         sublayers = self.decomposition.sublayers
         with ExitStack() as stack:
             for index, hook in hooks.items():
@@ -162,12 +165,12 @@ class HuggingFaceResidual(ResidualModel):
                     before = input_hook(hook, self.d_model)
                     stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 else:
-                    stack.enter_context(self._hook_between_halves(index, hook))
+                    stack.enter_context(self._hook_between_sublayers(index, hook))
             yield
 
     @contextmanager
-    def _hook_between_halves(self, index: int, hook: HookFunction) -> Iterator[None]:
-        """Inside, a layer runs as its two halves with the hook between; hooks around the layer still run once.
+    def _hook_between_sublayers(self, index: int, hook: HookFunction) -> Iterator[None]:
+        """Inside, a layer runs as its two sublayers with the hook between; hooks around the layer still run once.
 
         The layer's own forward comes back when the last hook is gone, in whatever order they go.
         """

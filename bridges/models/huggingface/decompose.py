@@ -1,10 +1,11 @@
-"""How a Hugging Face decoder is taken apart into sublayers, without a table of architectures.
+"""How a Hugging Face decoder is split into sublayers, without a table of architectures.
 
 1. `decoder_layers` finds the list of decoder layers.
 2. `find_submodules` finds a layer's attention and MLP by what they do: only attention carries a change of one token to
    a later one.
-3. `split_layer` makes two sublayers of a layer: with its MLP giving zeros it is the attention sublayer, with its
-   attention giving zeros the MLP sublayer. A layer that these two in sequence do not reproduce stays whole, a `block`.
+3. `split_layer` makes two sublayers of a layer: with the output of its MLP replaced by zeros it is the attention
+   sublayer, with the output of its attention replaced by zeros the MLP sublayer. A layer that these two in sequence do
+   not reproduce stays whole, a `block`.
 4. `check_chain` and `check_causal` compare the chain of sublayers with the model itself on random tokens.
 
 `adapter.py` runs what is found here.
@@ -43,18 +44,18 @@ class Submodule(NamedTuple):
 
 
 class Sublayer(NamedTuple):
-    """A decoder layer with one of its two submodules giving zeros, or the whole layer."""
+    """A decoder layer with the output of one of its two submodules replaced by zeros, or the whole layer."""
 
     layer: int
-    silenced: nn.Module | None
-    """The submodule that gives zeros; None for a whole layer."""
+    zeroed: nn.Module | None
+    """The submodule whose output is replaced by zeros; None for a whole layer."""
     readers: list[nn.Module]
     """The submodules that read the stream at this sublayer's site."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A model's layers, what stands in them, and the sublayers made of them, in order."""
+    """A model's layers, their submodules, and the sublayers made of them, in order."""
 
     layers: list[nn.Module]
     tuple_lengths: list[int]
@@ -146,22 +147,22 @@ def _run(
     arguments: CallArguments,
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
-    silence = nullcontext()
-    if sublayer.silenced is not None:
-        length = submodules[sublayer.silenced].tuple_length
+    replaced = nullcontext()
+    if sublayer.zeroed is not None:
+        length = submodules[sublayer.zeroed].tuple_length
 
         def zeros(*args: Any, **kwargs: Any) -> Any:
             return as_output(torch.zeros_like(split_arguments(args, kwargs)[0]), length)
 
-        silence = replace_calls({sublayer.silenced: zeros})
-    with silence:
+        replaced = replace_calls({sublayer.zeroed: zeros})
+    with replaced:
         return output_hidden(arguments.call(forward or layer, hidden))
 
 
 def _site_name(sublayer: Sublayer, submodules: dict[nn.Module, Submodule]) -> str:
-    if sublayer.silenced is None:
+    if sublayer.zeroed is None:
         return f"{sublayer.layer}.block"
-    return f"{sublayer.layer}.{'mlp' if submodules[sublayer.silenced].mixes_tokens else 'attn'}"
+    return f"{sublayer.layer}.{'mlp' if submodules[sublayer.zeroed].mixes_tokens else 'attn'}"
 
 
 def _mixes_tokens(layer: nn.Module, layer_call: LayerCall, module: nn.Module, call: LayerCall) -> bool:
@@ -194,9 +195,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def tolerance(sample: Tensor) -> float:
-    """How far the chain may be from the model, relative to the largest magnitude: 0 for float32 and float64 on CPUs.
+    """How far the sublayers in sequence may be from the model, relative to the largest magnitude.
 
-    Elsewhere kernels may sum in another order from call to call: 8 units of the dtype's last place, 64 for float32.
+    0 for float32 and float64 on CPUs. Elsewhere kernels may sum in another order from call to call: 8 units of the
+    dtype's last place, 64 for float32.
     """
     wide = sample.dtype in (torch.float32, torch.float64)
     if wide and sample.device.type == "cpu":
@@ -205,18 +207,18 @@ def tolerance(sample: Tensor) -> float:
 
 
 def same_layer(sequential: Tensor, whole: Tensor, parallel: Tensor) -> bool:
-    """Whether the two halves in sequence are the layer.
+    """Whether the two sublayers in sequence are the layer.
 
-    Where `tolerance` is not 0, a small random model could pass it while its halves run in parallel, so there the
+    Where `tolerance` is not 0, a small random model could pass it while its sublayers run in parallel, so there the
     sequential composition must also fit ten times better than the parallel one.
     """
     error = difference(sequential, whole)
     return error == 0 or (error <= tolerance(whole) and error <= 0.1 * difference(parallel, whole))
 
 
-def check_chain(chain: ResidualModel, decomposition: Decomposition, record: ForwardRecord) -> None:
-    """ValueError, naming the layer and the difference, unless the chain gives the model's own logits."""
-    trace = chain.trace(*record.batch)
+def check_chain(residual_model: ResidualModel, decomposition: Decomposition, record: ForwardRecord) -> None:
+    """ValueError, naming the layer and the difference, unless the chain of sublayers gives the model's own logits."""
+    trace = residual_model.trace(*record.batch)
     counted = record.counted
     error = difference(trace.logits[counted], record.logits[counted])
     if error <= tolerance(record.logits):
@@ -230,8 +232,8 @@ def check_chain(chain: ResidualModel, decomposition: Decomposition, record: Forw
     else:
         where = "the logits, after the last layer"
     raise ValueError(
-        f"model={chain.model.config.model_type!r} cannot be taken apart: sublayers run one by one differ from the "  # pyright: ignore
-        f"model by {error:.3g} (relative) at {where}; it is not a plain decoder-only chain, or not finite"
+        f"model={residual_model.model.config.model_type!r} cannot be split into sublayers: run one by one, they differ "  # pyright: ignore
+        f"from the model by {error:.3g} (relative) at {where}; it is not a plain decoder-only model, or not finite"
     )
 
 

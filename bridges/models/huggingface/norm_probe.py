@@ -1,4 +1,7 @@
-"""Measuring the norm before a read by its answers to probe vectors, so that no norm class needs to be known."""
+"""Measuring the norm before a read from its outputs on probe vectors, so that no norm class needs to be known.
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 

@@ -67,14 +67,14 @@ def record_forward(model: nn.Module, layers: list[nn.Module], batch: Batch) -> F
     family = model.config.model_type  # pyright: ignore
     if len(calls) < len(layers):
         raise ValueError(
-            f"model={family!r} cannot be taken apart: {len(layers)} decoder layers, but {len(calls)} different ones "
-            "are called with the stream"
+            f"model={family!r} cannot be split into sublayers: {len(layers)} decoder layers, but {len(calls)} "
+            "different ones are called with the stream"
         )
     for i, layer in enumerate(layers):
         if calls[layer].hidden.shape[:-1] != input_ids.shape:
             shape = list(calls[layer].hidden.shape)
             raise ValueError(
-                f"model={family!r} cannot be taken apart: layer {i} is given a stream of shape {shape}, not "
+                f"model={family!r} cannot be split into sublayers: layer {i} is given a stream of shape {shape}, not "
                 "[batch, seq, d_model]"
             )
     if attention_mask is None:

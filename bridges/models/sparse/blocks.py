@@ -1,4 +1,7 @@
-"""The layers of a weight-sparse transformer, in the order of operations of method.md, section 8."""
+"""The layers of a weight-sparse transformer, in the order of operations of method.md, section 8.
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from bridges.ops.abs_topk import abs_topk
 class AbsTopK(nn.Module):
     """Keeps the k entries of largest magnitude and zeroes the others, or keeps everything when k is None.
 
-    A module even where it keeps everything, so that each of the ten places can have a hook.
+    A module even where it keeps everything, so that each of the ten locations can have a hook.
     """
 
     def __init__(self, k: int | None):
@@ -55,7 +58,7 @@ class Sink(nn.Module):
         self.sink_logit = nn.Parameter(torch.zeros(n_head))
 
 
-class Write(nn.Linear):
+class OutputProjection(nn.Linear):
     """A matrix that writes to the stream; its initial scale falls with the number of layers (GPT-2)."""
 
 
@@ -68,7 +71,7 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.d_head, self.dropout = layer, config.n_head, config.d_head, config.dropout
         heads = config.n_head * config.d_head
         self.c_attn = nn.Linear(config.d_read, 3 * heads, bias=config.bias)
-        self.c_proj = Write(heads, config.d_model, bias=config.bias)
+        self.c_proj = OutputProjection(heads, config.d_model, bias=config.bias)
         self.attn_imp = Sink(config.n_head) if config.sink else None
         self.attn_in, self.attn_out = AbsTopK(config.kept("attn_in")), AbsTopK(config.kept("attn_out"))
         self.attn_q, self.attn_k, self.attn_v = (AbsTopK(config.kept(f"attn_{name}")) for name in "qkv")
@@ -114,7 +117,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.d_read, config.d_mlp, bias=config.bias)
         self.act = nn.ReLU() if config.activation_type == "relu" else nn.GELU()
-        self.c_proj = Write(config.d_mlp, config.d_model, bias=config.bias)
+        self.c_proj = OutputProjection(config.d_mlp, config.d_model, bias=config.bias)
         self.mlp_in, self.mlp_out = AbsTopK(config.kept("mlp_in")), AbsTopK(config.kept("mlp_out"))
         self.mlp_neuron = AbsTopK(config.kept("mlp_neuron"))
 

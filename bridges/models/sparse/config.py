@@ -1,4 +1,7 @@
-"""The configuration of a weight-sparse transformer (method.md, sections 5 and 8)."""
+"""The configuration of a weight-sparse transformer (method.md, sections 5 and 8).
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
 
-AFRAC_PLACES = (
+AFRAC_LOCATIONS = (
     "attn_in",
     "attn_q",
     "attn_k",
@@ -19,7 +22,7 @@ AFRAC_PLACES = (
     "resid_post_attn",
     "resid_post_mlp",
 )
-"""The places of AbsTopK in a layer, as the paper calls them (A.1)."""
+"""The locations of AbsTopK in a layer, as the paper calls them (A.1)."""
 
 IGNORED_KEYS = frozenset({"flash", "grad_checkpointing", "debug_nans", "enable_sparse_kernels"})
 """Keys of published checkpoints that do not change the function."""
@@ -92,7 +95,7 @@ class SparseConfig(PretrainedConfig):
     afrac: float | None = 0.25
     """AbsTopK keeps int(afrac * size) entries at each of `afrac_loctypes`; None: no AbsTopK anywhere."""
     afrac_loctypes: str = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
-    """Places of AbsTopK, from `AFRAC_PLACES`, comma-separated or as a list."""
+    """Locations of AbsTopK, from `AFRAC_LOCATIONS`, comma-separated or as a list."""
     tied_unembed: bool = False
     """Whether the unembedding is the embedding's matrix."""
     tokenizer_name: str | None = None
@@ -138,13 +141,15 @@ class SparseConfig(PretrainedConfig):
         return self.d_model + (self.d_pos_emb or 0)
 
     @property
-    def places(self) -> tuple[str, ...]:
-        """The places that have an AbsTopK; none where `afrac` is None."""
+    def locations(self) -> tuple[str, ...]:
+        """The locations that have an AbsTopK; none where `afrac` is None."""
         return tuple(p.strip() for p in self.afrac_loctypes.split(",") if p.strip()) if self.afrac is not None else ()
 
-    def kept(self, place: str) -> int | None:
-        """How many entries AbsTopK keeps at a place, None at a place without."""
-        return int(self.afrac * _sizes(self)[place]) if place in self.places and self.afrac is not None else None
+    def kept(self, location: str) -> int | None:
+        """How many entries AbsTopK keeps at a location, None at a location without AbsTopK."""
+        if self.afrac is None or location not in self.locations:
+            return None
+        return int(self.afrac * _sizes(self)[location])
 
 
 FIELDS = tuple(name for name, kind in SparseConfig.__annotations__.items() if not kind.startswith("ClassVar"))
@@ -206,28 +211,30 @@ def _validate(config: SparseConfig) -> None:
         value = getattr(config, name)
         if not holds(value):
             raise ValueError(f"{name}={value!r} must be {wanted}")
-    if not set(config.places) <= set(AFRAC_PLACES):
-        raise ValueError(f"afrac_loctypes={config.afrac_loctypes!r} must be places of {', '.join(AFRAC_PLACES)}")
+    if not set(config.locations) <= set(AFRAC_LOCATIONS):
+        raise ValueError(
+            f"afrac_loctypes={config.afrac_loctypes!r} must be locations from {', '.join(AFRAC_LOCATIONS)}"
+        )
     if config.d_pos_emb is None and (config.sinusoidal_cat_pos_emb or config.dropout_cat_pos_emb):
         raise ValueError("d_pos_emb=None must be a width when sinusoidal_cat_pos_emb or dropout_cat_pos_emb is True")
 
 
 def _validate_k(config: SparseConfig) -> None:
-    for place in config.places:
-        if config.kept(place) == 0:
-            size = _sizes(config)[place]
+    for location in config.locations:
+        if config.kept(location) == 0:
+            size = _sizes(config)[location]
             raise ValueError(
-                f"afrac={config.afrac} keeps 0 of {size} entries at {place}; raise afrac or leave {place} out"
+                f"afrac={config.afrac} keeps 0 of {size} entries at {location}; raise afrac or leave {location} out"
             )
 
 
 def _sizes(config: SparseConfig) -> dict[str, int]:
-    """The width of the tensor at each place."""
+    """The width of the tensor at each location."""
     assert config.n_head and config.d_head and config.d_mlp
     heads = config.n_head * config.d_head
     widths = {"attn_in": config.d_read, "mlp_in": config.d_read, "mlp_neuron": config.d_mlp}
     widths |= {"attn_q": heads, "attn_k": heads, "attn_v": heads}
-    return {place: widths.get(place, config.d_model) for place in AFRAC_PLACES}
+    return {location: widths.get(location, config.d_model) for location in AFRAC_LOCATIONS}
 
 
 def _divide(config: SparseConfig, name: str) -> int:

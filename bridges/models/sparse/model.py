@@ -1,4 +1,7 @@
-"""A GPT-2-like decoder with sparse weights and activations (Gao et al. 2025; method.md, sections 5 and 8)."""
+"""A GPT-2-like decoder with sparse weights and activations (Gao et al. 2025; method.md, sections 5 and 8).
+
+Read: the sublayer's input, after the norm.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from bridges.io.paths import local_folder
 from bridges.io.tensors import check_tensors
 from bridges.models.residual import position_ids
-from bridges.models.sparse.blocks import Block, RMSNorm, Sink, Trunk, Write, attention_pattern, sinusoids
+from bridges.models.sparse.blocks import Block, OutputProjection, RMSNorm, Sink, Trunk, attention_pattern, sinusoids
 from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.folder import DOWNLOAD, NONZEROS, locate, read_folder, remove_other_weights
 from bridges.models.sparse.nonzeros import write_nonzeros
@@ -41,7 +44,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
 
     logits = lm_head(ln_f(h)) + final_logits_bias + bigram_table[input_ids], where h is the stream after the last
     `Block`. A `transformers.PreTrainedModel`: it generates, and `AutoModelForCausalLM` loads it. New models have dense
-    random weights; training makes them sparse. `bridges.as_residual(model)` gives it as a chain of sublayers.
+    random weights; training makes them sparse. `bridges.as_residual(model)` gives it as a `ResidualModel`.
 
     >>> config = SparseConfig(vocab_size=11, n_layer=2, d_model=32, block_size=8)
     >>> model = SparseTransformer(config).eval()
@@ -80,7 +83,7 @@ class SparseTransformer(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            writes = math.sqrt(2 * self.config.n_layer) if isinstance(module, Write) else 1
+            writes = math.sqrt(2 * self.config.n_layer) if isinstance(module, OutputProjection) else 1
             nn.init.normal_(module.weight, std=INIT_STD / writes)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

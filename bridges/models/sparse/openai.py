@@ -28,7 +28,7 @@ _DEFAULTS = {
     "tokenizer_name": "tinypython_2k",
     "sink": False,
 }
-"""Values of keys that a published file leaves out, where the defaults of `SparseConfig` are others."""
+"""Values of keys that a published file leaves out, where they differ from the defaults of `SparseConfig`."""
 
 
 def published_config(keys: Mapping[str, Any], where: Path | str) -> SparseConfig:

@@ -1,4 +1,4 @@
-"""A weight-sparse transformer as a chain of sublayers."""
+"""A weight-sparse transformer as a `ResidualModel`, a chain of sublayers."""
 
 from __future__ import annotations
 

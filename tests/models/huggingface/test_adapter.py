@@ -110,7 +110,7 @@ def test_padding_and_batch_mates_do_not_reach_a_row(family, tiny, tokens, paddin
                 torch.testing.assert_close(ours[row][padding[row].bool()][None], theirs, rtol=0, atol=atol)
 
 
-def test_silenced_and_skipped_modules_are_not_computed(tiny, tokens):
+def test_zeroed_and_skipped_modules_are_not_computed(tiny, tokens):
     model = tiny("gpt2")
     chain = as_residual(model)
     calls = []

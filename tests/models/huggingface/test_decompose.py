@@ -35,7 +35,7 @@ def test_tolerance_elsewhere_allows_another_order_of_summation():
     assert tolerance(torch.ones(1, device="meta", dtype=torch.bfloat16)) == 8 * 2.0**-7
 
 
-def test_a_layer_is_split_when_the_halves_fit_and_the_parallel_sum_does_not():
+def test_a_layer_is_split_when_the_sublayers_fit_and_the_parallel_sum_does_not():
     whole = torch.tensor([100.0, 0.0], dtype=torch.bfloat16)
     near, far = torch.tensor([100.5, 0.0], dtype=torch.bfloat16), torch.tensor([150.0, 0.0], dtype=torch.bfloat16)
     assert same_layer(whole, whole, whole)
@@ -124,12 +124,14 @@ def test_an_unknown_family_is_split_like_any_other():
     assert sites_of_equal_chain(UnknownModel()) == ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp", "final"]
 
 
-def test_a_layer_with_a_bias_after_its_silenced_half_is_a_block():
+def test_a_layer_with_a_bias_after_its_zeroed_submodule_is_a_block():
     assert sites_of_equal_chain(UnknownModel(post_norm_bias=True)) == ["0.block", "1.block", "2.block", "final"]
 
 
 def test_something_added_between_layers_is_refused():
-    with pytest.raises(ValueError, match=r"model='unknown' cannot be taken apart.* differ .* by [0-9.e-]+ .*layer 2"):
+    with pytest.raises(
+        ValueError, match=r"model='unknown' cannot be split into sublayers.* differ .* by [0-9.e-]+ .*layer 2"
+    ):
         as_residual(UnknownModel(between=0.1).eval())
     as_residual(UnknownModel(between=0.0).eval())
 

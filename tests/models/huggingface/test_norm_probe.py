@@ -159,7 +159,7 @@ def test_measuring_leaves_the_model_and_its_hooks_alone(index, tiny):
     chain = as_residual(model)
     expected = chain.norm(index).gain
     model.transformer.h[0].ln_2.register_forward_hook(lambda *_: pytest.fail("a hook of the user ran"))
-    with chain.hook_residuals({1: lambda h: h + 100}):  # layer 0 runs as its two halves
+    with chain.hook_residuals({1: lambda h: h + 100}):  # layer 0 runs as its two sublayers
         before = {name: dict(vars(module)) for name, module in model.named_modules()}
         assert torch.equal(chain.norm(index).gain, expected)
         assert {name: dict(vars(module)) for name, module in model.named_modules()} == before

@@ -6,7 +6,7 @@ from bridges.models.sparse.model import SparseConfig
 def test_defaults_are_those_of_the_paper():
     config = SparseConfig()
     assert (config.rms_norm, config.tied_unembed, config.sink, config.afrac) == (True, False, True, 0.25)
-    assert len(config.places) == 8 and not any(place.startswith("resid") for place in config.places)
+    assert len(config.locations) == 8 and not any(location.startswith("resid") for location in config.locations)
     assert (config.d_head, config.n_head, config.d_mlp) == (16, 48, 3072)
 
 
@@ -21,7 +21,8 @@ def test_missing_widths_are_derived_from_the_others():
 def test_k_is_a_fraction_of_the_width_at_each_place():
     config = SparseConfig(d_model=30, n_head=3, d_head=4, d_mlp=50, d_pos_emb=9, afrac=0.1)
     assert {
-        place: config.kept(place) for place in ("attn_in", "attn_q", "attn_out", "mlp_neuron", "resid_post_mlp")
+        location: config.kept(location)
+        for location in ("attn_in", "attn_q", "attn_out", "mlp_neuron", "resid_post_mlp")
     } == {
         "attn_in": 3,  # of 39
         "attn_q": 1,  # of 12
@@ -64,7 +65,7 @@ def test_save_and_load_give_the_same_configuration(tmp_path):
         ({"sink": 1}, "sink=1 must be True or False"),
         ({"dropout": 1.0}, r"dropout=1.0 must be a number in \[0, 1\)"),
         ({"afrac": 0.0}, r"afrac=0.0 must be a number in \(0, 1\] or None"),
-        ({"afrac_loctypes": "attn_in,mlp"}, "afrac_loctypes='attn_in,mlp' must be places of attn_in"),
+        ({"afrac_loctypes": "attn_in,mlp"}, "afrac_loctypes='attn_in,mlp' must be locations from attn_in"),
         ({"activation_type": "silu"}, "activation_type='silu' must be gelu or relu"),
         ({"residual_activation_type": "gelu"}, "residual_activation_type='gelu' must be identity or relu"),
         ({"sinusoidal_cat_pos_emb": True}, "d_pos_emb=None must be a width when sinusoidal_cat_pos_emb"),

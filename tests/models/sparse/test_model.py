@@ -36,8 +36,8 @@ class Oracle:
         self.c = model.config
         self.w = {name: value.detach() for name, value in model.state_dict().items()}
 
-    def keep(self, x, place):
-        if self.c.afrac is None or place not in self.c.afrac_loctypes.split(","):
+    def keep(self, x, location):
+        if self.c.afrac is None or location not in self.c.afrac_loctypes.split(","):
             return x
         out = torch.zeros_like(x)
         for row, kept in zip(x, out, strict=True):
@@ -57,12 +57,12 @@ class Oracle:
         out = x @ self.w[f"{name}.weight"].T
         return out + self.w[f"{name}.bias"] if self.c.bias else out
 
-    def read(self, h, layer, half, place):
+    def read(self, h, layer, half, location):
         x = self.norm(h, f"{layer}.ln_{half}")
         if self.c.d_pos_emb is not None:
             positions = self.w["transformer.wpe.weight"][: len(h)]
             x = torch.cat([x, self.norm(positions, f"{layer}.ln_p{half}")], -1)
-        return self.keep(x, place)
+        return self.keep(x, location)
 
     def attention(self, h, layer):
         q, k, v = self.linear(self.read(h, layer, 1, "attn_in"), f"{layer}.attn.c_attn").split(
@@ -86,8 +86,8 @@ class Oracle:
         x = x.clamp(min=0) if self.c.activation_type == "relu" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return self.keep(self.linear(self.keep(x, "mlp_neuron"), f"{layer}.mlp.c_proj"), "mlp_out")
 
-    def after(self, h, place):
-        return self.keep(h.clamp(min=0) if self.c.residual_activation_type == "relu" else h, place)
+    def after(self, h, location):
+        return self.keep(h.clamp(min=0) if self.c.residual_activation_type == "relu" else h, location)
 
     def __call__(self, row):
         h = self.w["transformer.wte.weight"][row]
