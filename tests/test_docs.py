@@ -17,6 +17,7 @@ def blocks(page):
     return FENCE.findall(page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow  # README fits and searches on the bundled pair
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run_one_after_the_other_as_they_stand(page, tmp_path):
     script = "\n".join(blocks(page))
