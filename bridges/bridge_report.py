@@ -17,7 +17,8 @@ from bridges.io.tensors import read_keys
 class SiteFigures:
     """One site's held-out figures; NMSE as a fraction of the target's variance, KL in nats per token.
 
-    An NMSE is NaN where the target does not vary, a recovered cross-entropy where mean ablation costs nothing.
+    An NMSE is NaN where the target does not vary, a recovered cross-entropy where mean ablation does not change the
+    cross-entropy.
     """
 
     name: str
@@ -40,7 +41,7 @@ class SiteFigures:
     ce_recovered_dense_to_sparse: float
     """Cross-entropy recovered between mean ablation (0) and the dense model (1)."""
     ce_recovered_sparse_to_dense: float
-    """The same in the other direction."""
+    """The same from the sparse model to the dense one."""
 
 
 FIGURES = tuple(f.name for f in fields(SiteFigures) if f.name != "name")

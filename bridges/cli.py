@@ -35,7 +35,7 @@ app = typer.Typer(
 RunDir = Annotated[Path, typer.Argument(help="A bridge folder, as `bridges fit` writes it.")]
 Dense = Annotated[str, typer.Option(help="The dense model, if not the one of the run.")]
 Sparse = Annotated[str, typer.Option(help="The sparse model, if not the one of the run.")]
-Tokenizer = Annotated[str, typer.Option(help="Its folder or hub id, if not with the models.")]
+Tokenizer = Annotated[str, typer.Option(help="Its folder or hub id, if not saved with the models.")]
 
 
 def main() -> None:
@@ -117,11 +117,11 @@ def steer_command(
     run_dir: RunDir,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "single_double_quote",
     site: Annotated[str, typer.Option(help="The sparse site of --channel; none: search for the channels.")] = "",
-    channel: Annotated[str, typer.Option(help="Channels to turn together, as 367 or 367,18.")] = "",
+    channel: Annotated[str, typer.Option(help="Channels to edit together, as 367 or 367,18.")] = "",
     at: Annotated[str, typer.Option(help="Where the edit of --channel enters: read or residual.")] = "residual",
     most: Annotated[int, typer.Option(help="How many channels to search for, 1 to 8.")] = 1,
     by: Annotated[str, typer.Option(help="Whose answer they are searched by: dense or both.")] = "dense",
-    budget: Annotated[float, typer.Option(help="KL, nats, that turning them off may cost other text.")] = BUDGET,
+    budget: Annotated[float, typer.Option(help="KL, nats, that ablating them may cost on other text.")] = BUDGET,
     strengths: Annotated[str, typer.Option(help="Strengths of the edit, as 0,0.5,1.")] = "",
     n: Annotated[int, typer.Option(min=2, help="Held-out prompts to measure on.")] = 200,
     dense: Dense = "",
@@ -129,7 +129,7 @@ def steer_command(
     tokenizer: Tokenizer = "",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/steering if not given.")] = None,
 ) -> None:
-    """Turn sparse channels on a task and measure the dense model's answer, with every baseline: JSON and PNG."""
+    """Edit sparse channels on a task and measure the dense model's answer, with every baseline: JSON and PNG."""
     check_search(most, by, budget)
     bridge_set = BridgeSet.from_pretrained(run_dir)
     run = _run_of(run_dir, dense, sparse, tokenizer)

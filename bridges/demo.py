@@ -50,7 +50,7 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     `out` gets the bridge folder, both JSON files, both plots and the page. Returns the content of `steering.json`.
     """
     out, console, pair = Path(out), Console(), load_pair()
-    console.print("Fitting bridges for the bundled pair: closed form, then a short polish.", style="bold")
+    console.print("Fitting bridges for the bundled pair: closed form, then gradient steps.", style="bold")
     seq_len = config.seq_len or DEFAULT_SEQ_LEN
     train = demo_rows(pair, "train", TRAIN_DOCUMENTS, seq_len, config.seed)
     heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, seq_len, config.seed)
@@ -92,7 +92,7 @@ def sources(pair: BundledPair) -> dict[str, dict[str, str]]:
 def steer_quotes(
     pair: BundledPair, bridge_set: BridgeSet, n_prompts: int, search_text: Tensor, reported_text: Tensor
 ) -> tuple[Sweep, Sweep]:
-    """Edit the one channel that does most to the dense model's answer, then the few that turn both models.
+    """Edit the one channel that does most to the dense model's answer, then the few that flip both models' answers.
 
     Channels are chosen on other prompts and other text than those reported on.
     """

@@ -59,7 +59,7 @@ def evaluate(
         bridge_set: the bridges between them.
         data: token ids [n, seq]; a finite iterable of such batches, or of dicts with `input_ids` and `attention_mask`;
             or a path to text files.
-        tokenizer: turns text into tokens; by default the one that lies with a model.
+        tokenizer: turns text into tokens; by default the one saved with a model.
         batch_size: rows per forward pass; it does not change the figures.
         check_models: whether to refuse models that the bridges were not fitted to.
 

@@ -35,7 +35,7 @@ from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.sparsity.support import use_sparse_kernels
 
 READ_SCALE_TOKENS = 65_536
-"""Tokens over which R of the interventions is measured."""
+"""Tokens over which R, the mean RMS that edits are scaled by, is measured."""
 
 
 @torch.inference_mode(False)
@@ -60,7 +60,7 @@ def fit(
         sparse: the weight-sparse model, given in the same ways; any model will do unless `train_sparse` is set.
         data: token ids [n, seq]; an iterable of such batches, or of dicts with `input_ids` and `attention_mask`; a path
             to text files; or None for sequences sampled from the dense model.
-        tokenizer: turns text into tokens; by default the one that lies with a model.
+        tokenizer: turns text into tokens; by default the one saved with a model.
         eval_data: held-out data in the same forms. By default the last 5 % of the rows, or sequences of another seed.
         config: the settings; by default those of `FitConfig()`.
         settings: single fields of `FitConfig`, which replace those of `config`.

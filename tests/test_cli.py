@@ -140,7 +140,7 @@ def bundled_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_steer_turns_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path):
+def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path):
     arguments = ("--task", "for_while", "--site", "0.mlp", "--channel", "3,4", "--strengths", "0,2", "--n", 6)
     status, out, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments, "--at", "read", "--out", tmp_path)
     assert status == 0, err

@@ -1,1 +1,1 @@
-"""Finding channels of the sparse model that turn an answer, and measuring what they do."""
+"""Finding channels of the sparse model that flip the dense model's answer, and measuring what they do."""

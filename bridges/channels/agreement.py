@@ -32,7 +32,7 @@ class Agreement(NamedTuple):
     """Dense change per sparse change, least squares."""
     r_squared: float
     sign: float | None
-    """Part of prompts and strengths at which both answers change in one direction, of those at which the sparse
+    """Part of prompts and strengths at which both answers change with the same sign, of those at which the sparse
     model's changes; None if it never does."""
     r_squared_shuffled: float | None
     """The control: the sparse model edited at as many other channels, of those that the prompts change at the site;

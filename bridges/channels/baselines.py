@@ -23,19 +23,19 @@ def dense_directions(
 ) -> tuple[Float[Tensor, "2 d_dense"], Float[Tensor, "2 d_dense"]]:
     """Unit directions of the dense model where an edit enters: of the mean difference, and of a linear probe.
 
-    One row for each direction of the task. Both come from the dense stream (or read) of presented and counterfactual
-    prompts, at the tokens that the edit changes; the probe is a logistic regression that separates the two.
+    One row for each task order. Both come from the dense stream (or read) of original and counterfactual prompts, at
+    the tokens that the edit changes; the probe is a logistic regression that separates the two.
     """
     pairs, site = prompts.pairs, pair.site("dense", pair.bridge_set.index(chosen.site))
     norm = edit_addend(pair, prompts, chosen).norm(dim=-1)
     edited = norm > TOUCHED * norm.max()
-    presented, counterfactual = (
+    original, counterfactual = (
         _activations(pair.dense, ids, pairs, site, chosen.at) for ids in (pairs.input_ids, pairs.counterfactual_ids)
     )
     differences, probes = [], []
     for direction in (0, 1):
         rows = edited & (pairs.direction == direction)[:, None]
-        before, after = presented[rows], counterfactual[rows]
+        before, after = original[rows], counterfactual[rows]
         differences.append(_unit((after - before).sum(0)))
         probes.append(_unit(_probe(before, after)))
     return torch.stack(differences), torch.stack(probes)
@@ -71,8 +71,8 @@ def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
 def best_mean_difference(model: ResidualModel, prompts: Prompts) -> tuple[int, Callable[[TaskPairs], Tensor]]:
     """The dense model's mean-difference vectors at the last token, at the site where adding them does most.
 
-    One vector for each direction of the task. Returns the site, and a function from pairs to what is added to their
-    stream there.
+    One vector for each task order. Returns the site, and a function from pairs to what is added to their stream
+    there.
     """
     pairs, trace = prompts.pairs, prompts.traces.dense
     counterfactual = model.trace(pairs.counterfactual_ids, pairs.attention_mask).residuals

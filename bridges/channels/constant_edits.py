@@ -35,9 +35,9 @@ def constant_edits(
     """Make the counterfactual edit of channels a constant one, for `save_edits` and `export_direction`.
 
     `dense`, `sparse`: model objects, `ResidualModel`s, folders or hub ids. Each edit adds, at every position, the mean
-    over `n` pairs of the task of the channel's change at the token where it is largest, in read units. `direction` 0
-    takes the task's first prompt to its second, 1 the second to the first. Raises ValueError if an argument is out of
-    range, if the channels do not exist, or if no pair has that direction.
+    over `n` pairs of the task of the channel's change at the token where it is largest, in read units. `direction`
+    is the task order: 0 takes the task's first prompt to its second, 1 the second to the first. Raises ValueError if an
+    argument is out of range, if the channels do not exist, or if no pair has that task order.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
@@ -51,12 +51,14 @@ def constant_edits(
     [('0.mlp', 3, 'add'), ('0.mlp', 18, 'add')]
     """
     if direction not in (0, 1) or n < 2:
-        raise ValueError(f"direction={direction} must be 0 or 1, and n={n} at least 2: pairs alternate in direction")
+        raise ValueError(f"direction={direction} must be 0 or 1, and n={n} at least 2: pairs alternate in task order")
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         check_channels(pair, chosen)
         pairs = resolve_task(task, dense, tokenizer, n, seed)
         if not (pairs.direction == direction).any():
-            raise ValueError(f"direction={direction}: none of the task's {len(pairs.direction)} pairs has it")
+            raise ValueError(
+                f"direction={direction}: none of the task's {len(pairs.direction)} pairs has this task order"
+            )
         i = bridge_set.index(chosen.site)
         bridge = bridge_set[i]
         dz = constant_changes(run_prompts(pair, pairs), i, chosen.channels)[direction]
@@ -65,7 +67,7 @@ def constant_edits(
 
 
 def constant_changes(prompts: Prompts, bridge: int, channels: Sequence[int]) -> Float[Tensor, "2 d_sparse"]:
-    """dz of the channels as one number each, per direction of the task: the mean over prompts of the largest change."""
+    """dz of the channels as one number each, per task order: the mean over prompts of the largest change."""
     dz = mask_channels(prompts.dz[bridge], channels)
     largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
-    return torch.stack([largest[prompts.pairs.direction.to(dz.device) == side].mean(0) for side in (0, 1)])
+    return torch.stack([largest[prompts.pairs.direction.to(dz.device) == order].mean(0) for order in (0, 1)])

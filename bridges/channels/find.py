@@ -1,4 +1,4 @@
-"""find_channels(): which channels of the sparse model turn the dense model's answer to a task."""
+"""find_channels(): which channels of the sparse model flip the dense model's answer to a task."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def find_channels(
     seed: int = 0,
     check_models: bool = True,
 ) -> FoundChannels:
-    """Find the channels whose counterfactual edit turns the dense model's answer to a task (paper A.4).
+    """Find the channels whose counterfactual edit flips the dense model's answer to a task (paper A.4).
 
     `dense`, `sparse`: model objects, `ResidualModel`s, folders or hub ids. `task`: one of `TASKS`, of which `n` pairs
-    are made with `tokenizer` (None: the one that lies with the dense model), or `TaskPairs`.
+    are made with `tokenizer` (None: the one saved with the dense model), or `TaskPairs`.
 
     One backward pass predicts the effect of every channel at every site, at the read and at the residual. The
     `candidates` of largest prediction at each are then edited. Sets grow greedily to at most `most` channels at one

@@ -50,7 +50,7 @@ class Prompts(NamedTuple):
     pairs: TaskPairs
     traces: Traces
     dn: list[Float[Tensor, "b s d_sparse"]]
-    """Per bridged site the change of the sparse model's read from presented to counterfactual prompt, in read units."""
+    """Per bridged site the change of the sparse model's read from original to counterfactual prompt, in read units."""
     dz: list[Float[Tensor, "b s d_sparse"]]
     """The same as a change of the sparse stream, at strength 1."""
 
@@ -129,7 +129,7 @@ def check_text(pair: ModelPair, text: Any) -> Int[Tensor, "rows seq"]:
 
 
 def resolve_tokenizer(dense: nn.Module | ResidualModel | str | Path, tokenizer: Any) -> Any:
-    """Return the given tokenizer, else the one that lies with the dense model, else None."""
+    """Return the given tokenizer, else the one saved with the dense model, else None."""
     return find_tokenizer(dense) if tokenizer is None else tokenizer
 
 
@@ -141,13 +141,13 @@ def resolve_task(
         return task
     tokenizer = resolve_tokenizer(dense, tokenizer)
     if tokenizer is None:
-        raise ValueError(f"task={task!r} needs tokenizer=: none lies with the dense model")
+        raise ValueError(f"task={task!r} needs tokenizer=: no tokenizer is saved with the dense model")
     return task_pairs(task, tokenizer, n, seed)
 
 
 @torch.no_grad()
 def run_prompts(pair: ModelPair, pairs: TaskPairs) -> Prompts:
-    """Run both models on the presented prompts, and the sparse model on their counterfactuals too.
+    """Run both models on the original prompts, and the sparse model on their counterfactuals too.
 
     Raises ValueError if prompts or answers hold tokens that a model does not know, or if prompts exceed a context.
     """
@@ -205,7 +205,7 @@ def edit_addend(pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side 
 def logits_under_edit(
     pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
 ) -> Float[Tensor, "b s vocab"]:
-    """Return one model's logits on the presented prompts under the counterfactual edit of the channels."""
+    """Return one model's logits on the original prompts under the counterfactual edit of the channels."""
     site = pair.site(side, pair.bridge_set.index(chosen.site))
     addend = strength * edit_addend(pair, prompts, chosen, side)
     return edited_logits(pair.model(side), prompts.traces.side(side), site, addend, chosen.at)

@@ -1,4 +1,4 @@
-"""Greedy search for sets of channels that turn a task's answer, within a budget of what ablating them costs.
+"""Greedy search for sets of channels that flip the dense model's answer, within a KL budget for ablating them.
 
 A set grows by one channel at a time, at one location. Candidates come from first-order predictions
 (`bridges.channels.attribution`); what counts is the edit itself.
@@ -80,7 +80,7 @@ def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = C
     if not isinstance(candidates, Integral) or candidates < MIN_CANDIDATES:
         raise ValueError(f"candidates={candidates!r} must be a whole number, at least {MIN_CANDIDATES}")
     if not isinstance(budget, int | float) or not budget >= 0:
-        raise ValueError(f"budget={budget!r} must be 0 nats or more; infinity takes any channel")
+        raise ValueError(f"budget={budget!r} must be 0 nats or more; use inf for no limit")
     if by not in get_args(By):
         raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
 
@@ -108,13 +108,13 @@ class Search:
         self.most, self.by, self.budget, self.candidates = most, by, budget, candidates
         self.sides: tuple[Side, ...] = ("dense",) if by == "dense" else SIDES
         self.dense_effects = self.effects = predicted_effects(pair, prompts)
-        self.quotas = [(self.dense_effects, candidates)]
+        self.candidate_sources = [(self.dense_effects, candidates)]
         if by == "both":
             sparse_effects = predicted_effects(pair, prompts, "sparse")
             self.effects = _effects_on_both(self.dense_effects, sparse_effects)
-            # Half the candidates by both models, and a few that one model alone speaks for.
+            # Half the candidates are top-ranked by both models, a few by one model only.
             few = candidates // 8
-            self.quotas = [(self.effects, candidates // 2), (self.dense_effects, few), (sparse_effects, few)]
+            self.candidate_sources = [(self.effects, candidates // 2), (self.dense_effects, few), (sparse_effects, few)]
         self._p_target: dict[tuple[Channels, Side], Float[Tensor, " b"]] = {}
         self._ablation_kl: dict[Channels, float] = {}
 
@@ -151,11 +151,11 @@ class Search:
 
     def candidates_at(self, location: Location) -> list[int]:
         """The channels whose edit is tried at a location."""
-        tried = (channel for effects, n in self.quotas for channel in top_channels(effects[location], n))
+        tried = (channel for effects, n in self.candidate_sources for channel in top_channels(effects[location], n))
         return list(dict.fromkeys(tried))
 
     def grow_sets(self) -> list[list[ChannelSet]]:
-        """Grow sets at the locations that promise most, at the others only if those give none.
+        """Grow sets at the locations that score best, at the others only if those give none.
 
         Returns, per location with any, sets of 1, 2, ... channels. Raises NoChannelsFoundError if no location has one
         that raises P(target) within the budget.
@@ -172,14 +172,14 @@ class Search:
         if self.most == 1:  # every location is searched, in any order
             return list(self.effects)
 
-        def promise(location: Location) -> float:
+        def joint_score(location: Location) -> float:
             likely: tuple[int, ...] = ()
             for channel in top_channels(self.effects[location], 2 * self.most):
                 if len(likely) < self.most and self.within_budget(self.channels_at(location, (*likely, channel))):
                     likely = (*likely, channel)
             return self.score(self.channels_at(location, likely)) if likely else 0.0
 
-        return sorted(self.effects, key=promise, reverse=True)
+        return sorted(self.effects, key=joint_score, reverse=True)
 
     def grow_at(self, location: Location) -> list[ChannelSet]:
         """Sets of 1, 2, ... channels: each adds the best candidate within the budget, as long as the score grows."""

@@ -33,7 +33,7 @@ class SideEffects(NamedTuple):
     ce_change: float
     """The change of next-token cross-entropy with them ablated, nats."""
     p_target_off: float
-    """P(target) with the channels ablated, on the task's prompts of the direction that this turns more."""
+    """P(target) with the channels ablated, on the task's prompts of one order: the order with the larger P(target)."""
     kl_added: float
     """KL with each channel's mean change added."""
     kl_before_answer: float
@@ -51,9 +51,9 @@ class SideEffects(NamedTuple):
             others = f", at other tasks' answers {self.kl_other_tasks:.3f} (solved {before:.0%} -> {after:.0%})"
         return (
             f"side effects on {self.tokens} tokens of other text: channels off everywhere, KL {self.kl:.3f} nats, "
-            f"cross-entropy {self.ce_change:+.3f}, P(target) the better way round {self.p_target_off:.3f}{others}; "
-            f"the change added everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before the answer, "
-            f"KL {self.kl_before_answer:.3f}"
+            f"cross-entropy {self.ce_change:+.3f}, P(target) {self.p_target_off:.3f} (max over both task orders)"
+            f"{others}; the change added everywhere, KL {self.kl_added:.3f}; the edit itself, on the prompts before "
+            f"the answer, KL {self.kl_before_answer:.3f}"
         )
 
 
@@ -68,7 +68,7 @@ def side_effects(
 ) -> SideEffects:
     """Measure the side effects of channels on `text`, on the task's own prompts and on pairs of other tasks.
 
-    `kl_added` is the mean over both directions of the task.
+    `kl_added` is the mean over both task orders.
     """
     i = pair.bridge_set.index(chosen.site)
     site = pair.site("dense", i)
@@ -130,7 +130,7 @@ def _answer_logits(
 
 
 def _p_target_ablated(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
-    """The mean over prompts of one direction of the task, the larger of the two."""
+    """The mean over the prompts of one task order, the larger of the two."""
     p = probability(_answer_logits(pair, chosen, prompts.pairs)[1], prompts.pairs.targets)
     by_direction = [p[prompts.pairs.direction == direction] for direction in (0, 1)]
     return max(one.mean().item() for one in by_direction if len(one))

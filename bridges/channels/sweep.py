@@ -60,7 +60,7 @@ def sweep(
     """Edit channels at several strengths and measure the dense model's answer, with every baseline (paper, figure 9).
 
     `dense`, `sparse`: model objects, `ResidualModel`s, folders or hub ids. `task`: one of `TASKS`, of which pairs are
-    made with `tokenizer` (None: the one that lies with the dense model), or `TaskPairs`, 66 or more.
+    made with `tokenizer` (None: the one saved with the dense model), or `TaskPairs`, 66 or more.
 
     `channels` are edited as given: `Channels`, or the result of `find_channels`. A number (None: 1) searches first, as
     `find_channels(most=channels, by=by, budget=budget)` does. The search and the dense model's own directions use 64
@@ -88,7 +88,7 @@ def sweep(
     check_search(most, by, budget, name="channels")
     strengths = check_strengths(strengths)
     if n < 2:
-        raise ValueError(f"n={n} must be at least 2 prompts, one of either direction")
+        raise ValueError(f"n={n} must be at least 2 prompts, one of each task order")
     tokenizer = resolve_tokenizer(dense, tokenizer)
     pairs = resolve_task(task, dense, tokenizer, n + CHOSEN_ON, seed)
     halves = _split_pairs(pairs)
@@ -115,12 +115,14 @@ def check_strengths(strengths: Any) -> list[float]:
 
 
 def _split_pairs(pairs: TaskPairs) -> tuple[TaskPairs, TaskPairs]:
-    """The pairs to choose on and those to report; ValueError unless both hold both directions of the task."""
+    """The pairs to choose on and those to report; ValueError unless both hold both task orders."""
     if len(pairs.input_ids) < CHOSEN_ON + 2:
         raise ValueError(f"task has {len(pairs.input_ids)} pairs; give {CHOSEN_ON} to choose channels on and 2 or more")
     halves = pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)
     if any(len(half.direction.unique()) < 2 for half in halves):
-        raise ValueError(f"task has pairs of one direction alone among its first {CHOSEN_ON} or after them; mix them")
+        raise ValueError(
+            f"task needs both task orders (direction 0 and 1) in its first {CHOSEN_ON} pairs and in the rest"
+        )
     return halves
 
 

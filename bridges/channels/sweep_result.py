@@ -39,7 +39,7 @@ class Sweep:
     curves: dict[str, Curve]
     """By the names in `bridges.report.curves.CURVES`: `p_target`, the edit, and `p_target_...`, the baselines."""
     p_target_by_direction: list[float]
-    """At strength 1, where the task's first prompt was presented and where its second was."""
+    """At strength 1, by task order: where the original prompt is the task's first, and where it is the second."""
     prompts: int
     accuracy_dense: float
     """Part of the prompts whose answer the unedited dense model finds likelier than the target."""
@@ -89,7 +89,7 @@ class Sweep:
             f"held-out prompts (solved: dense {self.accuracy_dense:.0%}, sparse {self.accuracy_sparse:.0%})",
             self._line("p_target", f"{what} at {self.chosen.site} ({self.chosen.at})"),
             *(self._line(name, CURVES[name].label) for name in BASELINES),
-            f"  at strength 1, presented either way round: {first:.3f} and {second:.3f}",
+            f"  at strength 1, by task order: {first:.3f} and {second:.3f}",
             f"  {self.agreement}",
             f"  {self.effects}",
         ]

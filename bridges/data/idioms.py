@@ -1,6 +1,7 @@
 """Generated Python idioms: short snippets that hold the cues and answers of the twenty tasks, in varied words.
 
-Each function is named after a task (`bridges.tasks.templates`) and draws one snippet from a random generator.
+Each function is named after a task and draws one snippet from a random generator. `bridges.tasks.templates` has the
+tasks and says what a cue is.
 """
 
 import random

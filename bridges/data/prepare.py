@@ -22,7 +22,7 @@ HELDOUT_FRACTION = 0.05
 
 
 def share(n_rows: int, batch_size: int, rank: int, world_size: int) -> list[range]:
-    """One process's part of `n_rows` rows: batches of at most `batch_size`, dealt out to the processes in turn.
+    """One process's part of `n_rows` rows: batches of at most `batch_size`, assigned to the processes round-robin.
 
     All parts together are every row once. With fewer batches than processes some parts are empty; sums over processes
     make up for that.
@@ -81,7 +81,7 @@ def prepare(
 ) -> FitData:
     """Load or sample the rows of a fit; ValueError, naming both values, where data and models do not fit together.
 
-    `sources`: the dense and the sparse model as the user named them, which says where their tokenizers lie.
+    `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved.
     """
     tokenizer = _one_tokenizer(tokenizer, sources)
     context, seq_len = context_limit(dense, sparse), config.seq_len
@@ -121,7 +121,7 @@ def heldout_rows(
 
 
 def default_seq_len(context: int | None) -> int:
-    """Tokens per row where nobody says, within a context of so many tokens (None: no limit)."""
+    """Tokens per row if no seq_len is given, within a context of so many tokens (None: no limit)."""
     return DEFAULT_SEQ_LEN if context is None else min(DEFAULT_SEQ_LEN, context)
 
 

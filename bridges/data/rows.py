@@ -39,8 +39,8 @@ class Rows:
 
     def take(self, start: int, count: int) -> Batch:
         """Rows `start` to `start + count` of the endless sequence of shuffled epochs."""
-        places = [divmod(position, len(self)) for position in range(start, start + count)]  # (epoch, index in it)
-        index = torch.tensor([int(_order(len(self), self.seed, epoch)[i]) for epoch, i in places])
+        epoch_and_index = [divmod(position, len(self)) for position in range(start, start + count)]
+        index = torch.tensor([int(_order(len(self), self.seed, epoch)[i]) for epoch, i in epoch_and_index])
         return self.input_ids[index], None if self.attention_mask is None else self.attention_mask[index]
 
     def batch(self, start: int, stop: int) -> Batch:

@@ -1,4 +1,7 @@
-"""The closed form for every bridge of a set, in one pass over the tokens or as few as memory allows."""
+"""The closed form for every bridge of a set, in one pass over the tokens or as few as memory allows.
+
+The ridge regression itself is in `bridges.fitting.ridge`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def solve_bridges(
     perturbations: Sequence[PerturbationBatch] = (),
     interchange_weight: float = 0.0,
 ) -> list[QuadraticTerm]:
-    """Set every bridge to its least-squares solution (method, section 3); an encoder's is the one before AbsTopK.
+    """Set every bridge to its least-squares solution (method, section 3); the encoder is fitted without AbsTopK.
 
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
     moments fit into `memory_bytes`. Where `interchange_weight` is over 0, the decoders found choose the channels of the
@@ -74,10 +77,10 @@ class _ReadScaleSums(Sums):
 
 @torch.no_grad()
 def measure_read_scales(pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> None:
-    """Set what gives reads their units (method, section 4): R of both sides of every bridge, the sparse norm's gain.
+    """Set rms_dense, rms_sparse (R, the mean RMS) and gain_sparse, the sparse norm's gain, of every bridge.
 
-    R is the mean over counted tokens of the per-token RMS of C(h); 1 where the read has no norm before it. `batches`
-    are this process's part of the tokens, which may be none.
+    R is the mean over counted tokens of the per-token RMS of C(h); 1 where the read has no norm before it (method,
+    section 4). `batches` are this process's part of the tokens, which may be none.
     """
     n = len(pair.bridge_set)
     norms = {side: [pair.model(side).norm(pair.site(side, i)) for i in range(n)] for side in SIDES}

@@ -1,4 +1,4 @@
-"""The gradients of one training step: the objective of method section 2, one tail's graph in memory at a time."""
+"""The gradients of one training step (method, section 2), backpropagated one hybrid pass at a time to save memory."""
 
 from __future__ import annotations
 
@@ -166,9 +166,9 @@ def _micro_batch(
 ) -> None:
     """Add a micro-batch's part of every loss to the sums, and its gradient; each graph is freed before the next."""
     n, weights = len(pair.bridge_set), objective.weights
-    # Each loss stops at a leaf of its own site; what arrives there goes through the sparse model once, at the end.
+    # Losses backpropagate into detached leaves; their gradients are then passed through the sparse model once.
     leaves = [h.detach().requires_grad_(objective.train_sparse) for h in traces.sparse.residuals]
-    cut = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
+    detached = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
 
     def add(total: Tensor, i: int, loss: Tensor, weight: float) -> None:
         total[i] += _figure(loss)
@@ -176,15 +176,15 @@ def _micro_batch(
 
     for i in range(n):
         with objective.autocast():
-            encode, decode = squared_errors(pair, cut, i)
+            encode, decode = squared_errors(pair, detached, i)
         add(sums.nmse_encode, i, nmse(encode, normalizers.variance_sparse[i]), weights.nmse / n)
         add(sums.nmse_decode, i, nmse(decode, normalizers.variance_dense[i]), weights.nmse / n)
     for i in sampled:
         with objective.autocast():
-            kl = kl_sum(pair, cut, i, "dense")
+            kl = kl_sum(pair, detached, i, "dense")
         add(sums.kl_dense_to_sparse, i, kl / normalizers.tokens.to(kl), weights.kl_dense_to_sparse / len(sampled))
         with objective.autocast():
-            kl = kl_sum(pair, cut, i, "sparse")
+            kl = kl_sum(pair, detached, i, "sparse")
         add(sums.kl_sparse_to_dense, i, kl / normalizers.tokens.to(kl), weights.kl_sparse_to_dense / len(sampled))
     if objective.train_sparse:
         ce = ce_sum(traces, traces.sparse.logits)

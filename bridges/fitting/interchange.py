@@ -42,7 +42,7 @@ class QuadraticTerm(NamedTuple):
     """The interchange loss of one site, which is quadratic in the decoder's weight: no batch is needed any more."""
 
     squares: Float[Tensor, " d_sparse"]
-    """Per channel the sum of dz_c^2 over the tokens of the pairs whose channel it is, in parts of sum |dh|^2."""
+    """Per channel the sum of dz_c^2 over the tokens of the pairs assigned to this channel, divided by sum |dh|^2."""
     products: Float[Tensor, "d_dense d_sparse"]
     """The same sum of dh dz_c."""
 
@@ -123,7 +123,7 @@ class _TermSums(Sums):
         self.total += dh.square().sum()
 
     def term(self, dtype: torch.dtype) -> QuadraticTerm:
-        """Both sums in parts of the whole change."""
+        """Both sums, divided by sum |dh|^2."""
         total = torch.where(self.total > 0, self.total, torch.inf)  # no pair has a channel: both are then zero
         return QuadraticTerm((self.squares / total).to(dtype), (self.products / total).to(dtype).T.contiguous())
 

@@ -114,7 +114,7 @@ class RunFile:
         return arguments
 
     def tokenizer(self) -> Any:
-        """The tokenizer that [data] names, else the one that lies with a model, else None."""
+        """The tokenizer that [data] names, else the one saved with a model, else None."""
         named = self.data_arguments().get("tokenizer")
         if named is not None:
             return named

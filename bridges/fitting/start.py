@@ -18,7 +18,7 @@ INTERCHANGE_FILE = "carried"
 
 @dataclass(frozen=True)
 class StartState:
-    """What a `Trainer` starts from, beside the tensors that the bridges and the sparse model already hold."""
+    """What a `Trainer` starts from, besides the tensors that the bridges and the sparse model already hold."""
 
     step: int = 0
     """Steps done."""

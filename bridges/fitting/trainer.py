@@ -85,7 +85,7 @@ class ProcessGroup:
             raise ValueError(f"{name} differs between processes; seed its order, so that every process reads the same")
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process reaches this point."""
         self.accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager:

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, read with errors that name them; fingerprints of models."""
+"""Files: written atomically, read with errors that name them; fingerprints of models."""

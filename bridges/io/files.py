@@ -1,4 +1,4 @@
-"""Reading and writing files; each is written whole or not at all, so that a killed run leaves no half of one."""
+"""Reading and writing files; each is written atomically, so that a killed run leaves no partial file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Context that gives a temporary path beside `path`, for a file or a folder, and renames it to `path` at the end.
+    """Context that gives a temporary path in the same directory as `path`, and renames it to `path` at the end.
 
-    If the block raises, `path` stays as it was and what was written is removed.
+    `path` may be a file or a folder. If the block raises, it stays as it was and what was written is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,13 +38,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON whole or not at all, with numbers as in `json_text`; equal values give equal bytes."""
+    """Write indented JSON atomically, with numbers as in `json_text`; equal values give equal bytes."""
     write_text(path, json_text(value, indent=2) + "\n")
 
 
@@ -82,7 +82,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file atomically.
 
     Pass at most one metadata key: safetensors writes several in random order, so that equal files would differ.
     """

@@ -49,4 +49,6 @@ def fetch_folder(path: str | PathLike[str], **download: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(str(path), **download))
     except (OSError, ValueError) as error:  # offline, or no such repository: the hub's message may not name it
         reason = " ".join(str(error).split())
-        raise OSError(f"path={str(path)!r} is not a folder, and the hub did not give it: {reason}") from error
+        raise OSError(
+            f"path={str(path)!r} is not a folder, and could not be downloaded from the hub: {reason}"
+        ) from error

@@ -20,7 +20,7 @@ def nmse(squared_error: Float[Tensor, "*sites"], variance: Float[Tensor, "*sites
     is undefined. It is then NaN, and its gradient is zero.
     """
     variance = variance.to(squared_error)
-    defined = variance != 0  # a variance of NaN is that of a target of NaN, which must show
+    defined = variance != 0  # a target of NaN gives a variance of NaN, and must stay NaN
     # A second `where`, because the gradient of a quotient by 0 is NaN even where the quotient is not used.
     return torch.where(defined, squared_error / torch.where(defined, variance, 1), torch.nan)
 

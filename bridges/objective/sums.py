@@ -1,4 +1,4 @@
-"""Sums that travel together by name: over tokens, batches and processes."""
+"""Named tensors that add up over batches, and are reduced over processes in one call."""
 
 from __future__ import annotations
 

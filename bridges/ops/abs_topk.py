@@ -61,7 +61,7 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
 
 
 def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
-    """`abs_topk` in torch operations alone: its plain twin, the oracle of its tests."""
+    """`abs_topk` in torch operations alone: the reference implementation, used in tests."""
     _check(x, k)
     return x if k >= x.shape[-1] else torch.where(abs_topk_mask_eager(x, k), x, 0)
 
@@ -111,7 +111,7 @@ def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch 
 
 
 def abs_topk_mask_eager(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
-    """`abs_topk_mask` in torch operations alone: its plain twin, the oracle of its tests."""
+    """`abs_topk_mask` in torch operations alone: the reference implementation, used in tests."""
     _check(x, k)
     if k >= x.shape[-1]:
         return torch.ones_like(x, dtype=torch.bool)

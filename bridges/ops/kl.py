@@ -25,7 +25,7 @@ def kl_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n 
 
 
 def kl_divergence_eager(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> Float[Tensor, ""]:
-    """`kl_divergence` on all rows at once, by log-softmax and autograd: its plain twin, the oracle of its tests."""
+    """`kl_divergence` on all rows at once, by log-softmax and autograd: the reference implementation, used in tests."""
     log_p, log_q = (z.log_softmax(-1) for z in _promote(target_logits.detach(), logits))
     return _summands(log_p.exp(), log_p, log_q).sum()
 

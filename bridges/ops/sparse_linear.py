@@ -69,7 +69,7 @@ def sparse_linear_eager(
     pattern: NonzeroPattern,
     bias: Float[Tensor, " n_out"] | None = None,
 ) -> Float[Tensor, "*batch n_out"]:
-    """`sparse_linear` by the dense product: its plain twin, the oracle of its tests."""
+    """`sparse_linear` by the dense product: the reference implementation, used in tests."""
     flat = values.new_zeros(pattern.shape[0] * pattern.shape[1]).index_put((pattern.flat,), values)
     return F.linear(x, flat.view(pattern.shape), bias)
 

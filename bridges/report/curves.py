@@ -18,9 +18,9 @@ CURVES = {
     "p_target": CurveStyle("the edit, through the bridge", "-", 2.5, "#d1603d"),
     "p_target_random_direction": CurveStyle("random directions of the same norm", "-", 1.2, "#555555"),
     "p_target_mean_difference_equal_norm": CurveStyle(
-        "the dense model's mean difference there, same norm", "-.", 1.0, "#888888"
+        "dense mean difference at the edit's site, same norm", "-.", 1.0, "#888888"
     ),
-    "p_target_probe": CurveStyle("a linear probe's direction there, same norm", "--", 1.0, "#b0a060"),
+    "p_target_probe": CurveStyle("a linear probe at the edit's site, same norm", "--", 1.0, "#b0a060"),
     "p_target_mean_difference": CurveStyle(
         "the dense model's mean difference, at its best site and norm", "-.", 1.5, "#2f4b7c"
     ),

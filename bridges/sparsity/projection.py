@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridges.ops.abs_topk import abs_topk_mask, apply_mask
 
-_DENSE_PARAMETERS = ("sink_logit", "final_logits_bias", "bigram_table")
+_UNPRUNED_PARAMETERS = ("sink_logit", "final_logits_bias", "bigram_table")
 CHANNEL_DIM = {"attn.c_attn.weight": 0, "mlp.c_fc.weight": 0, "attn.c_proj.weight": 1, "mlp.c_proj.weight": 1}
 """The dimension of a weight that indexes its neurons or its q, k, v channels, by the end of the weight's name."""
 
@@ -19,13 +19,13 @@ CHANNEL_DIM = {"attn.c_attn.weight": 0, "mlp.c_fc.weight": 0, "attn.c_proj.weigh
 def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and tensors of the parameters that are sparse: matrices, embeddings and biases, a tied tensor once.
 
-    Norms (`ln_*`), sinks, `final_logits_bias` and `bigram_table` are dense, and so is a `wpe` that does not train.
+    Norms (`ln_*`), sinks, `final_logits_bias` and `bigram_table` are not pruned, nor is a `wpe` that does not train.
     """
     for name, parameter in model.named_parameters():
         path = name.split(".")
         fixed_positions = "wpe" in path and not parameter.requires_grad
         if (
-            path[-1] not in _DENSE_PARAMETERS
+            path[-1] not in _UNPRUNED_PARAMETERS
             and not any(part.startswith("ln_") for part in path)
             and not fixed_positions
         ):

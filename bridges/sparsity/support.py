@@ -57,7 +57,7 @@ class Support:
             )
         self.masks = dict(masks)
         self._sparse: list[_SparseTensor] = []
-        self._dense = [p for name, p in model.named_parameters() if name not in sparse and p.requires_grad]
+        self._unpruned = [p for name, p in model.named_parameters() if name not in sparse and p.requires_grad]
         values: dict[Tensor, tuple[nn.Parameter, Tensor]] = {}
         for name, parameter in sparse.items():
             if parameter.requires_grad:
@@ -69,7 +69,7 @@ class Support:
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimiser is to train: the vectors of values, then the parameters that are not sparse."""
-        return [*(tensor.values for tensor in self._sparse), *self._dense]
+        return [*(tensor.values for tensor in self._sparse), *self._unpruned]
 
     def sparse_kernels(self) -> AbstractContextManager[None]:
         """Context in which the model's forward passes multiply by the values where that is faster."""

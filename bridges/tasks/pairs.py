@@ -1,5 +1,7 @@
 """Binary next-token tasks on pairs of prompts that differ in one cue (paper table 1; method, section 7).
 
+A cue is the token or tokens in which the prompts of a pair differ, and which decide the answer.
+
 >>> len(TASKS), TASKS[:2]
 (20, ('single_double_quote', 'final_kwarg'))
 """
@@ -33,16 +35,16 @@ class TaskPairs(NamedTuple):
 
     task: str
     input_ids: Int[Tensor, "n seq"]
-    """Presented prompts, left-padded."""
+    """Original prompts, left-padded."""
     counterfactual_ids: Int[Tensor, "n seq"]
     """The same prompts with the other cue, row by row of the same length."""
     attention_mask: Int[Tensor, "n seq"]
     answers: Int[Tensor, "n tokens"]
-    """Tokens that answer the presented prompt, usually one; rows with fewer are filled with -1."""
+    """Tokens that answer the original prompt, usually one; rows with fewer are filled with -1."""
     targets: Int[Tensor, "n tokens"]
     """Tokens that answer the counterfactual prompt, filled with -1."""
     direction: Int[Tensor, " n"]
-    """0 where the task's first prompt is presented, 1 where its second is."""
+    """The task order: 0 where the original prompt is the task's first, 1 where it is the second."""
 
     def rows(self, start: int, stop: int | None = None) -> TaskPairs:
         """The pairs from `start` up to `stop`."""
@@ -58,7 +60,7 @@ class TaskPairs(NamedTuple):
 def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int = MAX_TOKENS) -> TaskPairs:
     """Make `n` prompt pairs of a task with any tokenizer (paper table 1; method, section 7).
 
-    `task` is one of `TASKS`. Presented prompts alternate between the task's two sides; equal seeds give equal pairs.
+    `task` is one of `TASKS`. Pairs alternate between the two task orders; equal seeds give equal pairs.
     Both prompts of a pair have the same number of tokens, at most `max_tokens`, and no prompt occurs in two pairs.
     Where both answers begin with the same tokens, these are moved to the prompts, so that the first token decides.
     Returns tensors [n, seq], left-padded. Raises ValueError for an unknown task, for `n` below 1, and if the tokenizer
@@ -110,7 +112,7 @@ def probability(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n tokens"
 
 
 def solved(logits: Float[Tensor, "n vocab"], pairs: TaskPairs) -> Bool[Tensor, " n"]:
-    """Whether the presented prompt's answer is more probable than the counterfactual's."""
+    """Whether the original prompt's answer is more probable than the counterfactual's."""
     return probability(logits, pairs.answers) > probability(logits, pairs.targets)
 
 
@@ -166,17 +168,17 @@ def _describe(answer: Answer) -> str:
 
 
 def _stack(task: str, encoded: list[_Encoded]) -> TaskPairs:
-    """Left-padded tensors, every other pair with its sides exchanged."""
-    presented = [pair if i % 2 == 0 else _Encoded(*pair[2:], *pair[:2]) for i, pair in enumerate(encoded)]
-    width = max(len(pair.first) for pair in presented)
-    ids, counterfactual_ids, mask = (torch.zeros(len(presented), width, dtype=torch.long) for _ in range(3))
-    for row, pair in enumerate(presented):
+    """Left-padded tensors, the pairs in alternating task order."""
+    ordered = [pair if i % 2 == 0 else _Encoded(*pair[2:], *pair[:2]) for i, pair in enumerate(encoded)]
+    width = max(len(pair.first) for pair in ordered)
+    ids, counterfactual_ids, mask = (torch.zeros(len(ordered), width, dtype=torch.long) for _ in range(3))
+    for row, pair in enumerate(ordered):
         ids[row, -len(pair.first) :] = torch.tensor(pair.first)
         counterfactual_ids[row, -len(pair.second) :] = torch.tensor(pair.second)
         mask[row, -len(pair.first) :] = 1
-    answers = _filled([pair.first_answer for pair in presented])
-    targets = _filled([pair.second_answer for pair in presented])
-    return TaskPairs(task, ids, counterfactual_ids, mask, answers, targets, torch.arange(len(presented)) % 2)
+    answers = _filled([pair.first_answer for pair in ordered])
+    targets = _filled([pair.second_answer for pair in ordered])
+    return TaskPairs(task, ids, counterfactual_ids, mask, answers, targets, torch.arange(len(ordered)) % 2)
 
 
 def _filled(rows: list[tuple[int, ...]]) -> Int[Tensor, "n tokens"]:

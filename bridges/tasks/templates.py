@@ -1,8 +1,8 @@
 """The twenty tasks of paper table 1 as text: pairs of prompts that differ in one cue, with what should follow each.
 
-Each function is named after its task and draws one pair from a random generator. The two prompts of a pair may differ
-in length: `bridges.tasks.pairs` draws until they have equally many tokens. Lines without a cue (`_filler`) vary the
-length.
+A cue is the token or tokens in which the prompts of a pair differ, and which decide the answer. Each function is named
+after its task and draws one pair from a random generator. The two prompts of a pair may differ in length:
+`bridges.tasks.pairs` draws until they have equally many tokens. Lines without a cue (`_filler`) vary the length.
 """
 
 import random

@@ -39,7 +39,7 @@ def test_random_directions_mean_difference_and_probe_have_the_edits_norm_at_ever
             assert not torch.allclose(addend, edit)
 
 
-def test_mean_difference_and_probe_are_added_by_direction_of_the_task(pair, prompts):
+def test_mean_difference_and_probe_are_added_by_task_order(pair, prompts):
     addends = dense_addends(pair, *prompts, CHOSEN)
     directions = dense_directions(pair, prompts[0], CHOSEN)
     norm = edit_addend(pair, prompts[1], CHOSEN).norm(dim=-1)

@@ -83,7 +83,7 @@ def test_a_budget_that_nothing_keeps_within_is_named_with_what_it_would_take(pai
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_a_set_is_found_whenever_one_helpful_channel_keeps_within_the_budget(pair, prompts, text, helpful_costs, most):
-    """At whichever site it is, not only at those that promise most."""
+    """At whichever site it is, not only at those that score best."""
     found = find(pair, prompts, text, most, budget=helpful_costs[0] * 1.0001, candidates=ALL)
     assert found.sets[0].ablation_kl == pytest.approx(helpful_costs[0], rel=1e-9)
 

@@ -17,7 +17,7 @@ CHOSEN = Channels("1.attn", (0, 3), "residual")
 TEXT = tokens()
 TASK = toy_task(rows=70)
 """64 pairs to choose on, and six to report."""
-ONE_DIRECTION = toy_task(rows=66)._replace(direction=torch.zeros(66).long())
+ONE_TASK_ORDER = toy_task(rows=66)._replace(direction=torch.zeros(66).long())
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_channels_that_do_not_exist_are_refused(pair, prompts, unchecked, chosen
     ("options", "message"),
     [
         ({"by": "sparse"}, "by='sparse' must be one of dense, both"),
-        ({"budget": -0.1}, r"budget=-0\.1 must be 0 nats or more; infinity takes any channel"),
+        ({"budget": -0.1}, r"budget=-0\.1 must be 0 nats or more; use inf for no limit"),
         ({"budget": float("nan")}, "budget=nan must be 0"),
         ({"budget": "0.1"}, "budget='0.1' must be 0"),
     ],
@@ -150,7 +150,7 @@ def test_settings_of_the_search_are_checked_where_channels_are_given_too(pair, u
         ({"channels": (("0.mlp", 1),)}, "must be bridges.Channels"),
         ({"channels": 9}, "channels=9 must be a whole number between 1 and 8"),
         ({"text": torch.zeros(4, 1).long()}, r"text has rows of 1 real token\(s\)"),
-        ({"task": ONE_DIRECTION}, "task has pairs of one direction alone among its first 64 or after them"),
+        ({"task": ONE_TASK_ORDER}, r"task needs both task orders \(direction 0 and 1\) in its first 64 pairs"),
         ({"n": 0}, "n=0 must be at least 2 prompts"),
         ({"task": toy_task(rows=12)}, "task has 12 pairs; give 64 to choose channels on and 2 or more"),
     ],

@@ -57,4 +57,5 @@ def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(OSError) as caught:
         fetch_folder("someone/model")
-    assert str(caught.value) == "path='someone/model' is not a folder, and the hub did not give it: no route to host"
+    expected = "path='someone/model' is not a folder, and could not be downloaded from the hub: no route to host"
+    assert str(caught.value) == expected

@@ -87,7 +87,7 @@ def test_a_dropped_weight_is_plus_zero():
 
 
 @pytest.mark.parametrize("settings", [{}, {"rms_norm": False}, {"d_pos_emb": None}, {"sinusoidal_cat_pos_emb": True}])
-def test_dense_parameters_are_left_alone(settings):
+def test_unpruned_parameters_are_left_alone(settings):
     model = tiny_model(**settings)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     project(model, 0.1)
