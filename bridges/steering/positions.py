@@ -112,8 +112,8 @@ class TokenSpan:
 class PromptTracker:
     """Finds what the prompt of each call is: a forward call does not say it.
 
-    The prompt is what `generate` is given, in whatever pieces it is read. Outside `generate` it is what the first call
-    on a cache reads; a call without a cache is its own prompt.
+    The prompt is what `generate` is given, in whatever pieces it is read; what its first call reads, if it is given no
+    tokens. Outside `generate` it is what the first call on a cache reads; a call without a cache is its own prompt.
     """
 
     def __init__(self, from_the_end: tuple[int, ...] | None = None):
@@ -121,13 +121,16 @@ class PromptTracker:
         self._from_the_end = from_the_end
         self._records: CacheRecords[Prompt] = CacheRecords()
         """The prompt that was last read into each cache."""
-        self._generate_prompts: Sequence[Prompt] = ()
-        """Of the `generate` that is running: its prompt, then that of its guidance if there is any."""
+        self._generate_prompts: list[Prompt | None] = []
+        """Of the `generate` that is running: its prompt, None until it is known; then that of its guidance, if any."""
 
     @contextmanager
-    def generating(self, prompts: Sequence[Prompt]) -> Iterator[None]:
-        """Inside, calls belong to a `generate` that was given these prompts: its own, then that of guidance if any."""
-        outer, self._generate_prompts = self._generate_prompts, prompts
+    def generating(self, prompts: Sequence[Prompt | None]) -> Iterator[None]:
+        """Inside, calls belong to a `generate` that was given these prompts: its own, then that of guidance if any.
+
+        Its own is None where it was given no tokens, and starts from one that it chooses itself.
+        """
+        outer, self._generate_prompts = self._generate_prompts, list(prompts)
         try:
             yield
         finally:
@@ -146,7 +149,11 @@ class PromptTracker:
                 f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.n_past} "
                 "tokens that were not read inside this steer(); start the prompt inside it"
             )
-        prompt = next((one for one in self._generate_prompts if self._reads(call, one)), None)
+        if self._generate_prompts[:1] == [None] and call.n_past == 0:
+            self._generate_prompts[0] = Prompt(ids, mask)
+        read = [one for one in self._generate_prompts if one is not None and self._reads(call, one)]
+        # Without a cache one prompt may begin with the other: the longest is the one that the call continues.
+        prompt = max(read, key=lambda one: one.input_ids.shape[1], default=None)
         if prompt is None and call.n_past == 0:
             prompt = Prompt(ids, mask)
         return TokenSpan(mask, call.n_past, prompt)
@@ -170,8 +177,10 @@ class PromptTracker:
         return torch.equal(ids[:, : given.shape[1]], given)
 
     def _may_read(self, call: ModelCall, prompt: Prompt) -> bool:
-        if call.cache is None:  # every call then reads the whole prompt and what followed it
-            return call.input_ids.shape[1] >= prompt.input_ids.shape[1]
+        if call.cache is None:
+            # A cache begins with the prompt alone; without one every call reads the prompt and what followed it.
+            n_following = call.input_ids.shape[1] - prompt.input_ids.shape[1]
+            return n_following == 0 if call.uses_cache else n_following >= 0
         # The first cache that reads the prompt goes on with it. Guidance has a cache of its own, whose first call is
         # its prompt; one token of that may equal the prompt's first by chance.
         readers = [cache for cache, known in self._records.items() if known is prompt]

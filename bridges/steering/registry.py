@@ -25,8 +25,8 @@ class CallTracker(ABC):
         """Run one forward pass of the model, by calling `forward` with the arguments."""
 
     @abstractmethod
-    def generating(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
-        """Inside, a `generate` with these prompts runs."""
+    def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
+        """Inside, a `generate` with these prompts runs: its own, None where it was given no tokens; then guidance's."""
 
 
 class _Registry:
@@ -47,7 +47,7 @@ def register(model: nn.Module, tracker: CallTracker) -> Iterator[None]:
     """Inside, the tracker follows every call of `model(...)` and `model.generate(...)`."""
     registry = _REGISTRIES.setdefault(model, _Registry())
     if not registry.trackers:
-        for name, wrap in (("forward", wrap_forward), ("generate", wrap_generate)):
+        for name, wrap in (("forward", wrap_forward), ("generate", partial(wrap_generate, model))):
             if hasattr(model, name):
                 wrapped = _Wrapped(getattr(model, name), wrap(getattr(model, name), registry.trackers))
                 registry.undo.enter_context(replaced_attribute(model, name, wrapped))
@@ -87,32 +87,39 @@ def wrap_forward(forward: Callable[..., Any], trackers: Sequence[CallTracker]) -
     return tracked
 
 
-def wrap_generate(generate: Callable[..., Any], trackers: Sequence[CallTracker]) -> Callable[..., Any]:
+def wrap_generate(
+    model: nn.Module, generate: Callable[..., Any], trackers: Sequence[CallTracker]
+) -> Callable[..., Any]:
     """`generate`, whose prompt every tracker is given: its first forward pass may read a piece of it, or more."""
 
     def tracked(*args: Any, **kwargs: Any) -> Any:
-        prompts = _prompts(args, kwargs)
+        prompts = _prompts(model, args, kwargs)
         with ExitStack() as stack:
-            for tracker in trackers if prompts else ():
+            for tracker in trackers:
                 stack.enter_context(tracker.generating(prompts))
             return generate(*args, **kwargs)
 
     return tracked
 
 
-def _prompts(args: tuple, kwargs: dict[str, Any]) -> list[Prompt]:
-    """The prompt that `generate` is given, then that of its guidance; empty where it is given no tokens."""
+def _prompts(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Prompt | None]:
+    """The prompt that `generate` is given, None where it is given no tokens; then that of its guidance, if any."""
     inputs = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
     ids = next((one for one in inputs if isinstance(one, Tensor)), None)
-    if ids is None:
-        return []
-    prompts = [_prompt(ids, kwargs.get("attention_mask"))]
-    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) is not None:
-        negative = kwargs.get("negative_prompt_ids")
-        negative = ids[:, -1:] if negative is None else negative
+    prompts = [None if ids is None else _prompt(ids, kwargs.get("attention_mask"))]
+    negative = kwargs.get("negative_prompt_ids")
+    if negative is None and ids is not None:
+        negative = ids[:, -1:]
+    if negative is not None and _has_guidance(model, args, kwargs):
         prompts.append(_prompt(negative, kwargs.get("negative_prompt_attention_mask")))
     return prompts
+
+
+def _has_guidance(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a guidance scale is given: to `generate`, in the configuration it is given, or in the model's own."""
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    scales = (getattr(one, "guidance_scale", None) for one in (config, getattr(model, "generation_config", None)))
+    return any(scale is not None for scale in (kwargs.get("guidance_scale"), *scales))
 
 
 def _prompt(ids: Tensor, mask: Tensor | None) -> Prompt:

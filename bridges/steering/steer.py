@@ -63,7 +63,7 @@ def steer(
     belong to the model, not to a thread: another thread that runs the same dense model meanwhile runs it with them, and
     unless they add one number everywhere its calls must not overlap. Two threads may steer two dense models, which may
     share a sparse one. Gradient checkpointing, which runs layers again after the call, goes with edits that add one
-    number everywhere; with others the backward pass may raise ValueError.
+    number everywhere; with others a forward pass in training mode that records gradients raises ValueError.
 
     Raises ValueError, before anything is changed, for edits that the bridges cannot carry over, and for models other
     than those the bridges were fitted to (unless `check_models` is False), at strength 0 too.
@@ -255,7 +255,7 @@ class _PlanTracker(CallTracker):
         if self.reader is not None:
             self.reader.companion.detach_caches()
 
-    def generating(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+    def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
         """Inside, a `generate` with these prompts runs."""
         return self.prompts.generating(prompts)
 
@@ -263,6 +263,7 @@ class _PlanTracker(CallTracker):
         """Run one forward pass of the model."""
         if self.active.paused:
             return forward(*args, **kwargs)
+        _refuse_checkpointing(self.plan.dense.model)
         call = parse_call(self.plan.dense.model, args, kwargs)
         if call.logits_by_index and self.plan.edits_head_input:
             raise ValueError("logits_to_keep must be an integer when an edit changes the input of the unembedding")
@@ -289,3 +290,15 @@ class _PlanTracker(CallTracker):
         """Whether the stream at the site may be edited already when the encoder could read it on its way."""
         first = site_edit is self.plan.site_edits[0] and len(self.active) == 1
         return self.plan.source == "sparse" or not first
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    """Raises ValueError if the backward pass would run layers again, when what the edits need of the call is gone."""
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"model={type(model).__name__} has gradient checkpointing on, which runs layers again after the call; edits "
+            "that depend on the tokens cannot follow that: call model.gradient_checkpointing_disable(), or use edits "
+            "that add one number everywhere"
+        )

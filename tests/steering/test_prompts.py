@@ -161,14 +161,21 @@ def test_a_prompt_read_in_pieces_may_be_padded(pair, mask):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("negative", [None, torch.tensor([[3, 5, 2]])], ids=["last token", "negative prompt"])
-def test_the_prompt_of_guidance_is_its_own(pair, negative, use_cache):
+@pytest.mark.parametrize("scale_in", ["arguments", "model"])
+@pytest.mark.parametrize("negative", ["last token", "another prompt", "the prompt and more"])
+def test_the_prompt_of_guidance_is_its_own(pair, negative, scale_in, use_cache):
     """Logits of the prompt and of the guidance's prompt, each edited at its own end, combined as guidance does."""
     ids, model, scale = tokens(rows=1), pair.dense.model, 1.5
     ids[0, -1] = ids[0, 0]  # the guidance's prompt, the last token, is then the first one's by chance
-    unguided = ids[:, -1:] if negative is None else negative
-    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "guidance_scale": scale, "use_cache": use_cache}
-    how |= {"negative_prompt_ids": negative, "output_scores": True, "return_dict_in_generate": True}
+    more = torch.tensor([[3, 5, 2]])
+    unguided = {"last token": ids[:, -1:], "another prompt": more}.get(negative, torch.cat([ids, more[:, :2]], 1))
+    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    how |= {"negative_prompt_ids": None if negative == "last token" else unguided}
+    how |= {"output_scores": True, "return_dict_in_generate": True}
+    if scale_in == "model":
+        model.generation_config.guidance_scale = scale
+    else:
+        how["guidance_scale"] = scale
     with steered(pair, Edit(SITE, CHANNEL, 4.0, "set", -1)):
         found = model.generate(ids, **how)
     new = found.sequences[:, ids.shape[1] :]
@@ -179,6 +186,24 @@ def test_the_prompt_of_guidance_is_its_own(pair, negative, use_cache):
                 whole = torch.cat([prompt, new[:, :step]], 1)
                 parts.append(logits(pair, whole)[:, -1].log_softmax(-1))
         torch.testing.assert_close(scores, parts[1] + scale * (parts[0] - parts[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("negative", [None, torch.tensor([[0, 5, 2]])], ids=["no guidance", "negative prompt"])
+def test_a_generate_without_a_prompt_starts_from_the_token_that_it_reads_first(pair, negative):
+    """Position -1 is that token, with a cache or without, and the guidance's prompt may begin with it."""
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "output_scores": True}
+    how |= {"return_dict_in_generate": True}
+    if negative is not None:
+        how |= {"guidance_scale": 1.5, "negative_prompt_ids": negative}
+    start, found = torch.zeros(1, 1).long(), []
+    with steered(pair, Edit(SITE, CHANNEL, 4.0, "set", -1)):
+        for given in ({"inputs": start, "use_cache": True}, {"use_cache": True}, {"use_cache": False}):
+            found.append(pair.dense.model.generate(**given, **how))
+    for one in found[1:]:
+        assert torch.equal(one.sequences, found[0].sequences)
+        torch.testing.assert_close(one.scores, found[0].scores)
+    plain = pair.dense.model.generate(start, **how)
+    assert not torch.allclose(plain.scores[0], found[0].scores[0])
 
 
 def test_a_value_per_token_must_fit_the_prompt_of_guidance_too(pair):
