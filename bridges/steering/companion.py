@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from os import PathLike
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -83,11 +83,10 @@ def _remove_layers(cache: Cache, own: Cache) -> None:
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
-def model_lock(model: nn.Module | ResidualModel | str | Path) -> AbstractContextManager[Any]:
+def model_lock(model: nn.Module | ResidualModel | str | PathLike[str]) -> AbstractContextManager[Any]:
     """A lock held while a model is decomposed or read, as threads that steer two dense models may share a sparse one.
 
     A model that is named by a folder or hub id is loaded anew each time, so it needs none.
     """
-    if isinstance(model, str | Path):
-        return nullcontext()
-    return _LOCKS.setdefault(model.model if isinstance(model, ResidualModel) else model, RLock())
+    module = model.model if isinstance(model, ResidualModel) else model
+    return _LOCKS.setdefault(module, RLock()) if isinstance(module, nn.Module) else nullcontext()

@@ -1,6 +1,7 @@
 """A companion model, whose cache follows the leading model's through whatever happens to it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,13 @@ def test_arguments_may_be_positional_or_by_name(models, tokens):
 def test_a_model_has_one_lock_of_its_own():
     one, two = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     assert model_lock(one) is model_lock(one) is not model_lock(two)
+
+
+def test_a_model_named_by_a_path_of_any_kind_needs_no_lock():
+    class Folder:  # not a pathlib.Path
+        def __fspath__(self):
+            return "folder"
+
+    for name in ("folder", Path("folder"), Folder()):
+        with model_lock(name) as lock:
+            assert lock is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,17 @@ class BatchInputs(NamedTuple):
     """Ids, not embedded positions: sublayers that shared those would share an autograd graph."""
     allowed: Bool[Tensor, "#b 1 s s"]
     """Which keys each query may attend to."""
+
+
+class _HookedMethod(NamedTuple):
+    """A method of the model that runs hooks on the stream it is given."""
+
+    hooks: list[HookFunction]
+    restore: ExitStack
+
+
+_HOOKED_METHODS: WeakKeyDictionary[nn.Module, dict[str, _HookedMethod]] = WeakKeyDictionary()
+"""The methods that have hooks now, by the module that has them and their name."""
 
 
 class SparseResidual(ResidualModel):
@@ -79,13 +91,37 @@ class SparseResidual(ResidualModel):
                     owner, name = self.model, "unembed"
                 else:
                     owner, name = self.model.blocks[index // 2], "feed_forward" if index % 2 else "attention"
-                stack.enter_context(replaced_attribute(owner, name, _with_hook(getattr(owner, name), hook)))
+                stack.enter_context(_hook_method(owner, name, hook))
             yield
 
 
-def _with_hook(method: Callable[..., Any], hook: HookFunction) -> Callable[..., Any]:
+@contextmanager
+def _hook_method(owner: nn.Module, name: str, hook: HookFunction) -> Iterator[None]:
+    """Inside, the method runs the hook on the stream it is given.
+
+    Its own method comes back when the last hook is gone, in whatever order they go.
+    """
+    methods = _HOOKED_METHODS.setdefault(owner, {})
+    if name not in methods:
+        methods[name] = _HookedMethod([], ExitStack())
+        with_hooks = _with_hooks(getattr(owner, name), methods[name].hooks)
+        methods[name].restore.enter_context(replaced_attribute(owner, name, with_hooks))
+    hooked = methods[name]
+    hooked.hooks.append(hook)
+    try:
+        yield
+    finally:
+        hooked.hooks.remove(hook)
+        if not hooked.hooks:
+            hooked.restore.close()
+            del methods[name]
+
+
+def _with_hooks(method: Callable[..., Any], hooks: list[HookFunction]) -> Callable[..., Any]:
     def call(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
-        changed = hook(residual)
-        return method(residual if changed is None else changed, *args, **kwargs)
+        for hook in hooks:
+            changed = hook(residual)
+            residual = residual if changed is None else changed
+        return method(residual, *args, **kwargs)
 
     return call
