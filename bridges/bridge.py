@@ -21,6 +21,7 @@ from bridges.io.files import read_json, write_json, write_tensors, write_text
 from bridges.io.fingerprint import checked_fingerprint, fingerprint, same_model
 from bridges.io.paths import fetch_folder
 from bridges.io.tensors import check_tensors, read_keys, read_safetensors
+from bridges.models.residual import ResidualModel
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
 
 FORMAT_VERSION = 2
@@ -129,6 +130,10 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _module(model: nn.Module | ResidualModel) -> nn.Module:
+    return model.model if isinstance(model, ResidualModel) else model
+
+
 class BridgeSet(nn.Module):
     """The bridges between two models, one per pair of sites; what `bridges.fit` returns.
 
@@ -192,20 +197,21 @@ class BridgeSet(nn.Module):
             raise KeyError(f"site={site!r} has no bridge; the bridged sites are {', '.join(self.sites)}")
         return self.sites.index(site)
 
-    def record_models(self, dense: nn.Module, sparse: nn.Module) -> None:
+    def record_models(self, dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel) -> None:
         """Store both models' names and fingerprints in `provenance`, for `check_models`."""
-        for side, model in (("dense", dense), ("sparse", sparse)):
+        for side, model in (("dense", _module(dense)), ("sparse", _module(sparse))):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
             # The path to a folder means nothing on another machine, and would differ between two equal runs.
             name = Path(name).name if Path(name).is_dir() else name
             self.provenance[side] = {"name": name, "fingerprint": fingerprint(model)}
 
-    def check_models(self, dense: nn.Module, sparse: nn.Module | None = None) -> None:
+    def check_models(self, dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel | None = None) -> None:
         """ValueError if the set was fitted to other models than these."""
-        for side, model in (("dense", dense), ("sparse", sparse)):
+        for side, given in (("dense", dense), ("sparse", sparse)):
             known = self.provenance.get(side)
-            if model is None or known is None:
+            if given is None or known is None:
                 continue
+            model = _module(given)
             here = checked_fingerprint(model)
             if not same_model(here, known["fingerprint"]):
                 raise ValueError(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import bridges.bridge
 from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport, SiteFigures
+from bridges.models.loading import as_residual
 
 D_DENSE, D_SPARSE, K = 5, 7, 3
 
@@ -359,6 +360,9 @@ def test_check_models_accepts_the_models_of_the_fit_in_any_dtype_and_no_others(t
     loaded = BridgeSet.from_pretrained(tmp_path)
     loaded.check_models(tiny("gpt2").to(torch.bfloat16), tiny("llama").double())
     loaded.check_models(dense)
+    loaded.check_models(as_residual(dense), as_residual(sparse))
+    loaded.record_models(as_residual(dense), as_residual(sparse))
+    assert loaded.provenance == bridge_set.provenance
     with pytest.raises(ValueError, match=r"dense=GPT2LMHeadModel is not the model .*'GPT2LMHeadModel'.* hash to bf16:"):
         loaded.check_models(tiny("gpt2", seed=1), sparse)
     with pytest.raises(ValueError, match="sparse=GPT2LMHeadModel is not the model"):

@@ -67,14 +67,15 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     """Return a decoder-only language model as a `ResidualModel`, a chain of sublayers (method.md, section 1).
 
     Args:
-        model: a Hugging Face causal language model or a `SparseTransformer`; a `ResidualModel`, returned as it is; a
-            folder; or a hub id. Weights are shared with the model, not copied.
+        model: a Hugging Face causal language model or a `SparseTransformer`, compiled by `torch.compile` or not; a
+            `ResidualModel`, returned as it is; a folder; or a hub id. Weights are shared with the model, not copied.
         device: where a model goes that is loaded from a folder or the hub; an object stays where it is.
         kwargs: of `from_pretrained` (dtype, device_map, revision, ...), for a model that is loaded.
 
     Returns:
-        The `ResidualModel`. Its logits were compared with the model's own on random tokens: equal bit for bit in
-        float32 on CPUs.
+        The `ResidualModel`. For a Hugging Face model its logits were compared with the model's own on random tokens:
+        equal bit for bit in float32 on CPUs. A `SparseTransformer` is such a chain itself: nothing is compared. Of a
+        compiled model it is the model inside, not compiled.
 
     Raises:
         ValueError: the model is not a plain sequence of decoder layers; the message names the layer and the difference.
@@ -95,6 +96,7 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     if isinstance(model, ResidualModel):
         return model
     model = load_model(model, device, **kwargs)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, SparseTransformer):
         return SparseResidual(model)
     return HuggingFaceResidual(model)

@@ -78,6 +78,13 @@ def test_a_sparse_model_is_its_own_chain():
     assert chain.model is model and chain.sites == ["0.attn", "0.mlp", "final"]
 
 
+@pytest.mark.parametrize("family", ["sparse", "gpt2"])
+def test_of_a_compiled_model_the_model_inside_is_the_chain(family, tiny):
+    model = tiny_sparse() if family == "sparse" else tiny(family)
+    chain, plain = loading.as_residual(torch.compile(model, backend="eager")), loading.as_residual(model)
+    assert chain.model is model and chain.sites == plain.sites and type(chain) is type(plain)
+
+
 def test_a_model_that_is_not_there_or_of_another_kind_is_refused(tmp_path, unchecked):
     for load in (loading.load_model, loading.as_residual, loading.find_tokenizer):
         with pytest.raises(FileNotFoundError, match="nothing' must be an existing folder or a hub id"):
