@@ -61,7 +61,8 @@ COLUMNS = {
 class BridgeReport:
     """Held-out figures of a bridge set, per site and over all sites; `evaluate` and `fit` make it.
 
-    `print(report)` shows it as a table. In Python a figure that is undefined is NaN, in `report.json` it is null.
+    `print(report)` shows it as a table. In Python a figure that is undefined is
+    NaN; `report.json` has null for it, and for an infinite KL, as JSON has no such numbers.
 
     >>> site = SiteFigures("0.mlp", 0.6, 0.5, 0.2, 1.5, 0.4, 3.0, 2.0, 1.9, 0.5, 0.8)
     >>> report = BridgeReport((site,), dense_ce=2.5, sparse_ce=2.75, kl_sparse_alone=0.375, tokens=128)

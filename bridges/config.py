@@ -96,7 +96,7 @@ class FitConfig(BaseModel):
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. None: one, at the end."""
     eval_tokens: int = Field(default=16_384, ge=1)
-    """Held-out tokens of an evaluation, at most."""
+    """Held-out tokens of an evaluation, at most, rounded up to whole rows."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     sampled_rows: int = Field(default=1024, ge=2)

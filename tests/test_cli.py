@@ -103,6 +103,21 @@ def test_evaluate_finds_the_models_and_the_heldout_rows_of_a_run(monkeypatch, ca
         assert again["mean"][name] == pytest.approx(first["mean"][name], rel=1e-4)
 
 
+def test_evaluate_loads_each_model_once(monkeypatch, capsys, config, tmp_path):
+    out, loaded, load = tmp_path / "run", [], run_file.load_model
+    dtypes = ("--dense.dtype", "float32", "--sparse.dtype", "float32")
+    assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out, *dtypes)[0] == 0
+
+    def counted(source, *args, **kwargs):
+        if isinstance(source, str):
+            loaded.append(Path(source).name)
+        return load(source, *args, **kwargs)
+
+    monkeypatch.setattr(run_file, "load_model", counted)
+    assert run(monkeypatch, capsys, "evaluate", out)[0] == 0
+    assert loaded == ["dense", "sparse"]
+
+
 def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path)
     assert (status, "no config.json" in err) == (2, True)

@@ -47,7 +47,8 @@ class RunFile:
     @classmethod
     def of_folder(cls, folder: Path) -> RunFile:
         """The run file of a run folder, without tables where the folder has none."""
-        return cls.read(folder / NAME) if (folder / NAME).is_file() else cls()
+        path = folder.expanduser() / NAME
+        return cls.read(path) if path.is_file() else cls()
 
     def with_values(self, values: Sequence[tuple[str, str, Any]]) -> RunFile:
         """The same with some values replaced, each given as (table, key, value)."""
@@ -71,14 +72,19 @@ class RunFile:
         """The settings of [fit]."""
         return FitConfig.from_values(self.tables.get("fit", {}))
 
-    def model(self, side: str) -> nn.Module | str:
-        """The path or hub id of a model, or the model itself where its table says how to load it."""
-        arguments = dict(self.tables.get(side, {}))
-        if "path" not in arguments:
+    def model_path(self, side: str) -> str:
+        """The folder or hub id of a model."""
+        table = self.tables.get(side, {})
+        if "path" not in table:
             raise ValueError(f"[{side}] path is missing; give a folder or a hub id")
-        path = arguments.pop("path")
-        if not isinstance(path, str):
-            raise ValueError(f"[{side}] path={path!r} must be text: a folder or a hub id")
+        if not isinstance(table["path"], str):
+            raise ValueError(f"[{side}] path={table['path']!r} must be text: a folder or a hub id")
+        return table["path"]
+
+    def model(self, side: str) -> nn.Module | str:
+        """The folder or hub id of a model, or the model, loaded as its table says (dtype, device_map, revision)."""
+        path = self.model_path(side)
+        arguments = {key: value for key, value in self.tables[side].items() if key != "path"}
         if unknown := sorted(arguments.keys() - set(MODEL_KEYS)):
             value = arguments[unknown[0]]
             raise ValueError(f"[{side}] {unknown[0]}={value!r} is unknown; known are {', '.join(MODEL_KEYS)}")
@@ -118,7 +124,7 @@ class RunFile:
         named = self.data_arguments().get("tokenizer")
         if named is not None:
             return named
-        found = (find_tokenizer(self.model(side)) for side in ("dense", "sparse"))
+        found = (find_tokenizer(self.model_path(side)) for side in ("dense", "sparse"))
         return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
     def heldout_rows(self, models: tuple[nn.Module, nn.Module]) -> Rows:
@@ -126,7 +132,8 @@ class RunFile:
         settings, given = self.settings(), self.data_arguments()
         dense, sparse = (as_residual(model) for model in models)
         data = given.get("data"), given.get("eval_data"), given.get("tokenizer")
-        rows = prepare(dense, sparse, *data, (self.model("dense"), self.model("sparse")), settings).heldout
+        paths = self.model_path("dense"), self.model_path("sparse")  # where their tokenizers are
+        rows = prepare(dense, sparse, *data, paths, settings).heldout
         return rows.first(math.ceil(settings.eval_tokens / rows.seq_len))
 
     def save(self, folder: Path) -> None:
@@ -137,8 +144,8 @@ class RunFile:
         tables = {name: dict(table) for name, table in self.tables.items()}
         for table in tables.values():
             for name in ("path", "eval_path", "tokenizer"):
-                if name in table and Path(table[name]).exists():
-                    table[name] = str(Path(table[name]).resolve())
+                if name in table and (path := Path(table[name]).expanduser()).exists():
+                    table[name] = str(path.resolve())
         if self.settings().train_sparse:
             tables["sparse"]["path"] = str((folder / "sparse").resolve())
         write_text(folder / NAME, tomli_w.dumps(tables))

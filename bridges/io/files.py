@@ -22,7 +22,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     `path` may be a file or a folder. If the block raises, it stays as it was and what was written is removed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -71,10 +71,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read TOML; raises ValueError that names the file if it does not exist or is not TOML."""
-    path = Path(path)
+    """Read TOML; FileNotFoundError or ValueError names the file if it does not exist or is not TOML."""
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"path={str(path)!r} must be a TOML file that exists")
+        raise FileNotFoundError(f"path={str(path)!r} must be a TOML file that exists")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -31,9 +31,15 @@ def has_kernel(x: Tensor) -> bool:
 def has_parallel_kernel(x: Tensor) -> bool:
     """Whether kernels of several threads can run on this tensor.
 
-    They cannot in a process that was forked after they had run, where GNU OpenMP would end it: start processes with
-    `spawn` to have them there.
+    They cannot in a process that was forked after they had run: OpenMP's threads do not survive a fork. On one thread
+    the dense product takes their place there. Raises RuntimeError if torch is to use more, since it would wait forever.
     """
+    if has_kernel(x) and _forked_after_openmp and (n_threads := torch.get_num_threads()) > 1:
+        raise RuntimeError(
+            f"this process was forked after OpenMP's threads had started, which do not survive a fork; torch would use "
+            f"{n_threads} and wait forever. Start processes with multiprocessing's 'spawn' method, or call "
+            "torch.set_num_threads(1) first"
+        )
     return has_kernel(x) and not _forked_after_openmp
 
 

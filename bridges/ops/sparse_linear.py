@@ -55,7 +55,8 @@ def sparse_linear(
     """x W' + bias for the matrix W that has `values` at the positions of `pattern` and zeros elsewhere.
 
     The gradient reaches x, the values and the bias. Computed by a kernel on CPUs where numba is installed, for float32
-    and float64; otherwise by the dense product, and so in a process forked after the kernel had run.
+    and float64; otherwise by the dense product, and so in a process forked after the kernel had run (on one thread:
+    RuntimeError on more, which would hang).
     """
     if not (has_parallel_kernel(x) and x.dtype == values.dtype and x.dtype in (torch.float32, torch.float64)):
         return sparse_linear_eager(x, values, pattern, bias)

@@ -122,8 +122,8 @@ def test_a_finished_run_resumed_returns_bridges_on_the_dense_models_device(tmp_p
     assert {tensor.device.type for tensor in found.tensors().values()} == {"meta"}
 
 
-def test_checkpoints_of_earlier_versions_resume(tmp_path, monkeypatch):
-    """Their files and the names of the tensors in them stay as they are."""
+def test_checkpoints_keep_the_names_of_their_files_and_tensors(tmp_path, monkeypatch):
+    """So that a run of an earlier version resumes."""
     settings = {"checkpoint_every": 1, "interchange_weight": 0.5}
     stop = raiser(SystemExit)
     monkeypatch.setattr(fit_module, "measure_read_scales", stop)

@@ -75,7 +75,7 @@ def test_toml_is_read_and_what_cannot_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ValueError, match=r"bad\.toml is not valid TOML"):
         read_toml(tmp_path / "bad.toml")
-    with pytest.raises(ValueError, match=r"none\.toml' must be a TOML file that exists"):
+    with pytest.raises(FileNotFoundError, match=r"none\.toml' must be a TOML file that exists"):
         read_toml(str(tmp_path / "none.toml"))
 
 

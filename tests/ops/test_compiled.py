@@ -60,6 +60,17 @@ assert numba.threading_layer() == "workqueue" and right == [True] * 600
 
 @needs_numba
 @pytest.mark.slow
+def test_the_number_of_threads_changes_no_bit():
+    code = """
+one = sparse_linear(x, values, pattern)
+torch.set_num_threads(2)
+assert torch.equal(sparse_linear(x, values, pattern), one) and torch.get_num_threads() == 2
+"""
+    run(PROBLEM + code, "omp")
+
+
+@needs_numba
+@pytest.mark.slow
 def test_the_first_kernel_leaves_torch_its_number_of_threads():
     run(PROBLEM + "assert is_right() and torch.get_num_threads() == 1", "omp")
 
@@ -67,7 +78,7 @@ def test_the_first_kernel_leaves_torch_its_number_of_threads():
 @needs_numba
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_a_process_forked_after_a_parallel_kernel_ran_multiplies_too(layer):
+def test_a_process_forked_after_a_parallel_kernel_ran_multiplies_on_one_thread(layer):
     code = """
 assert is_right()
 child = os.fork()
@@ -77,6 +88,24 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert is_right()
 """
     run(PROBLEM + code, layer)
+
+
+@needs_numba
+@pytest.mark.slow
+def test_a_forked_process_with_more_threads_gets_an_error_and_not_a_deadlock():
+    code = """
+torch.set_num_threads(2)
+assert is_right()
+child = os.fork()
+if child == 0:
+    try:
+        is_right()
+    except RuntimeError as error:
+        os._exit(0 if "spawn" in str(error) else 4)
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    run(PROBLEM + code, "omp")
 
 
 @needs_numba

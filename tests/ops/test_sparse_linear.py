@@ -1,5 +1,3 @@
-from importlib.util import find_spec
-
 import pytest
 import torch
 
@@ -72,17 +70,3 @@ def test_without_numba(monkeypatch):
     monkeypatch.setattr(compiled, "_HAS_NUMBA", False)
     for one, other in zip(outcome(sparse_linear, leaves, pattern), expected, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
-
-
-@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
-def test_the_number_of_threads_changes_no_bit():
-    leaves, pattern, _ = problem((2, 700), 50, 40, 0.2, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = outcome(sparse_linear, leaves, pattern)
-        torch.set_num_threads(2)
-        two = outcome(sparse_linear, leaves, pattern)
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, one, two))
