@@ -6,8 +6,9 @@ Read: the sublayer's input, after the norm.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,20 +112,26 @@ def _call_as(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
 def copy_as(module: nn.Module, dtype: torch.dtype, shared: Iterable[nn.Module] = ()) -> nn.Module:
     """A copy of a module that computes in `dtype`, without its hooks; `shared` submodules are not copied.
 
-    A model that accelerate offloads keeps weights elsewhere: the copy shares accelerate's hook, which brings them, and
-    casts them to the copy's dtype.
+    Weights, submodules and methods of the object's own are copied, every other attribute is shared: a user's lock or
+    stored activation cannot be copied. A model that accelerate offloads keeps weights elsewhere: the copy shares
+    accelerate's hook, which brings them, and casts them to the copy's dtype.
     """
-    originals = list(module.modules())
-    memo: dict[int, object] = {id(one): one for one in shared}
+    originals = set(module.modules())
+    memo: dict[int, object] = {}
     for original in originals:
+        memo |= {id(value): value for name, value in vars(original).items() if not _is_copied(name, value, originals)}
+    for original in originals:
+        # An attribute may also refer to a weight or a submodule, which is copied all the same.
+        for one in (original, *original._parameters.values(), *original._buffers.values()):
+            if one is not None:
+                memo.pop(id(one), None)
         # A hook may refer to anything, the whole model included: none is followed.
         memo |= {id(hooks): OrderedDict() for name, hooks in vars(original).items() if name.endswith("_hooks")}
-        if hasattr(original, "_hf_hook"):
-            memo[id(original._hf_hook)] = original._hf_hook
+    memo |= {id(one): one for one in shared}
     copied = deepcopy(module, memo)
-    kept = set(originals)
     for part in copied.modules():
-        if part not in kept:
+        if part not in originals:
+            vars(part).pop("_steer_plans", None)  # the edits are hooks, which the copy does not have
             for name, parameter in part._parameters.items():
                 if parameter is not None and parameter.is_floating_point():
                     part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
@@ -132,3 +139,11 @@ def copy_as(module: nn.Module, dtype: torch.dtype, shared: Iterable[nn.Module] =
                 if buffer is not None and buffer.is_floating_point():
                     part._buffers[name] = buffer.to(dtype)
     return copied
+
+
+def _is_copied(name: str, value: Any, modules: Collection[nn.Module]) -> bool:
+    """Whether a copy has its own: weights, submodules, and methods that would run the original module."""
+    if isinstance(value, MethodType):
+        return value.__self__ in modules
+    # accelerate and steer() replace forward by a callable that holds the module; accelerate keeps the one before, too.
+    return name in ("_parameters", "_buffers", "_modules", "forward", "_old_forward")

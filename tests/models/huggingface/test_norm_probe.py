@@ -1,7 +1,12 @@
+import threading
+from types import MethodType
+
 import pytest
 import torch
+from pairs import gpt2, join, sparse_model, with_units
 from torch import nn
 
+import bridges
 from bridges.models.huggingface.norm_probe import copy_as
 from bridges.models.loading import as_residual
 
@@ -184,6 +189,38 @@ def test_a_copy_shares_what_it_should_and_follows_no_hook():
     assert copied[1] is shared and shared.weight.dtype == torch.bfloat16
     assert copied[0] is not inner and torch.equal(copied[0].weight, inner.weight.double())
     assert inner.weight.dtype == torch.bfloat16 and copied[0](torch.ones(4).double()).dtype == torch.float64
+
+
+def test_attributes_that_cannot_be_copied_are_shared(tiny):
+    model = tiny("gpt2").bfloat16()
+    expected = [as_residual(model).norm(index).gain for index in range(5)]
+    for part in (model, model.transformer.h[0], model.transformer.h[0].ln_2):
+        part.lock = threading.Lock()
+        part.activation = torch.ones(2, requires_grad=True) * 2
+        part.parent = [model]
+    chain = as_residual(model)
+    assert all(torch.equal(chain.norm(index).gain, gain) for index, gain in enumerate(expected))
+
+
+def test_an_attribute_that_is_a_weight_a_submodule_or_a_method_is_the_copys_own():
+    module = nn.Sequential(nn.LayerNorm(4).bfloat16())
+    vars(module).update(inner=module[0], weight=module[0].weight, method=MethodType(nn.Module.extra_repr, module))
+    copied = copy_as(module, torch.float64)
+    assert copied.inner is copied[0] and copied.method.__self__ is copied
+    assert copied.weight is not module.weight and module[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+@pytest.mark.parametrize("mode", ["set", "add"])
+def test_every_norm_can_be_measured_inside_a_steer(mode, at):
+    pair = with_units(join(gpt2(), sparse_model()))
+    model, edit = pair.dense.model, bridges.Edit("1.attn", 0, 0.7, mode)
+    expected = [pair.dense.norm(index).gain for index in range(5)]
+    with bridges.steer(model, pair.bridge_set, edit, sparse=pair.sparse.model, at=at):
+        assert all(torch.equal(pair.dense.norm(index).gain, gain) for index, gain in enumerate(expected))
+        if mode == "add":  # "set" depends on the tokens, and refuses the calls of parts that as_residual makes
+            chain = as_residual(model)
+            assert torch.equal(chain.norm(len(chain.sites) - 1).gain, expected[-1])
 
 
 def test_neither_embeddings_nor_matrices_are_copied(tiny, monkeypatch):
