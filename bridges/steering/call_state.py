@@ -36,12 +36,12 @@ class CurrentCall:
 
     @contextmanager
     def running(self, state: CallState) -> Iterator[None]:
-        """Inside, the hooks use this state."""
-        self._state = state
+        """Inside, the hooks use this state; afterwards that of the call around it, if a hook made this one."""
+        before, self._state = self._state, state
         try:
             yield
         finally:
-            self._state = None
+            self._state = before
 
     @property
     def state(self) -> CallState:

@@ -298,7 +298,7 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
-            f"model={type(model).__name__} has gradient checkpointing on, which runs layers again after the call; edits "
-            "that depend on the tokens cannot follow that: call model.gradient_checkpointing_disable(), or use edits "
-            "that add one number everywhere"
+            f"model={type(model).__name__} has gradient checkpointing on, which runs layers again after the call; "
+            "edits that depend on the tokens cannot follow that: call model.gradient_checkpointing_disable(), or use "
+            "edits that add one number everywhere"
         )

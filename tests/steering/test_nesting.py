@@ -41,10 +41,12 @@ def test_the_encoder_reads_the_stream_without_the_edits_of_other_contexts(pair, 
         assert torch.equal(logits(pair, ids), alone) and not torch.allclose(alone, expected)
 
 
+@pytest.mark.parametrize("dense", [gpt2_without_eos, lambda: sparse_model(seed=6)], ids=["gpt2", "sparse model"])
 @pytest.mark.parametrize("at", ["read", "residual"])
-@pytest.mark.parametrize("site", ["0.mlp", "1.attn"])
-def test_contexts_may_be_left_in_any_order(pair, site, at):
-    ids, plain = tokens(), logits(pair, tokens())
+@pytest.mark.parametrize("site", ["0.mlp", "1.attn", "final"])
+def test_contexts_may_be_left_in_any_order(dense, site, at):
+    pair, ids = with_units(join(dense(), sparse_model())), tokens()
+    plain, attributes = logits(pair, ids), [set(vars(module)) for module in pair.dense.model.modules()]
     first, second = (steered(pair, Edit(site, c, 4.0), at=at) for c in (CHANNEL, 5))
     with steered(pair, Edit(site, 5, 4.0), at=at):
         expected = logits(pair, ids)
@@ -54,6 +56,36 @@ def test_contexts_may_be_left_in_any_order(pair, site, at):
     assert torch.equal(logits(pair, ids), expected)
     second.__exit__(None, None, None)
     assert torch.equal(logits(pair, ids), plain)
+    assert [set(vars(module)) for module in pair.dense.model.modules()] == attributes
+
+
+def test_a_refused_context_leaves_the_edits_of_the_outer_one_on(pair):
+    ids = tokens()
+    with steered(pair, EDITS["several"]):
+        expected = logits(pair, ids)
+        for refused in ({"edits": Edit("7.attn", 0, 1.0)}, {"edits": EDITS["set"], "sparse": None}):
+            with pytest.raises(ValueError), steered(pair, **refused):
+                pass
+            assert torch.equal(logits(pair, ids), expected)
+    assert not torch.allclose(logits(pair, ids), expected)
+
+
+@pytest.mark.parametrize("source", ["sparse", "encoder"])
+def test_a_users_hook_may_call_the_steered_model_inside_a_call(pair, source):
+    ids, inner, inside = tokens(), [], []
+    with steered(pair, EDITS["several"], source=source):
+        expected, expected_inner = logits(pair, ids), logits(pair, ids[:, :4])
+
+        def call(*_):
+            if not inside:
+                inside.append(None)
+                inner.append(logits(pair, ids[:, :4]))
+                inside.clear()
+
+        handle = pair.dense.model.transformer.h[0].register_forward_pre_hook(call)
+        assert torch.equal(logits(pair, ids), expected)
+        handle.remove()
+    assert torch.equal(inner[-1], expected_inner)  # the first one's may be of the run that reads, without edits
 
 
 def test_two_threads_may_steer_two_models():
