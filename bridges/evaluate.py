@@ -86,8 +86,7 @@ def evaluate(
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
     seq_len = bridge_set.provenance.get("fit", {}).get("seq_len") if isinstance(data, str | PathLike) else None
-    sources = (pair.dense.model, pair.sparse.model)
-    rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, sources, seq_len)
+    rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, (dense, sparse), seq_len)
     return measure(pair, rows.in_order(batch_size), settings=bridge_set.provenance.get("fit", {}))
 
 

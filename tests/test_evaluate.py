@@ -20,8 +20,10 @@ from pairs import (
     tokens,
 )
 
+import bridges
 from bridges.bridge_report import FIGURES
 from bridges.evaluate import evaluate, measure
+from bridges.models import loading
 
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
@@ -223,6 +225,22 @@ def test_models_are_given_as_objects_residual_models_or_folders(tmp_path):
     pair.sparse.model.save_pretrained(tmp_path / "sparse")
     assert evaluate(pair.dense.model, pair.sparse.model, pair.bridge_set, DATA).flat() == expected
     assert evaluate(str(tmp_path / "dense"), tmp_path / "sparse", pair.bridge_set, DATA).flat() == expected
+
+
+def test_the_tokenizer_is_looked_for_where_the_model_was_named(tmp_path, monkeypatch):
+    """A hub id's tokenizer is found, though the object loaded from it does not say where it comes from."""
+    tokenizer = bridges.load_pair().tokenizer
+    pair = join(gpt2(vocab=len(tokenizer)), sparse_model(vocab_size=len(tokenizer)))
+    text = tmp_path / "text.txt"
+    text.write_text("for i in range(3):\n    print(i)\n" * 9)
+    expected = evaluate(*pair, text, tokenizer=tokenizer)
+    tokenizer.save_pretrained(tmp_path / "cached")
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda name: pair.dense.model)
+    monkeypatch.setattr(loading, "cached_file", lambda name, *_, **__: name == "me/model")
+    load, cached = loading.AutoTokenizer.from_pretrained, {"me/model": tmp_path / "cached"}
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda name: load(cached[name]))
+    found = evaluate("me/model", pair.sparse.model, pair.bridge_set, text)
+    assert found.flat() == expected.flat() and found.tokens > 0
 
 
 def test_two_processes_measure_what_one_does_also_where_one_has_no_batch():
