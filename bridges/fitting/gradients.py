@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridges.data.random_state import RandomState, draws_from, random_state
 from bridges.fitting.interchange import QuadraticTerm
 from bridges.models.residual import Batch, Trace
 from bridges.objective.hybrid import ModelPair, Traces, batch_moments, ce_sum, kl_sum, squared_errors, trace_pair
@@ -130,24 +131,15 @@ def _forward_passes(
         return [batch_moments(pair, traces)], [lambda: traces]
     moments, passes = [], []
     for batch in batches:
-        passes.append(partial(_trace_again, pair, batch, objective, _random_state(pair.sparse.device)))
+        passes.append(partial(_trace_again, pair, batch, objective, random_state(pair.sparse.device)))
         moments.append(batch_moments(pair, _trace(pair, batch, objective, grad=False)))
     return moments, passes
 
 
-def _trace_again(pair: ModelPair, batch: Batch, objective: Objective, random_state: list[Tensor]) -> Traces:
-    """`_trace` with the random draws that follow `random_state`; the generators go on from where they are now."""
-    device = pair.sparse.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(random_state[0])
-        for device_state in random_state[1:]:
-            torch.cuda.set_rng_state(device_state, device)
+def _trace_again(pair: ModelPair, batch: Batch, objective: Objective, state: RandomState) -> Traces:
+    """`_trace` with the random draws that follow `state`; the generators go on from where they are now."""
+    with draws_from(state, pair.sparse.device):
         return _trace(pair, batch, objective)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """The state of the CPU's generator, and of the device's where that is a GPU."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _trace(pair: ModelPair, batch: Batch, objective: Objective, grad: bool = True) -> Traces:
