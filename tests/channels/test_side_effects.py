@@ -1,5 +1,7 @@
 """Side effects against the public context, on a tiny random pair in float64."""
 
+import re
+
 import pytest
 import torch
 from pairs import tokens, toy_task
@@ -69,11 +71,11 @@ def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):
     assert found.kl_other_tasks is None and found.solved_other_tasks is None and "solved" not in str(found)
 
 
-@pytest.mark.slow
 def test_other_tasks_are_all_but_one_and_those_too_long_are_named():
     tokenizer = bridges.load_pair().tokenizer
-    with pytest.warns(UserWarning, match="leave out the task 'class_init': .* max_tokens=26"):
+    with pytest.warns(UserWarning, match="leave out the task 'class_init': .* max_tokens=26") as warned:
         found = other_tasks("for_while", tokenizer, max_tokens=26)
-    left_out = {"for_while", "class_init"}
-    assert {one.task for one in found} <= set(TASKS) - left_out and len(found) > 10
+    pattern = re.compile("side effects leave out the task '(.*?)': ")
+    left_out = [match[1] for one in warned if (match := pattern.match(str(one.message)))]
+    assert sorted([*(one.task for one in found), *left_out, "for_while"]) == sorted(TASKS)
     assert all(one.input_ids.shape[0] == PAIRS_PER_OTHER_TASK and one.input_ids.shape[1] <= 26 for one in found)

@@ -98,5 +98,9 @@ def test_the_legend_is_inside_the_picture(tmp_path):
         assert np.all(picture[:, [0, -1]] == 1)
 
 
-def test_figures_of_zero_can_be_drawn_on_a_log_scale(tmp_path):
-    assert quality_plot(report(scale=0.0), tmp_path / "quality.png").stat().st_size > 10_000
+def test_figures_of_zero_are_bars_of_height_zero_on_a_log_scale(tmp_path):
+    left, right = quality_figure(report(scale=0.0)).axes
+    assert bar_heights(left) == {"nmse_encode": [0, 0, 0], "nmse_decode": [0, 0, 0]}
+    assert bar_heights(right) == {f"kl_{way}": [0, 0, 0] for way in WAYS}
+    assert left.get_yscale() == "linear" and right.get_yscale() == "log" and right.get_ylim()[0] > 0
+    assert min(imread(quality_plot(report(scale=0.0), tmp_path / "quality.png")).shape[:2]) > 300
