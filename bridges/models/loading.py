@@ -95,8 +95,8 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     """
     if isinstance(model, ResidualModel):
         return model
-    model = load_model(model, device, **kwargs)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(model, SparseTransformer):
-        return SparseResidual(model)
-    return HuggingFaceResidual(model)
+    loaded = load_model(model, device, **kwargs)
+    module: nn.Module = getattr(loaded, "_orig_mod", loaded)  # of torch.compile
+    if isinstance(module, SparseTransformer):
+        return SparseResidual(module)
+    return HuggingFaceResidual(module)
