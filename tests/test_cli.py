@@ -133,6 +133,7 @@ def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     assert status == 2
 
 
+@pytest.mark.slow
 def test_evaluate_reads_text_with_the_runs_tokenizer_or_another(monkeypatch, capsys, bundled_run, tmp_path):
     text = ("--data", Path(__file__), "--seq-len", "64", "--out", tmp_path / "report.json")
     status, printed, err = run(monkeypatch, capsys, "evaluate", bundled_run, *text)

@@ -27,6 +27,7 @@ def test_examples_are_short():
         assert len(path.read_text().splitlines()) <= 80, path.name
 
 
+@pytest.mark.slow
 def test_fit_two_models(tmp_path):
     assert "kl_sparse_to_dense" in run("fit_two_models.py", "--steps", 3, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "bridges.safetensors").is_file()

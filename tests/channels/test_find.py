@@ -33,7 +33,8 @@ def under_random_directions(pair, prompts, chosen):
     return max(p_target(x, prompts.pairs).mean().item() for x in logits)
 
 
-@pytest.mark.parametrize("part", [pytest.param(0.3, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.3, 1.0])
 def test_the_found_channel_does_most_beyond_a_random_direction(pair, prompts, text, part):
     """At each site and entry point the channel of largest P(target) within the budget; of those the one that beats its
     random directions by most. `part` of all channels keep within the budget."""

@@ -44,6 +44,7 @@ def helpful_costs(pair, prompts, text):
     return sorted(costs)
 
 
+@pytest.mark.slow
 def test_without_text_rows_are_sampled_from_the_dense_model(pair, text):
     assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
     assert torch.equal(text.trace.context.input_ids, sample_text(pair, 3))
@@ -61,6 +62,7 @@ def test_a_search_and_its_report_never_sample_the_same_text(pair):
     assert not any(torch.equal(sample_text(pair, seed), reported) for seed in range(6))
 
 
+@pytest.mark.slow
 def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):
     with torch.no_grad():
         free = find(pair, prompts, text, 4, budget=math.inf, candidates=ALL)
@@ -88,6 +90,7 @@ def test_a_set_is_found_whenever_one_helpful_channel_keeps_within_the_budget(pai
     assert found.sets[0].ablation_kl == pytest.approx(helpful_costs[0], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_every_location_is_searched_if_the_preferred_ones_have_none_within_the_budget(pair, prompts, text):
     """The only channel that costs nothing helps, though others at its site are predicted to do more."""
     with torch.no_grad():

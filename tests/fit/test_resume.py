@@ -52,6 +52,7 @@ def interrupt(monkeypatch, at_evaluation, signals):
     monkeypatch.setattr(fit_module, "measure", measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "joint"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_run_ended_by_ctrl_c_continues_to_the_same_bytes(tmp_path, monkeypatch, number, joint):
     settings = {"eval_every": 1, "steps": 5, **(SPARSE if joint else {})}
