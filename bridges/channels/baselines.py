@@ -58,7 +58,7 @@ def _probe(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[T
 
     features = torch.cat([before, after]).double().cpu().numpy()
     labels = [0] * len(before) + [1] * len(after)
-    # Not StandardScaler: with it the solver stops elsewhere, and the figures of the demo's probe move by 0.1 %.
+    # Not StandardScaler: with it the figures of the demo's probe move by 0.1 %.
     scale = features.std(0) + 1e-12
     regression = LogisticRegression(max_iter=1000).fit(features / scale, labels)
     return torch.tensor(regression.coef_[0] / scale).to(before)
