@@ -166,18 +166,20 @@ class ResidualModel(ABC):
         input_ids: Int[Tensor, "b s"],
         attention_mask: Int[Tensor, "b s"] | None = None,
         differentiable: bool = False,
+        with_logits: bool = True,
     ) -> Trace:
         """Run all sublayers and the head, and keep the stream at every site.
 
         `differentiable`: build a graph from the first stream on, of a frozen model too, so that every stream has a
-        gradient with respect to the logits.
+        gradient with respect to the logits. Without `with_logits` the head is not run, and the logits have width 0.
         """
         context = self.context(input_ids, attention_mask)
         with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
             residuals = [context.embedding.detach().requires_grad_() if differentiable else context.embedding]
             for index in range(len(self.sites) - 1):
                 residuals.append(self.sublayer(index, residuals[-1], context))
-            return Trace(residuals, self.head(residuals[-1], context), context)
+            logits = self.head(residuals[-1], context) if with_logits else residuals[-1][..., :0]
+            return Trace(residuals, logits, context)
 
     def residuals(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
