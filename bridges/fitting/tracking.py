@@ -14,21 +14,27 @@ from bridges.io.files import json_text, replacing, write_text
 
 REPORT_SENT_FILE = "wandb_report_sent"
 """A run folder has this file once its final report has been sent to wandb; a run may be killed before that."""
+RUN_ID_FILE = "wandb_run_id"
+"""In a run folder: the id of the wandb run that its rows went to."""
+STEP = "fit_step"
+"""The metric that counts a fit's steps in a wandb run that logs other things too, and so has steps of its own."""
 
 
 class Tracker:
     """Keeps a run's rows in memory, appends them to `metrics.jsonl`, and sends them to wandb if `report_to` says so.
 
     A run that resumes from `step` deletes the rows after it, and a last line that is cut short, and continues the same
-    wandb run.
+    wandb run. A wandb run that the caller has active is left alone: the rows go to a run of their own beside it. In a
+    sweep they go to the run of the sweep's agent, which is the one that the sweep reads its metric from.
     """
 
     def __init__(self, output_dir: Path | None, report_to: str, settings: dict[str, Any], step: int):
         self.path = None if output_dir is None else output_dir / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = [] if self.path is None else _rows_until(self.path, step)
-        self.run = None
+        self.run: Any = None
+        self.shared, self.plotted = False, set[str]()
         if report_to == "wandb":
-            self.run = _start_run(output_dir, settings)
+            self.run, self.shared = _open_run(output_dir, settings)
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one step's row; `row["step"]` counts from 1."""
@@ -37,10 +43,20 @@ class Tracker:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(row) + "\n")
         if self.run is not None:
-            self.run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            self._send({name: value for name, value in row.items() if name != "step"}, row["step"])
+
+    def _send(self, values: dict[str, Any], step: int) -> None:
+        """Log to the wandb run; to a shared one, whose own step may be far ahead, over `STEP`."""
+        if not self.shared:
+            self.run.log(values, step=step)
+            return
+        for pattern in {_pattern(name) for name in values} - self.plotted:
+            self.run.define_metric(pattern, step_metric=STEP)
+            self.plotted.add(pattern)
+        self.run.log({**values, STEP: step})
 
     def finish(self, report: BridgeReport | None, folder: Path | None, plot: Path | None = None) -> None:
-        """End the wandb run: send the report as a table, the plot as an image and the bridge folder as an artifact."""
+        """Send the report as a table, the plot as an image and the bridge folder as an artifact, and end an own run."""
         if self.run is None:
             return
         import wandb
@@ -59,13 +75,14 @@ class Tracker:
                 if (folder / name).is_file():
                     artifact.add_file(str(folder / name))
             self.run.log_artifact(artifact)
-        self.run.finish()
+        if not self.shared:
+            self.run.finish()
         if folder is not None:
             write_text(folder / REPORT_SENT_FILE, self.run.id)
 
     def abort(self) -> None:
-        """Mark the wandb run as failed; a resumed run continues it."""
-        if self.run is not None:
+        """Mark an own wandb run as failed; a resumed run continues it."""
+        if self.run is not None and not self.shared:
             self.run.finish(exit_code=1)
 
 
@@ -90,21 +107,59 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_run(output_dir: Path | None, settings: dict[str, Any]) -> Any:
-    """Start or continue the wandb run; offline, with a line on stderr, if neither an account nor WANDB_MODE is set."""
+def _open_run(output_dir: Path | None, settings: dict[str, Any]) -> tuple[Any, bool]:
+    """The wandb run to log to, None where wandb is disabled; and whether it is the caller's, who ends it."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or None
+    active, stored = wandb.run, _stored_id(output_dir)
+    mode = os.environ.get("WANDB_MODE") or (None if active is None else _mode_of(active))
+    if mode == "disabled":  # wandb.init would put a dummy in the place of the run that is active
+        return None, False
+    shared = active is not None and (bool(active.sweep_id) or active.id == stored)
+    run = active if shared else _start_run(output_dir, settings, stored, mode)
+    assert run is not None
+    if shared:
+        run.config.update({"fit": settings}, allow_val_change=True)
+    if output_dir is not None:
+        write_text(output_dir / RUN_ID_FILE, run.id)
+    return run, shared
+
+
+def _mode_of(run: Any) -> str:
+    return "disabled" if run.disabled else "offline" if run.offline else "online"
+
+
+def _pattern(metric: str) -> str:
+    """What wandb knows a metric's whole group by: `train/*` for `train/loss`."""
+    group, slash, _ = metric.partition("/")
+    return f"{group}/*" if slash else metric
+
+
+def _start_run(output_dir: Path | None, settings: dict[str, Any], stored: str | None, mode: str | None) -> Any:
+    """Start or continue an own wandb run; beside one that is active, in its project and account.
+
+    Offline, with a line on stderr, if neither an account nor a mode is set. In a sweep wandb gives the run its id.
+    """
+    import wandb
+
+    active = wandb.run
+    in_sweep = bool(wandb.setup().settings.sweep_id)
     if mode is None and not wandb.login(prompt=False, verify=False):
         print(
             "wandb: no account and no WANDB_MODE set; the run is recorded offline, `wandb sync` sends it later",
             file=sys.stderr,
         )
         mode = "offline"
+    project = os.environ.get("WANDB_PROJECT") or (None if active is None else active.project)
+    place: dict[str, Any] = {
+        "project": project or "bridges",
+        "entity": active.entity if active is not None and active.entity else None,
+        "id": stored or uuid.uuid4().hex[:12],
+    }
     return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "bridges"),
-        id=_run_id(output_dir),
+        **({} if in_sweep else place),
         resume="allow",
+        reinit="create_new",  # any other value ends or returns the run that is active
         mode=mode,  # pyright: ignore[reportArgumentType]
         dir=None if output_dir is None else str(output_dir),
         config=settings,
@@ -112,11 +167,7 @@ def _start_run(output_dir: Path | None, settings: dict[str, Any]) -> Any:
     )
 
 
-def _run_id(output_dir: Path | None) -> str:
-    """The id of the wandb run, kept in the run folder from the start, so that a resumed run continues the same one."""
-    if output_dir is None:
-        return uuid.uuid4().hex[:12]
-    path = output_dir / "wandb_run_id"
-    if not path.is_file():
-        write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8").strip()
+def _stored_id(output_dir: Path | None) -> str | None:
+    """The id of the wandb run that a run folder's rows went to, None before there is one."""
+    path = None if output_dir is None else output_dir / RUN_ID_FILE
+    return path.read_text(encoding="utf-8").strip() if path is not None and path.is_file() else None

@@ -101,11 +101,26 @@ def config(run):
     for record in run:
         if record.WhichOneof("record_type") == "run":
             found |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.WhichOneof("record_type") == "config":
+            found |= {item.key: json.loads(item.value_json) for item in record.config.update}
     return found
 
 
 def run_ids(run):
     return {record.run.run_id for record in run if record.WhichOneof("record_type") == "run"}
+
+
+def projects(run):
+    return {record.run.project for record in run if record.WhichOneof("record_type") == "run"}
+
+
+def exit_code(run):
+    return next(record.exit.exit_code for record in run if record.WhichOneof("record_type") == "exit")
+
+
+def step_axes(run):
+    metrics = [record.metric for record in run if record.WhichOneof("record_type") == "metric"]
+    return {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
 
 
 @pytest.fixture
@@ -120,6 +135,118 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     yield
     wandb.teardown()
+
+
+def tracked(folder, steps=(1, 2, 3)):
+    """A run that logs so many steps and ends, and the tracker of it."""
+    tracker = Tracker(folder, "wandb", {"lr": 0.5}, 0)
+    for step in steps:
+        tracker.log({"step": step, "train/loss": 1.0 / step, "lr": 0.5})
+    tracker.finish(None, folder)
+    return tracker
+
+
+def logged(run, *names):
+    """The values of these names in every row that has one of them."""
+    return [tuple(row.get(name) for name in names) for row in history(run) if any(name in row for name in names)]
+
+
+def test_a_run_of_the_users_is_left_alone_and_the_rows_go_to_one_beside_it(tmp_path, offline):
+    mine = wandb.init(dir=str(tmp_path / "mine"), project="quotes", id="mine")
+    mine.log({"own": 1.0}, step=900)
+    tracked(tmp_path / "run")
+    assert wandb.run is mine
+    mine.log({"own": 2.0}, step=901)
+    mine.finish()
+    (theirs,), (ours,) = read_runs(tmp_path / "mine"), read_runs(tmp_path / "run")
+    assert logged(theirs, "_step", "own") == [(900, 1.0), (901, 2.0)] and not logged(theirs, "train/loss")
+    assert logged(ours, "train/loss", "_step") == [(1.0, 1), (0.5, 2), (1 / 3, 3)]
+    assert run_ids(ours) == {(tmp_path / "run/wandb_run_id").read_text()} != run_ids(theirs) == {"mine"}
+    assert projects(ours) == {"quotes"} and config(ours)["lr"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_end_the_users(tmp_path, offline):
+    mine = wandb.init(dir=str(tmp_path / "mine"), id="mine")
+    Tracker(tmp_path / "run", "wandb", {}, 0).abort()
+    mine.log({"own": 1.0})
+    mine.finish()
+    (theirs,), (ours,) = read_runs(tmp_path / "mine"), read_runs(tmp_path / "run")
+    assert logged(theirs, "own") == [(1.0,)] and (exit_code(theirs), exit_code(ours)) == (0, 1)
+
+
+@pytest.mark.parametrize("mode", ["argument", "environment"])
+def test_where_wandb_is_disabled_nothing_is_recorded_and_no_id_is_kept(tmp_path, offline, monkeypatch, mode):
+    if mode == "environment":
+        mine = wandb.init(dir=str(tmp_path / "mine"), mode="offline")
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    else:
+        monkeypatch.delenv("WANDB_MODE")
+        mine = wandb.init(mode="disabled")
+    assert tracked(tmp_path / "run").run is None and wandb.run is mine
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    mine.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", ["by itself", "inside a run of the user's"])
+def test_a_resume_continues_the_run_whose_id_the_folder_holds(tmp_path, offline, resumed):
+    tracked(tmp_path / "run", steps=(1, 2))
+    if resumed != "by itself":
+        mine = wandb.init(dir=str(tmp_path / "mine"))
+    tracker = Tracker(tmp_path / "run", "wandb", {}, 2)
+    tracker.log({"step": 3, "train/loss": 0.25})
+    tracker.abort()
+    if resumed != "by itself":
+        mine.finish()
+    first, second = read_runs(tmp_path / "run")
+    assert run_ids(first) == run_ids(second) == {(tmp_path / "run/wandb_run_id").read_text()}
+    assert logged(second, "train/loss", "_step") == [(0.25, 3)]
+
+
+@pytest.mark.slow
+def test_a_run_that_the_user_opened_by_the_stored_id_is_logged_to_and_not_ended(tmp_path, offline):
+    tracked(tmp_path / "run", steps=(1,))
+    mine = wandb.init(dir=str(tmp_path / "mine"), id=(tmp_path / "run/wandb_run_id").read_text(), resume="allow")
+    mine.log({"own": 1.0}, step=900)
+    tracker = Tracker(tmp_path / "run", "wandb", {}, 1)
+    tracker.log({"step": 2, "train/loss": 0.25})
+    tracker.finish(None, None)
+    mine.log({"own": 2.0})
+    mine.finish()
+    (theirs,) = read_runs(tmp_path / "mine")
+    assert logged(theirs, "own") == [(1.0,), (2.0,)] and logged(theirs, "train/loss", "fit_step") == [(0.25, 2)]
+
+
+@pytest.fixture
+def agent(offline, monkeypatch):
+    """The environment in which a sweep's agent runs a trial."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", ["by the user", "by fit"])
+def test_in_a_sweep_the_rows_go_to_the_agents_run(tmp_path, agent, opened):
+    folder = tmp_path / "run" if opened == "by fit" else tmp_path / "mine"
+    if opened == "by the user":
+        mine = wandb.init(dir=str(folder), config={"lr": 7.0})
+        mine.log({"own": 1.0}, step=900)
+    tracker = tracked(tmp_path / "run")
+    assert (tmp_path / "run/wandb_run_id").read_text() == tracker.run.id == "trial1"
+    if opened == "by the user":
+        mine.log({"own": 2.0})
+        mine.finish()
+    (trial,) = read_runs(folder)
+    assert run_ids(trial) == {"trial1"} and exit_code(trial) == 0
+    if opened == "by fit":
+        assert logged(trial, "train/loss", "_step") == [(1.0, 1), (0.5, 2), (1 / 3, 3)]
+        return
+    assert logged(trial, "train/loss", "fit_step") == [(1.0, 1), (0.5, 2), (1 / 3, 3)]
+    assert logged(trial, "own") == [(1.0,), (2.0,)], "the user's rows after the fit are not dropped"
+    assert config(trial)["lr"] == 7.0 and config(trial)["fit"] == {"lr": 0.5}
+    assert step_axes(trial)["train/*"] == "fit_step"
 
 
 @pytest.mark.slow
