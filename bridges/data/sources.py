@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.corpus import encode_documents, pack_rows
+from bridges.data.packing import Row, refuse_other_meanings
 from bridges.data.rows import Rows
+from bridges.models.residual import zero_one_mask
 
 
 class ReadLimit(NamedTuple):
@@ -39,7 +41,7 @@ def load_rows(
     if isinstance(data, Rows):
         return data
     if isinstance(data, str | PathLike):
-        return _from_text(Path(data), tokenizer, seq_len or DEFAULT_SEQ_LEN, seed)
+        return _from_text(Path(data), tokenizer, seq_len or DEFAULT_SEQ_LEN, seed, name)
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point() or not len(data):
             raise ValueError(
@@ -52,13 +54,13 @@ def load_rows(
         raise ValueError(
             f"{name}={type(data).__name__} must be token ids [n, seq], an iterable of batches, or a path to text"
         )
-    return _from_batches(data, seq_len, limit, seed)
+    return _from_batches(data, seq_len, limit, seed, name)
 
 
-def _from_batches(data: Iterable[Any], seq_len: int | None, limit: ReadLimit | None, seed: int) -> Rows:
-    rows = _read(data, limit)
+def _from_batches(data: Iterable[Any], seq_len: int | None, limit: ReadLimit | None, seed: int, name: str) -> Rows:
+    rows = _read(data, limit, name)
     if not rows:
-        raise ValueError("data holds no rows; an iterator can be read only once, so pass a new one")
+        raise ValueError(f"{name} holds no rows; an iterator can be read only once, so pass a new one")
     width = max(len(ids) for ids, _ in rows)
     width = width if seq_len is None else min(width, seq_len)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -70,63 +72,65 @@ def _from_batches(data: Iterable[Any], seq_len: int | None, limit: ReadLimit | N
     return Rows(ids, mask, seed)
 
 
-def _read(data: Iterable[Any], limit: ReadLimit | None) -> list[tuple[Tensor, Tensor]]:
-    rows: list[tuple[Tensor, Tensor]] = []
+def _read(data: Iterable[Any], limit: ReadLimit | None, name: str) -> list[Row]:
+    rows: list[Row] = []
     tokens = 0
     for item in data:
-        rows += (new := _rows_of(item))
+        rows += (new := _rows_of(item, name))
         tokens += sum(len(ids) for ids, _ in new)
         if limit is not None and len(rows) >= limit.rows and tokens >= limit.tokens:
             break
     return rows
 
 
-def _rows_of(item: Any) -> list[tuple[Tensor, Tensor]]:
+def _rows_of(item: Any, name: str) -> list[Row]:
     """The rows of one batch (or of one example), each with its mask."""
-    mask = None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
-            raise ValueError(f"data: a batch has the keys {sorted(item)}, but not 'input_ids'; tokenize the data first")
-        item, mask = item["input_ids"], item.get("attention_mask")
-        if isinstance(item, list) and len(item) > 1 and all(isinstance(one, Tensor) and one.ndim == 1 for one in item):
             raise ValueError(
-                "data: input_ids is a list of tensors, which a DataLoader makes of lists by turning rows into columns; "
-                "call set_format('torch') on the dataset, or stack the rows into one tensor"
+                f"{name}: a batch has the keys {sorted(item)}, but not 'input_ids'; tokenize the data first"
             )
-    elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim == 2:
+        ids = item["input_ids"]
+        if isinstance(ids, list) and len(ids) > 1 and all(isinstance(one, Tensor) and one.ndim == 1 for one in ids):
+            raise ValueError(
+                f"{name}: input_ids is a list of tensors, which a DataLoader makes of lists by turning rows into "
+                "columns; call set_format('torch') on the dataset, or stack the rows into one tensor"
+            )
+        rows = _rows_of_ids(ids, item.get("attention_mask"), name)
+        refuse_other_meanings(item, rows, name)
+        return rows
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor) and item[0].ndim == 2:
         first, *others = item  # a DataLoader over a TensorDataset gives one-element lists
         if others:
             raise ValueError(
-                f"data: a batch is {len(item)} tensors without names; give dicts with 'input_ids' and 'attention_mask'"
+                f"{name}: a batch is {len(item)} tensors without names; give dicts with 'input_ids' and "
+                "'attention_mask'"
             )
         item = first
-    if isinstance(item, list) and item and not isinstance(item[0], int):
-        masks = [None] * len(item) if mask is None else mask
-        return [row for one, real in zip(item, masks, strict=True) for row in _rows_of(_example(one, real))]
-    if isinstance(item, str):
-        raise ValueError(f"data: a batch is the text {item[:20]!r}; tokenize it first, or pass a path to text files")
-    ids = torch.as_tensor(item)
+    return _rows_of_ids(item, None, name)
+
+
+def _rows_of_ids(ids: Any, mask: Any, name: str) -> list[Row]:
+    if isinstance(ids, str):
+        raise ValueError(f"{name}: a batch is the text {ids[:20]!r}; tokenize it first, or pass a path to text files")
+    if isinstance(ids, list) and ids and not isinstance(ids[0], int):
+        masks = [None] * len(ids) if mask is None else mask
+        return [row for one, real in zip(ids, masks, strict=True) for row in _rows_of_ids(one, real, name)]
+    ids = torch.as_tensor(ids)
     if ids.is_floating_point() or ids.ndim not in (1, 2):
         raise ValueError(
-            f"data: a batch is {tuple(ids.shape)} of {ids.dtype}; it must be integer token ids [batch, seq]"
+            f"{name}: a batch is {tuple(ids.shape)} of {ids.dtype}; it must be integer token ids [batch, seq]"
         )
-    real = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-    if real.shape != ids.shape:
-        raise ValueError(
-            f"data: attention_mask {tuple(real.shape)} must have the shape of input_ids {tuple(ids.shape)}"
-        )
-    return list(zip(torch.atleast_2d(ids).long(), torch.atleast_2d(real).long(), strict=True))
+    given = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    real = zero_one_mask(given, ids, f"{name}: attention_mask")
+    return list(zip(torch.atleast_2d(ids).long(), torch.atleast_2d(real), strict=True))
 
 
-def _example(ids: Any, mask: Any) -> dict[str, Any]:
-    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-
-
-def _from_text(path: Path, tokenizer: Any, seq_len: int, seed: int) -> Rows:
+def _from_text(path: Path, tokenizer: Any, seq_len: int, seed: int, name: str) -> Rows:
     if tokenizer is None:
-        raise ValueError(f"data={str(path)!r} is text: pass tokenizer= to turn it into tokens")
+        raise ValueError(f"{name}={str(path)!r} is text: pass tokenizer= to turn it into tokens")
     if not path.exists():
-        raise ValueError(f"data={str(path)!r} does not exist")
+        raise ValueError(f"{name}={str(path)!r} does not exist")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_text(path, file))
     documents = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     eos = tokenizer.eos_token_id
@@ -135,7 +139,7 @@ def _from_text(path: Path, tokenizer: Any, seq_len: int, seed: int) -> Rows:
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     stream = encode_documents(tokenizer, documents)
     if len(stream) < seq_len - 1:
-        raise ValueError(f"data={str(path)!r} holds {len(stream)} tokens, fewer than one row of seq_len={seq_len}")
+        raise ValueError(f"{name}={str(path)!r} holds {len(stream)} tokens, fewer than one row of seq_len={seq_len}")
     return Rows(pack_rows(stream, seq_len, bos), seed=seed)
 
 

@@ -167,7 +167,7 @@ REFUSED = {
     "deep batch": (lambda: [IDS[None]], r"a batch is \(1, 4, 5\)"),
     "mask of another shape": (
         lambda: [{"input_ids": IDS, "attention_mask": MASK[:, :4]}],
-        r"attention_mask \(4, 4\) must have the shape of input_ids \(4, 5\)",
+        r"attention_mask \(4, 4\) must have the shape \(4, 5\)",
     ),
     "nameless mask": (lambda: DataLoader(TensorDataset(IDS, MASK), 2), "a batch is 2 tensors without names"),
     "text without tokenizer": (lambda: Path("x.txt"), "data='x.txt' is text: pass tokenizer="),

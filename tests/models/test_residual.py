@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bridges.models.loading import as_residual
-from bridges.models.residual import Site, input_device, position_ids
+from bridges.models.residual import Site, check_tokens, input_device, position_ids
 
 
 @pytest.fixture
@@ -134,3 +134,45 @@ def test_a_hook_that_returns_none_changes_no_bit(chain, tokens):
         logits = chain.trace(tokens).logits
         with chain.hook_reads({i: lambda read: None for i in range(5)}):
             assert torch.equal(chain.trace(tokens).logits, logits)
+
+
+WITH_A_MASK = {
+    "residuals": lambda chain, ids, mask: chain.residuals(ids, mask)[0],
+    "reads": lambda chain, ids, mask: chain.reads(ids, mask),
+    "run_from": lambda chain, ids, mask: [chain.run_from("1.attn", torch.ones(3, 9, 32), ids, mask)],
+}
+
+
+@pytest.mark.parametrize("method", WITH_A_MASK)
+def test_a_mask_is_one_of_ones_and_zeros_whatever_its_type(chain, tokens, padding, method, unchecked):
+    run, real = WITH_A_MASK[method], padding.bool()
+    with torch.no_grad():
+        expected = run(chain, tokens, padding)
+        for mask in (real, padding.float(), padding.to(torch.uint8)):
+            for one, other in zip(run(chain, tokens, mask), expected, strict=True):
+                assert torch.equal(one[real], other[real])
+        with pytest.raises(ValueError, match=r"attention_mask holds 2; it must be 1 .* make each document a row"):
+            run(chain, tokens, padding * torch.tensor([1, 1, 1, 2, 2, 2, 2, 2, 2]))
+        with pytest.raises(ValueError, match=r"attention_mask \(3, 5\) must have the shape \(3, 9\)"):
+            run(chain, tokens, padding[:, :5])
+
+
+def test_checked_tokens_have_a_mask_of_ones_and_zeros_and_padding_that_both_models_have(tiny):
+    wide, narrow = as_residual(tiny("gpt2", vocab_size=62)), as_residual(tiny("llama"))
+    ids, mask = torch.tensor([[61, 61, 3, 4], [5, 6, 7, 60]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    checked = check_tokens("data", ids, mask.bool(), wide, narrow)
+    assert checked[0].tolist() == [[0, 0, 3, 4], [5, 6, 7, 60]] and checked[1].dtype == torch.long
+    assert torch.equal(checked[1], mask) and ids[0, 0] == 61
+    assert check_tokens("data", ids, mask, wide)[0] is ids
+    with pytest.raises(ValueError, match=r"data holds token 61; valid ids are 0 to 60 \(the models have 61 and 62 tok"):
+        check_tokens("data", ids, None, wide, narrow)
+    with pytest.raises(ValueError, match=r"attention_mask holds 0.5; it must be 1 at real tokens"):
+        check_tokens("data", ids, mask / 2, wide)
+
+
+def test_under_padding_any_token_gives_the_same_streams(tiny, tokens, padding):
+    chain, other = as_residual(tiny("llama")), tokens.masked_fill(padding == 0, 0)
+    with torch.no_grad():
+        one, two = (chain.residuals(ids, padding)[0] for ids in (tokens, other))
+    assert not torch.equal(tokens, other)
+    assert all(torch.equal(a[padding.bool()], b[padding.bool()]) for a, b in zip(one, two, strict=True))
