@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.tasks.templates import EXAMPLES, Answer, Example, with_fillers
+from bridges.tasks.token_sets import TokenSets
 
 TASKS = tuple(EXAMPLES)
 """The names of the twenty tasks."""
@@ -30,31 +31,93 @@ PLAIN_DRAWS_PER_PAIR = 50
 otherwise."""
 
 
-class TaskPairs(NamedTuple):
-    """Prompts of a task with their counterfactuals; the answer to one is the target of the other."""
+class TaskPairs:
+    """Prompts of a task with their counterfactuals; the answer to one is the target of the other.
 
-    task: str
-    input_ids: Int[Tensor, "n seq"]
-    """Original prompts, left-padded."""
-    counterfactual_ids: Int[Tensor, "n seq"]
-    """The same prompts with the other cue, row by row of the same length."""
-    attention_mask: Int[Tensor, "n seq"]
-    answers: Int[Tensor, "n tokens"]
-    """Tokens that answer the original prompt, usually one; rows with fewer are filled with -1."""
-    targets: Int[Tensor, "n tokens"]
-    """Tokens that answer the counterfactual prompt, filled with -1."""
-    direction: Int[Tensor, " n"]
-    """The task order: 0 where the original prompt is the task's first, 1 where it is the second."""
+    Answers and targets are given as token ids [n, tokens], where rows with fewer are filled with -1, or as `TokenSets`.
+
+    >>> ids, other, mask = torch.tensor([[[5, 6]], [[5, 7]], [[1, 1]]])
+    >>> pairs = TaskPairs("mine", ids, other, mask, torch.tensor([[3, 4]]), torch.tensor([[8, -1]]), torch.tensor([0]))
+    >>> pairs.answers
+    tensor([[3, 4]])
+    """
+
+    def __init__(
+        self,
+        task: str,
+        input_ids: Int[Tensor, "n seq"],
+        counterfactual_ids: Int[Tensor, "n seq"],
+        attention_mask: Int[Tensor, "n seq"],
+        answers: Int[Tensor, "n tokens"] | TokenSets,
+        targets: Int[Tensor, "n other_tokens"] | TokenSets,
+        direction: Int[Tensor, " n"],
+    ):
+        self.task = task
+        self.input_ids = input_ids
+        """Original prompts, left-padded."""
+        self.counterfactual_ids = counterfactual_ids
+        """The same prompts with the other cue, row by row of the same length."""
+        self.attention_mask = attention_mask
+        self.answer_sets, self.target_sets = (
+            one if isinstance(one, TokenSets) else TokenSets.of_rows(one) for one in (answers, targets)
+        )
+        """Tokens that answer the original prompt, and tokens that answer the counterfactual prompt."""
+        self.direction = direction
+        """The task order: 0 where the original prompt is the task's first, 1 where it is the second."""
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        shape = self.input_ids.shape
+        for name, tensor in (("counterfactual_ids", self.counterfactual_ids), ("attention_mask", self.attention_mask)):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of input_ids, {tuple(shape)}")
+        rows = {"answers": self.answer_sets.index, "targets": self.target_sets.index, "direction": self.direction}
+        for name, tensor in rows.items():
+            if len(tensor) != shape[0]:
+                raise ValueError(f"{name} has {len(tensor)} rows; it must have one for each of the {shape[0]} prompts")
+
+    @property
+    def answers(self) -> Int[Tensor, "n tokens"]:
+        """Tokens that answer the original prompt, usually one; rows with fewer are filled with -1."""
+        return self.answer_sets.filled()
+
+    @property
+    def targets(self) -> Int[Tensor, "n tokens"]:
+        """Tokens that answer the counterfactual prompt, filled with -1."""
+        return self.target_sets.filled()
 
     def rows(self, start: int, stop: int | None = None) -> TaskPairs:
         """The pairs from `start` up to `stop`."""
-        task, *tensors = self
-        return TaskPairs(task, *(tensor[start:stop] for tensor in tensors))
+        return self.take(torch.arange(len(self.input_ids))[start:stop])
+
+    def take(self, rows: Int[Tensor, " rows"], first_token: int = 0) -> TaskPairs:
+        """The pairs with these indices, their prompts from `first_token` on."""
+        rows = rows.to(self.input_ids.device)
+        ids, other, mask = (
+            tensor[rows, first_token:] for tensor in (self.input_ids, self.counterfactual_ids, self.attention_mask)
+        )
+        answers, targets = (sets.take(rows) for sets in (self.answer_sets, self.target_sets))
+        return TaskPairs(self.task, ids, other, mask, answers, targets, self.direction[rows])
 
     def to(self, device: torch.device | str) -> TaskPairs:
         """The pairs on another device."""
-        task, *tensors = self
-        return TaskPairs(task, *(tensor.to(device) for tensor in tensors))
+        ids, other, mask = (
+            tensor.to(device) for tensor in (self.input_ids, self.counterfactual_ids, self.attention_mask)
+        )
+        answers, targets = (sets.to(device) for sets in (self.answer_sets, self.target_sets))
+        return TaskPairs(self.task, ids, other, mask, answers, targets, self.direction.to(device))
+
+    def replaced(self, **changes: Any) -> TaskPairs:
+        """The pairs with other values of some constructor arguments."""
+        values = {name: getattr(self, name) for name in ("task", "input_ids", "counterfactual_ids", "attention_mask")}
+        values |= {"answers": self.answer_sets, "targets": self.target_sets, "direction": self.direction}
+        return TaskPairs(**(values | changes))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __repr__(self) -> str:
+        return f"TaskPairs({self.task!r}, {len(self)} pairs of {self.input_ids.shape[1]} tokens)"
 
 
 def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int = MAX_TOKENS) -> TaskPairs:
@@ -104,16 +167,23 @@ def task_pairs(task: str, tokenizer: Any, n: int, seed: int = 0, max_tokens: int
     )
 
 
-def probability(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n tokens"]) -> Float[Tensor, " n"]:
+def probability(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n tokens"] | TokenSets) -> Float[Tensor, " n"]:
     """The full-vocabulary probability of each row's set of tokens, in at least float32; -1 is no token."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    p = logits.to(dtype).softmax(-1).gather(1, tokens.clamp(min=0).to(logits.device))
-    return torch.where(tokens.to(logits.device) >= 0, p, 0).sum(1)
+    return probabilities(logits, tokens)[0]
+
+
+def probabilities(
+    logits: Float[Tensor, "n vocab"], *sets: Int[Tensor, "n tokens"] | TokenSets
+) -> list[Float[Tensor, " n"]]:
+    """`probability` of several sets of tokens per row, from one softmax."""
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    return [(one if isinstance(one, TokenSets) else TokenSets.of_rows(one)).sums(p) for one in sets]
 
 
 def solved(logits: Float[Tensor, "n vocab"], pairs: TaskPairs) -> Bool[Tensor, " n"]:
     """Whether the original prompt's answer is more probable than the counterfactual's."""
-    return probability(logits, pairs.answers) > probability(logits, pairs.targets)
+    answer, target = probabilities(logits, pairs.answer_sets, pairs.target_sets)
+    return answer > target
 
 
 class _Encoded(NamedTuple):
@@ -137,21 +207,21 @@ def _encode(tokenizer: Any, example: Example, max_tokens: int) -> _Encoded | str
     (first, answer), (second, other) = encoded
     while isinstance(answer, list) and isinstance(other, list) and answer and other and answer[0] == other[0]:
         first, second, answer, other = [*first, answer[0]], [*second, other[0]], answer[1:], other[1:]
-    answers = [{tokens[0]} if isinstance(tokens, list) and tokens else set(tokens) for tokens in (answer, other)]
-    if not answers[0] or not answers[1] or answers[0] & answers[1]:
+    answers = [tuple(tokens[:1]) if isinstance(tokens, list) else tokens for tokens in (answer, other)]
+    if not answers[0] or not answers[1] or _overlap(*answers):
         return f"{_describe(example.first_answer)} and {_describe(example.second_answer)} share their first token"
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if len(first) != len(second):
         return "its two prompts differ in length"
     if len(first) + len(bos) > max_tokens:
         return f"the prompts are over max_tokens={max_tokens}"
-    return _Encoded(bos + first, tuple(sorted(answers[0])), bos + second, tuple(sorted(answers[1])))
+    return _Encoded(bos + first, answers[0], bos + second, answers[1])
 
 
-def _answer_tokens(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> list[int] | set[int]:
+def _answer_tokens(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> list[int] | tuple[int, ...]:
     """For text its tokens in order, none if the tokenizer joins it with the prompt; for a pattern all that match."""
     if not isinstance(answer, str):
-        return set(_matching_tokens(tokenizer, answer))
+        return _matching_tokens(tokenizer, answer)
     whole = tokenizer.encode(prompt + answer, add_special_tokens=False)
     return whole[len(ids) :] if whole[: len(ids)] == ids else []
 
@@ -161,6 +231,12 @@ def _matching_tokens(tokenizer: Any, pattern: Any) -> tuple[int, ...]:
     """The tokens whose text begins as the pattern says; cached, since it decodes the whole vocabulary."""
     texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)))
     return tuple(i for i, text in texts if pattern.match(text))
+
+
+@lru_cache(maxsize=8)
+def _overlap(tokens: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether two sets of tokens have one in common; cached, since a pattern's set may be most of the vocabulary."""
+    return not set(tokens).isdisjoint(others)
 
 
 def _describe(answer: Answer) -> str:
@@ -176,14 +252,6 @@ def _stack(task: str, encoded: list[_Encoded]) -> TaskPairs:
         ids[row, -len(pair.first) :] = torch.tensor(pair.first)
         counterfactual_ids[row, -len(pair.second) :] = torch.tensor(pair.second)
         mask[row, -len(pair.first) :] = 1
-    answers = _filled([pair.first_answer for pair in ordered])
-    targets = _filled([pair.second_answer for pair in ordered])
+    answers = TokenSets.of_tuples([pair.first_answer for pair in ordered])
+    targets = TokenSets.of_tuples([pair.second_answer for pair in ordered])
     return TaskPairs(task, ids, counterfactual_ids, mask, answers, targets, torch.arange(len(ordered)) % 2)
-
-
-def _filled(rows: list[tuple[int, ...]]) -> Int[Tensor, "n tokens"]:
-    """Rows of different lengths as one tensor, filled with -1."""
-    filled = torch.full((len(rows), max(map(len, rows))), -1)
-    for row, tokens in zip(filled, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    return filled

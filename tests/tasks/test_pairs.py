@@ -1,5 +1,7 @@
 """The twenty tasks against patterns a person wrote down, with the bundled tokenizer and one of another kind."""
 
+import copy
+import pickle
 import re
 from importlib.resources import files
 
@@ -10,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bridges.data.idioms import idioms
 from bridges.tasks import pairs as tasks
-from bridges.tasks.pairs import TASKS, probability, solved, task_pairs
+from bridges.tasks.pairs import TASKS, TaskPairs, probability, solved, task_pairs
 from bridges.tasks.templates import EXAMPLES, Example
 
 
@@ -180,6 +182,68 @@ def test_probability_is_the_sum_over_a_set_of_tokens():
     expected = torch.stack([p[0, 1] + p[0, 3], p[1, 0]])
     assert torch.allclose(probability(logits, tokens), expected)
     assert probability(logits.half(), tokens).dtype == torch.float32
+
+
+def some_pairs(**changes):
+    ids = torch.tensor([[0, 5, 6], [4, 5, 7], [4, 8, 9]])
+    given = {"task": "mine", "input_ids": ids, "counterfactual_ids": ids + 1, "attention_mask": (ids > 0).long()}
+    given |= {"answers": torch.tensor([[3, -1], [4, 6], [3, -1]]), "targets": torch.tensor([[4], [3], [4]])}
+    return TaskPairs(**(given | {"direction": torch.tensor([0, 1, 0])} | changes))
+
+
+def test_pairs_of_ones_own_can_be_cut_moved_changed_and_pickled():
+    pairs = some_pairs()
+    assert len(pairs) == 3 and repr(pairs) == "TaskPairs('mine', 3 pairs of 3 tokens)"
+    for same in (pairs, pairs.to("cpu"), pickle.loads(pickle.dumps(pairs)), copy.deepcopy(pairs)):
+        assert same.answers.tolist() == [[3, -1], [4, 6], [3, -1]] and same.targets.tolist() == [[4], [3], [4]]
+        assert torch.equal(same.input_ids, pairs.input_ids) and same.task == "mine"
+    for cut in (pairs.rows(1), pairs.rows(-2), pairs.take(torch.tensor([1, 2]))):
+        assert cut.answers.tolist() == [[4, 6], [3, -1]] and cut.direction.tolist() == [1, 0]
+    assert pairs.rows(0, 2).input_ids.tolist() == [[0, 5, 6], [4, 5, 7]]
+    trimmed = pairs.take(torch.tensor([2, 1]), first_token=1)
+    assert trimmed.input_ids.tolist() == [[8, 9], [5, 7]] and trimmed.counterfactual_ids.tolist() == [[9, 10], [6, 8]]
+    changed = pairs.replaced(answers=torch.tensor([[1], [2], [2]]), task="other")
+    assert changed.answers.tolist() == [[1], [2], [2]] and changed.task == "other"
+    assert torch.equal(changed.targets, pairs.targets)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"counterfactual_ids": torch.ones(3, 4).long()},
+            r"counterfactual_ids \(3, 4\) must have the shape of input_ids",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 3).long()},
+            r"attention_mask \(2, 3\) must have the shape of input_ids, \(3, 3",
+        ),
+        ({"targets": torch.ones(2, 1).long()}, "targets has 2 rows; it must have one for each of the 3 prompts"),
+        ({"direction": torch.ones(4).long()}, "direction has 4 rows"),
+    ],
+)
+def test_parts_of_unequal_length_are_refused(changes, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        some_pairs(**changes)
+
+
+class AnyWord(Characters):
+    """A vocabulary of 40,000 words and the ASCII characters."""
+
+    def decode(self, ids):
+        return super().decode(ids) if int(ids[0]) < 128 else " word"
+
+    def __len__(self):
+        return 40_128
+
+
+def test_an_answer_that_is_most_of_the_vocabulary_is_held_once():
+    """Not once per pair: 264 rows of 40,000 tokens would be 85 MB."""
+    pairs = task_pairs("else_elif", AnyWord(), 264)
+    assert pairs.answer_sets.distinct.shape[0] == pairs.target_sets.distinct.shape[0] == 2
+    assert pairs.answers.shape == pairs.targets.shape == (264, 40_000)
+    assert pairs.answers[0].tolist() == [ord(":")] + [-1] * 39_999 and torch.equal(pairs.targets[0], pairs.answers[1])
+    assert len(pickle.dumps(pairs)) < 3_000_000
 
 
 def test_solved_is_true_where_the_answer_is_more_probable_than_the_target(tokenizer):
