@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.rows import Rows
-from bridges.data.sampled import sampled_text
+from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.data.sources import ReadLimit, load_rows
 from bridges.models.loading import find_tokenizer
+from bridges.models.pairing import common_vocabulary, one_sided_tokens
 from bridges.models.residual import Batch, ResidualModel, check_tokens, context_limit
 
 HELDOUT_FRACTION = 0.05
@@ -83,12 +84,16 @@ def prepare(
 
     `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved.
     """
-    tokenizer = _one_tokenizer(tokenizer, sources)
+    saved = _saved_tokenizers(sources)
+    tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
+    vocab_size = common_vocabulary(dense, sparse, (tokenizer, tokenizer) if saved == (None, None) else saved)
+    one_sided = one_sided_tokens(saved)
     context, seq_len = context_limit(dense, sparse), config.seq_len
     if seq_len is not None and context is not None and seq_len > context:
         raise ValueError(f"seq_len={seq_len} is over the models' context of {context} tokens; pass {context} or less")
     if data is None:
-        prepared = _sampled(dense, seq_len or default_seq_len(context), eval_data, tokenizer, config)
+        shared = SharedTokens(vocab_size, frozenset(one_sided))
+        prepared = _sampled(dense, shared, seq_len or default_seq_len(context), eval_data, tokenizer, config)
     else:
         if isinstance(data, str | PathLike):
             seq_len = seq_len or default_seq_len(context)
@@ -98,9 +103,10 @@ def prepare(
         enough = ReadLimit(math.ceil(n_rows / (1 - HELDOUT_FRACTION)) + 1, n_tokens)
         rows = load_rows(data, tokenizer, seq_len, enough, config.seed)
         prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
-    for name, part in (("data", prepared.train), ("eval_data", prepared.heldout)):
-        check_tokens(name, part.input_ids, part.attention_mask, dense, sparse)
-    return prepared
+    return FitData(
+        _checked("data", prepared.train, one_sided, dense, sparse),
+        _checked("eval_data", prepared.heldout, one_sided, dense, sparse),
+    )
 
 
 def heldout_rows(
@@ -112,12 +118,25 @@ def heldout_rows(
     seq_len: int | None,
 ) -> Rows:
     """`data` as rows to measure on, with the checks that `prepare` makes."""
+    one_sided: dict[int, str] = {}
     if isinstance(data, str | PathLike):
         seq_len = seq_len or default_seq_len(context_limit(dense, sparse))
-        tokenizer = _one_tokenizer(tokenizer, sources)
-    rows = load_rows(data, tokenizer, seq_len)
-    check_tokens("data", rows.input_ids, rows.attention_mask, dense, sparse)
-    return rows
+        saved = _saved_tokenizers(sources)
+        one_sided = one_sided_tokens(saved)
+        tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
+    return _checked("data", load_rows(data, tokenizer, seq_len), one_sided, dense, sparse)
+
+
+def _checked(name: str, rows: Rows, one_sided: dict[int, str], *models: ResidualModel) -> Rows:
+    """The rows, with padding that all models have; ValueError where they hold a token that one model does not know."""
+    ids, mask = check_tokens(name, rows.input_ids, rows.attention_mask, *models)
+    real = ids if mask is None else ids[mask.bool()]
+    for token in sorted(set(real.unique().tolist()) & one_sided.keys()):
+        raise ValueError(
+            f"{name} holds token {token} ({one_sided[token]!r}), which only one of the two tokenizers has; take it "
+            "out, or save one tokenizer with both models"
+        )
+    return rows if ids is rows.input_ids else Rows(ids, mask, rows.seed)
 
 
 def default_seq_len(context: int | None) -> int:
@@ -135,9 +154,11 @@ def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | Non
     return FitData(*rows.split(max(1, round(HELDOUT_FRACTION * len(rows)))))
 
 
-def _sampled(dense: ResidualModel, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig) -> FitData:
+def _sampled(
+    dense: ResidualModel, shared: SharedTokens, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig
+) -> FitData:
     def rows(n: int, seed: int) -> Rows:
-        return Rows(sampled_text(dense, n, seq_len, seed), seed=config.seed)
+        return Rows(sampled_text(dense, n, seq_len, seed, shared), seed=config.seed)
 
     train = rows(config.sampled_rows, 2 * config.seed)
     if eval_data is not None:
@@ -146,12 +167,8 @@ def _sampled(dense: ResidualModel, seq_len: int, eval_data: Any, tokenizer: Any,
     return FitData(train, rows(n_heldout, 2 * config.seed + 1))
 
 
-def _one_tokenizer(given: Any, sources: tuple[Any, Any]) -> Any:
-    """The tokenizer to use; ValueError where both models have one and they differ."""
-    dense, sparse = (find_tokenizer(source) for source in sources)
-    if dense is not None and sparse is not None and dense.get_vocab() != sparse.get_vocab():
-        raise ValueError(
-            f"dense and sparse have different tokenizers, {len(dense)} and {len(sparse)} tokens that do not agree; "
-            "bridges need one tokenizer for both"
-        )
-    return next((t for t in (given, dense, sparse) if t is not None), None)
+def _saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The tokenizers that are saved with the dense and with the sparse model, None where there is none."""
+    dense, sparse = sources
+    first = find_tokenizer(dense)
+    return first, first if sparse is dense or sparse == dense else find_tokenizer(sparse)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bridges.data.random_state import preserve_random_state
 from bridges.models.residual import ResidualModel, input_device
@@ -16,33 +17,53 @@ from bridges.models.residual import ResidualModel, input_device
 BATCH_SIZE = 64
 
 
+class SharedTokens(NamedTuple):
+    """The tokens that both models of a pair know."""
+
+    vocab_size: int
+    """All are below this number."""
+    without: frozenset[int] = frozenset()
+    """Tokens below it that only one model's tokenizer has."""
+
+    def __contains__(self, token: Any) -> bool:
+        return isinstance(token, int) and 0 <= token < self.vocab_size and token not in self.without
+
+    def ids(self) -> Int[Tensor, " tokens"]:
+        """The tokens, in order."""
+        return torch.tensor([token for token in range(self.vocab_size) if token not in self.without])
+
+
 @torch.no_grad()
 def sample_rows(
-    model: nn.Module, n_rows: int, seq_len: int, bos_token_id: int | None, vocab_size: int, seed: int
+    model: nn.Module, n_rows: int, seq_len: int, bos_token_id: int | None, shared: SharedTokens | int, seed: int
 ) -> Int[Tensor, "n seq"]:
     """Sequences [n_rows, seq_len] from the model at temperature 1, from BOS or, without one, from a uniform token.
 
-    The same seed gives the same rows on the same machine; the global random state of every device is left as it was.
+    They hold `shared` tokens alone (a number: those below it), however wide the model's logits are. The same seed gives
+    the same rows on the same machine; the global random state of every device is left as it was.
     """
     device = input_device(model)
+    tokens = (SharedTokens(shared) if isinstance(shared, int) else shared).ids()
     generator = torch.Generator().manual_seed(seed)
     rows = []
     with _default_generation(model), preserve_random_state():
         torch.manual_seed(seed)
         for start in range(0, n_rows, BATCH_SIZE):
             n = min(BATCH_SIZE, n_rows - start)
-            first = torch.randint(vocab_size, (n, 1), generator=generator)
+            first = tokens[torch.randint(len(tokens), (n, 1), generator=generator)]
             if bos_token_id is not None:
                 first = torch.full((n, 1), bos_token_id)
-            rows.append(_continue(model, first.to(device), seq_len).cpu())
+            rows.append(_continue(model, first.to(device), seq_len, tokens.to(device)).cpu())
     return torch.cat(rows)
 
 
-def sampled_text(dense: ResidualModel, n_rows: int, seq_len: int, seed: int) -> Int[Tensor, "n seq"]:
-    """`sample_rows` with the BOS of the model's configuration, where that is one of its tokens."""
+def sampled_text(
+    dense: ResidualModel, n_rows: int, seq_len: int, seed: int, shared: SharedTokens | None = None
+) -> Int[Tensor, "n seq"]:
+    """`sample_rows` of `shared` tokens (None: all), from the BOS of the model's configuration where that is one."""
+    shared = SharedTokens(dense.vocab_size) if shared is None else shared
     bos = getattr(dense.model.config.get_text_config(), "bos_token_id", None)  # pyright: ignore
-    bos = bos if isinstance(bos, int) and 0 <= bos < dense.vocab_size else None
-    return sample_rows(dense.model, n_rows, seq_len, bos, dense.vocab_size, seed)
+    return sample_rows(dense.model, n_rows, seq_len, bos if bos in shared else None, shared, seed)
 
 
 @contextmanager
@@ -56,7 +77,19 @@ def _default_generation(model: nn.Module) -> Iterator[None]:
         model.generation_config = own  # pyright: ignore[reportArgumentType]
 
 
-def _continue(model: nn.Module, first: Tensor, seq_len: int) -> Tensor:
+class _Only(LogitsProcessor):
+    """Gives no probability to other tokens than these."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
+        if len(self.tokens) == scores.shape[-1]:
+            return scores
+        return torch.full_like(scores, -torch.inf).index_copy(1, self.tokens, scores[:, self.tokens])
+
+
+def _continue(model: nn.Module, first: Tensor, seq_len: int, tokens: Tensor) -> Tensor:
     # No end-of-sequence: rows keep one length, and what follows an EOS in training text is text again.
     return model.generate(  # pyright: ignore[reportCallIssue]
         first,
@@ -69,4 +102,5 @@ def _continue(model: nn.Module, first: Tensor, seq_len: int) -> Tensor:
         max_new_tokens=seq_len - 1,
         eos_token_id=None,
         pad_token_id=0,
+        logits_processor=LogitsProcessorList([_Only(tokens)]),
     )

@@ -1,9 +1,9 @@
-"""Which site of the dense model is bridged with which site of the sparse model."""
+"""What two models must share, and which sites of theirs are bridged: one vocabulary, and sites in the same order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bridges.models.residual import ResidualModel, Site
 
@@ -40,6 +40,66 @@ def pair_sites(
         if order != sorted(set(order)):
             raise ValueError(f"site_map={site_map!r}: its {side} sites must increase, each used once")
     return pairs
+
+
+def common_vocabulary(dense: ResidualModel, sparse: ResidualModel, tokenizers: tuple[Any, Any] = (None, None)) -> int:
+    """How many tokens, counted from token 0, both models have logits for.
+
+    The wider model's other logits are padding, or tokens that were added on its side alone. `tokenizers` are the dense
+    and the sparse model's, None where unknown; `one_sided_tokens` has those that only one of them knows.
+
+    Raises ValueError, naming what differs, where the tokenizers disagree, where a model lacks ordinary tokens, or where
+    the models differ in width and no tokenizer says what the surplus is.
+    """
+    sizes = dense.vocab_size, sparse.vocab_size
+    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    if not known and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"dense and sparse have different vocabularies, {sizes[0]} and {sizes[1]} tokens, and no tokenizer is "
+            "saved with them that says whether the surplus is padding; pass tokenizer="
+        )
+    one_sided_tokens(tokenizers)
+    for tokenizer in known:
+        if lacking := {index: token for token, index in _ordinary(tokenizer).items() if index >= min(sizes)}:
+            raise ValueError(
+                f"dense and sparse have {sizes[0]} and {sizes[1]} tokens, but the tokenizer has {len(lacking)} "
+                f"ordinary ones from {min(sizes)} on, such as {lacking[min(lacking)]!r}; "
+                "bridges need two models of one tokenizer"
+            )
+    return min(sizes)
+
+
+def one_sided_tokens(tokenizers: tuple[Any, Any]) -> dict[int, str]:
+    """The added tokens, by id, that only one of two tokenizers has: a padding token, the marks of a chat template.
+
+    None where one of the tokenizers is unknown (None). Raises ValueError where they disagree on anything else.
+    """
+    one, other = tokenizers
+    if one is None or other is None or one is other:
+        return {}
+    vocabularies = one.get_vocab(), other.get_vocab()
+    by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in vocabularies]
+    ordinary, found = _ordinary(one) | _ordinary(other), {}
+    for index in sorted(by_id[0].keys() | by_id[1].keys()):
+        here, there = (tokens.get(index) for tokens in by_id)
+        if here == there:
+            continue
+        token = here or there
+        if (here is not None and there is not None) or token in ordinary:
+            common = len(vocabularies[0].items() & vocabularies[1].items())
+            raise ValueError(
+                f"dense and sparse have different tokenizers, {len(vocabularies[0])} and {len(vocabularies[1])} tokens "
+                f"that do not agree ({common} do): token {index} is {here!r} of dense and {there!r} of sparse; "
+                "bridges need one tokenizer for both, saved with both models"
+            )
+        found[index] = token
+    return found
+
+
+def _ordinary(tokenizer: Any) -> dict[str, int]:
+    """The tokens that text is made of: all but the special ones and others that were added to the vocabulary."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token: index for token, index in tokenizer.get_vocab().items() if index not in added}
 
 
 def _mapped(dense: ResidualModel, sparse: ResidualModel, site_map: Sequence[tuple[str, str]]) -> list[SitePair]:

@@ -8,7 +8,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from bridges.config import FitConfig
-from bridges.data.prepare import FitData, prepare, share
+from bridges.data.prepare import FitData, heldout_rows, prepare, share
 from bridges.data.rows import Rows
 from bridges.models.loading import as_residual
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
@@ -128,12 +128,14 @@ def test_data_that_does_not_fit_the_models_is_refused_with_both_values(ready):
         ready(data(1))
 
 
-def saved(model, folder, words):
+def saved(model, folder, words, added=()):
     """A model and a word tokenizer in one folder."""
     vocabulary = {word: i for i, word in enumerate(["<eos>", *words])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(folder)
     model.config._name_or_path = str(folder)
     return model
 
@@ -161,6 +163,50 @@ def test_the_tokenizer_of_a_residual_model_is_that_of_its_model(ready, sparse, t
     (tmp_path / "text.txt").write_text("x y z z " * 8)
     prepared = ready(tmp_path / "text.txt", seq_len=5, sources=(dense, sparse))
     assert prepared.train.input_ids[0].tolist() == [0, 1, 2, 3, 3]
+
+
+def test_a_padding_token_of_one_side_is_taken_under_padding_alone(tiny, tmp_path):
+    """The dense side's tokenizer and embedding have one token more, which its data are padded with."""
+    models = saved(tiny("gpt2", vocab_size=62), tmp_path / "a", [f"w{i}" for i in range(60)], ["<pad>"]), tiny("llama")
+    saved(models[1], tmp_path / "b", [f"w{i}" for i in range(60)])
+    chains = [as_residual(model) for model in models]
+    ids = data(20, 6)
+    ids[:, -2:] = 61
+    mask = (ids != 61).long()
+
+    def ready(data, **settings):
+        return prepare(*chains, data, None, None, models, FitConfig(**settings))
+
+    prepared = ready({"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(prepared.train.attention_mask, mask[:19])
+    assert torch.equal(prepared.train.input_ids, (ids * mask)[:19])
+    assert torch.equal(
+        heldout_rows(*chains, {"input_ids": ids, "attention_mask": mask}, None, models, 6).input_ids, ids * mask
+    )
+    with pytest.raises(ValueError, match=r"data holds token 61; valid ids are 0 to 60 \(the models have 61 and 62 tok"):
+        ready(ids)
+    sampled = ready(None, sampled_rows=400, seq_len=5)
+    assert sampled.train.input_ids.max() < 61 and sampled.heldout.input_ids.max() < 61
+
+
+def test_a_token_of_one_tokenizer_alone_is_refused_though_both_models_have_its_row(tiny, tmp_path):
+    models = (
+        saved(tiny("gpt2"), tmp_path / "a", ["x", "y"], ["<im_end>"]),
+        saved(tiny("llama"), tmp_path / "b", ["x", "y"]),
+    )
+    chains = [as_residual(model) for model in models]
+    rows = torch.randint(3, (8, 5), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(prepare(*chains, rows, None, None, models, FitConfig()).train.input_ids, rows[:7])
+    sampled = prepare(*chains, None, None, None, models, FitConfig(sampled_rows=300, seq_len=6))
+    assert 3 not in sampled.train.input_ids.unique().tolist()
+    rows[3, 2] = 3
+    with pytest.raises(
+        ValueError, match=r"data holds token 3 \('<im_end>'\), which only one of the two tokenizers has"
+    ):
+        prepare(*chains, rows, None, None, models, FitConfig())
+    (tmp_path / "text.txt").write_text("x y <im_end> " * 8)
+    with pytest.raises(ValueError, match=r"data holds token 3 \('<im_end>'\)"):
+        heldout_rows(*chains, tmp_path / "text.txt", None, models, 5)
 
 
 @pytest.mark.parametrize("micro", [1, 2])

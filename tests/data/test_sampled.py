@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bridges.data.sampled import sample_rows
+from bridges.data.sampled import SharedTokens, sample_rows, sampled_text
+from bridges.models.loading import as_residual
 
 VOCAB = 5
 
@@ -83,3 +84,22 @@ def test_the_configuration_comes_back_after_an_exception(model):
     with pytest.raises((RuntimeError, IndexError)):
         sample_rows(model, 2, 4, VOCAB + 7, VOCAB, seed=0)
     assert model.generation_config is given
+
+
+def test_of_shared_tokens_alone_the_distribution_is_the_models_own_over_these(model):
+    """Columns that the other model lacks, and tokens of one tokenizer alone, are never drawn."""
+    rows = sample_rows(model, 3000, 2, 0, SharedTokens(4, frozenset({1})), seed=1)
+    with torch.no_grad():
+        p = model(torch.tensor([[0]])).logits[0, -1][[0, 2, 3]].softmax(0)
+    for token, share in zip((0, 2, 3), p.tolist(), strict=True):
+        assert five_sigma((rows[:, 1] == token).sum().item(), 3000, share)
+    assert set(rows.unique().tolist()) <= {0, 2, 3}
+    first = sample_rows(model, 900, 2, None, SharedTokens(4, frozenset({1})), seed=1)[:, 0]
+    assert all(five_sigma((first == token).sum().item(), 900, 1 / 3) for token in (0, 2, 3))
+
+
+def test_a_bos_that_one_model_lacks_starts_no_row(model):
+    chain = as_residual(model)
+    assert (sampled_text(chain, 20, 3, 0)[:, 0] == 0).all()
+    without = sampled_text(chain, 20, 3, 0, SharedTokens(5, frozenset({0})))
+    assert 0 not in without.unique().tolist() and len(without[:, 0].unique()) > 1
