@@ -201,24 +201,31 @@ class BridgeSet(nn.Module):
         """Store both models' names and fingerprints in `provenance`, for `check_models`."""
         for side, model in (("dense", _module(dense)), ("sparse", _module(sparse))):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-            # The path to a folder means nothing on another machine, and would differ between two equal runs.
-            name = Path(name).name if Path(name).is_dir() else name
+            # A local path means nothing on another machine, and would differ between two equal runs.
+            name = Path(name).name if Path(name).exists() else name
             self.provenance[side] = {"name": name, "fingerprint": fingerprint(model)}
 
     def check_models(self, dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel | None = None) -> None:
-        """ValueError if the set was fitted to other models than these."""
-        for side, given in (("dense", dense), ("sparse", sparse)):
-            known = self.provenance.get(side)
-            if given is None or known is None:
+        """ValueError if the set was fitted to other models than these, or to these the other way round."""
+        for side, model in (("dense", dense), ("sparse", sparse)):
+            if model is None or side not in self.provenance:
                 continue
-            model = _module(given)
-            here = checked_fingerprint(model)
-            if not same_model(here, known["fingerprint"]):
-                raise ValueError(
-                    f"{side}={type(model).__name__} is not the model that these bridges were fitted to "
-                    f"({known['name']!r}): its parameters hash to {here.split()[0]}, not "
-                    f"{known['fingerprint'].split()[0]}; pass that model, or check_models=False to skip this check"
-                )
+            here = checked_fingerprint(_module(model))
+            if not same_model(here, self.provenance[side]["fingerprint"]):
+                raise ValueError(self._not_fitted_to(side, type(_module(model)).__name__, here))
+
+    def _not_fitted_to(self, side: str, kind: str, here: str) -> str:
+        """What is wrong with a model of one side, whose fingerprint is `here`."""
+        known, other = self.provenance[side], self.provenance.get("sparse" if side == "dense" else "dense")
+        found = f"{side}={kind} is not the model that these bridges were fitted to ({known['name']!r})"
+        if other is not None and same_model(here, other["fingerprint"]):
+            return (
+                f"{found}, but the other one ({other['name']!r}): dense and sparse are swapped, or one is given twice"
+            )
+        return (
+            f"{found}: its parameters hash to {here.split()[0]}, not {known['fingerprint'].split()[0]}; "
+            "pass that model, or check_models=False to skip this check"
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the bridge folder: `config.json`, `bridges.safetensors`, `report.json`, `history.json`, model card.

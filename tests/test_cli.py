@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from gguf_files import tiny_llama, write_gguf
 from pairs import gpt2, sparse_model
 
 import bridges
@@ -88,6 +89,21 @@ def test_run_files_that_are_not_are_refused(monkeypatch, capsys, tmp_path):
         assert message in err
     status, _, err = run(monkeypatch, capsys, "fit", tmp_path / "none.toml")
     assert (status, "must be a TOML file" in err) == (2, True)
+
+
+def test_a_run_file_names_a_gguf_file_by_its_path_or_in_a_folder(tmp_path):
+    write_gguf(tiny_llama(), tmp_path / "a.gguf")
+    write_gguf(tiny_llama(), tmp_path / "b.gguf")
+    for table in ({"path": f"{tmp_path}/b.gguf"}, {"path": str(tmp_path), "gguf_file": "b.gguf"}):
+        run = run_file.RunFile({"dense": table})
+        assert run.model("dense") == run.model_path("dense") == str(tmp_path / "b.gguf")
+        assert run.tokenizer().get_vocab()["ab"] == 4
+        half = run.with_values([("dense", "dtype", "bfloat16")]).model("dense")
+        assert half.dtype == torch.bfloat16 and half.config.name_or_path == str(tmp_path / "b.gguf")
+    on_the_hub = run_file.RunFile({"dense": {"path": "me/model", "gguf_file": "b.gguf"}})
+    assert on_the_hub.model_path("dense") == "me/model"
+    with pytest.raises(ValueError, match=r"\[dense\] gguf_file=3 must be text"):
+        run_file.RunFile({"dense": {"path": "x", "gguf_file": 3}}).model_path("dense")
 
 
 def test_evaluate_finds_the_models_and_the_heldout_rows_of_a_run(monkeypatch, capsys, config, tmp_path):

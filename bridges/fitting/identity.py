@@ -52,18 +52,23 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
                 f"resume=True with {name}={value!r}, but the run was started with {name}={started!r}; "
                 "use that value, or another output_dir"
             )
+    for side, other in (("dense", "sparse"), ("sparse", "dense")):
+        known, given = stored[side], getattr(here, side)
+        if known and given and not same_model(known, given):
+            if stored[other] and same_model(stored[other], given):
+                raise ValueError(
+                    f"resume=True with the run's {other} model as {side}: dense and sparse are swapped, or one is "
+                    "given twice"
+                )
+            raise ValueError(
+                f"resume=True with another {side} model ({given.split()[0]}, the run was started with "
+                f"{known.split()[0]}); pass the same model, or another output_dir"
+            )
     if stored["data"] != here.data:
         raise ValueError(
             f"resume=True with other data ({here.data}, the run was started with {stored['data']}); "
             "pass the same data, or another output_dir"
         )
-    for side in ("dense", "sparse"):
-        known, given = stored[side], getattr(here, side)
-        if known and given and not same_model(known, given):
-            raise ValueError(
-                f"resume=True with another {side} model ({given.split()[0]}, the run was started with "
-                f"{known.split()[0]}); pass the same model, or another output_dir"
-            )
 
 
 def refuse_used_folder(output_dir: Path | None) -> None:

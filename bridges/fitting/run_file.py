@@ -22,7 +22,7 @@ from bridges.models.loading import as_residual, find_tokenizer, load_model
 NAME = "run.toml"
 """The run file's name in a run folder."""
 TABLES = ("dense", "sparse", "data", "fit")
-MODEL_KEYS = ("path", "dtype", "device_map", "revision")
+MODEL_KEYS = ("path", "dtype", "device_map", "revision", "gguf_file")
 DATA_ARGUMENTS = {"path": "data", "eval_path": "eval_data", "tokenizer": "tokenizer"}
 """Keys of [data], and the arguments of `fit` that they are."""
 
@@ -73,18 +73,21 @@ class RunFile:
         return FitConfig.from_values(self.tables.get("fit", {}))
 
     def model_path(self, side: str) -> str:
-        """The folder or hub id of a model."""
+        """The folder, GGUF file or hub id of a model."""
         table = self.tables.get(side, {})
         if "path" not in table:
-            raise ValueError(f"[{side}] path is missing; give a folder or a hub id")
-        if not isinstance(table["path"], str):
-            raise ValueError(f"[{side}] path={table['path']!r} must be text: a folder or a hub id")
-        return table["path"]
+            raise ValueError(f"[{side}] path is missing; give a folder, a GGUF file or a hub id")
+        for key in ("path", "gguf_file"):
+            if not isinstance(table.get(key, ""), str):
+                raise ValueError(f"[{side}] {key}={table[key]!r} must be text")
+        file = Path(table["path"]).expanduser() / table.get("gguf_file", "")
+        return str(file) if "gguf_file" in table and file.is_file() else table["path"]
 
     def model(self, side: str) -> nn.Module | str:
-        """The folder or hub id of a model, or the model, loaded as its table says (dtype, device_map, revision)."""
-        path = self.model_path(side)
-        arguments = {key: value for key, value in self.tables[side].items() if key != "path"}
+        """Where a model is, or the model, loaded as its table says (dtype, device_map, revision, gguf_file)."""
+        path, table = self.model_path(side), self.tables[side]
+        in_path = {"path"} if path == table["path"] else {"path", "gguf_file"}
+        arguments = {key: value for key, value in table.items() if key not in in_path}
         if unknown := sorted(arguments.keys() - set(MODEL_KEYS)):
             value = arguments[unknown[0]]
             raise ValueError(f"[{side}] {unknown[0]}={value!r} is unknown; known are {', '.join(MODEL_KEYS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bridges.models.sparse.openai import RELEASE_CONFIG
 from bridges.models.sparse.residual import SparseResidual
 
 ModelSource = nn.Module | ResidualModel | str | PathLike[str]
-"""How a model may be given to any public function."""
+"""How a model may be given to any public function; a path may also be that of a GGUF file."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
@@ -27,12 +28,16 @@ _TOKENIZER_FILES = (
 )
 
 
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt")
+
+
 def load_model(source: ModelSource, device: torch.device | str | None = None, **kwargs: Any) -> nn.Module:
     """The model object that `source` is or holds, or the one at a folder or hub id, loaded in evaluation mode.
 
     An object stays on its device and in its mode. A loaded model goes to `device`, unless `kwargs`, which are those of
-    `from_pretrained` (dtype, device_map, revision, ...), have a `device_map`. No remote code is run. Raises OSError
-    where nothing is found, ValueError where `source` is of another kind.
+    `from_pretrained` (dtype, device_map, revision, gguf_file, ...), have a `device_map`. A GGUF file, or a folder whose
+    only weights are one, is read into float32. No remote code is run. Raises OSError where nothing is found, ValueError
+    where `source` is of another kind.
     """
     if isinstance(source, ResidualModel):
         return source.model
@@ -40,27 +45,61 @@ def load_model(source: ModelSource, device: torch.device | str | None = None, **
         return source
     if not isinstance(source, str | PathLike):
         raise ValueError(f"model={source!r} must be a model object, a ResidualModel, a folder or a hub id")
-    folder = local_folder(source)
-    released = folder is not None and (folder / RELEASE_CONFIG).is_file()
+    path, gguf = (local_folder(source) or str(source), None) if "gguf_file" in kwargs else _locate(source)
+    if gguf is not None:
+        _require_gguf(source)
+        kwargs = {**kwargs, "gguf_file": gguf}
+    released = isinstance(path, Path) and (path / RELEASE_CONFIG).is_file()
     loader = SparseTransformer if released else AutoModelForCausalLM
-    model = loader.from_pretrained(str(source if folder is None else folder), **kwargs)
+    model = loader.from_pretrained(str(path), **kwargs)
+    if isinstance(path, Path) and "gguf_file" in kwargs:  # the name that is recorded, and where its tokenizer is
+        model.config._name_or_path = str(path / kwargs["gguf_file"])  # pyright: ignore
     return model if "device_map" in kwargs or device is None else model.to(device)  # pyright: ignore
 
 
-def find_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer in a model's folder or hub repository, None where there is none.
+def _locate(source: str | PathLike[str]) -> tuple[Path | str, str | None]:
+    """The folder or hub id to load from; and the GGUF file's name, where `source` is one or has no other weights."""
+    file = Path(source).expanduser()
+    if file.suffix == ".gguf" and not file.is_dir():
+        if not file.is_file():
+            raise FileNotFoundError(f"path={str(source)!r} must be a GGUF file that exists")
+        return file.parent, file.name
+    folder = local_folder(source)
+    if folder is None:
+        return str(source), None
+    files = [] if any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES) else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"path={str(source)!r} holds {len(files)} GGUF files; give one, such as {str(files[0])!r}")
+    return folder, files[0].name if files else None
 
-    For an object or a `ResidualModel`: in the folder that it was loaded from, if that is a local one. The files are
-    looked for first: without them transformers makes an empty tokenizer of a kind that it guesses.
+
+def _require_gguf(source: str | PathLike[str]) -> None:
+    if find_spec("gguf") is None:
+        raise ValueError(
+            f"path={str(source)!r} is read with the package gguf, which is not installed; "
+            "pip install 'sparse-bridges[gguf]'"
+        )
+
+
+def find_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer in a model's folder, GGUF file or hub repository, None where there is none.
+
+    For an object or a `ResidualModel`: in the folder or file that it was loaded from, if that is a local one. The files
+    are looked for first: without them transformers makes an empty tokenizer of a kind that it guesses.
     """
     if isinstance(source, nn.Module | ResidualModel):
-        path = getattr(getattr(load_model(source), "config", None), "name_or_path", "")
-        if not path or not Path(path).is_dir():
-            return None
-    else:
-        path = local_folder(source) or source
-    found = (cached_file(str(path), name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
-    return AutoTokenizer.from_pretrained(str(path)) if any(found) else None
+        name = getattr(getattr(load_model(source), "config", None), "name_or_path", "")
+        return find_tokenizer(name) if name and Path(name).exists() else None
+    path = Path(source).expanduser()
+    folder = path.parent if path.is_file() else local_folder(source) or source
+    found = (cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
+    if any(found):
+        return AutoTokenizer.from_pretrained(str(folder))
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        return None
+    _require_gguf(files[0])
+    return AutoTokenizer.from_pretrained(str(folder), gguf_file=files[0].name)
 
 
 def as_residual(model: ModelSource, device: torch.device | str | None = None, **kwargs: Any) -> ResidualModel:

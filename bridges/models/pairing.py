@@ -103,7 +103,13 @@ def _ordinary(tokenizer: Any) -> dict[str, int]:
 
 
 def _mapped(dense: ResidualModel, sparse: ResidualModel, site_map: Sequence[tuple[str, str]]) -> list[SitePair]:
-    return [SitePair(dense.sites[dense.index(d)], sparse.sites[sparse.index(s)]) for d, s in site_map]
+    def site(side: str, model: ResidualModel, name: str) -> Site:
+        if isinstance(name, str) and name not in model.sites:
+            known = ", ".join(model.sites)
+            raise ValueError(f"site_map has {name!r}, which is not a site of the {side} model; it has {known}")
+        return model.sites[model.index(name)]
+
+    return [SitePair(site("dense", dense, d), site("sparse", sparse, s)) for d, s in site_map]
 
 
 def _by_depth(dense: list[Site], sparse: list[Site]) -> list[SitePair]:

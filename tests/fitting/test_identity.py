@@ -37,6 +37,16 @@ def test_a_different_run_is_refused_and_both_values_are_named(other, message):
         refuse_other_run(identity().to_dict(), identity(**other))
 
 
+def test_a_resume_with_the_models_swapped_says_so_whatever_the_data():
+    stored = identity().to_dict()
+    for swapped in (
+        identity(sparse_model(layers=1), gpt2(layers=1)),
+        identity(data="d2", dense=sparse_model(layers=1)),
+    ):
+        with pytest.raises(ValueError, match="the run's sparse model as dense: dense and sparse are swapped"):
+            refuse_other_run(stored, swapped)
+
+
 def test_a_setting_added_after_a_run_started_had_its_default():
     stored = identity().to_dict()
     stored["settings"] = {k: v for k, v in stored["settings"].items() if not k.startswith("interchange")}

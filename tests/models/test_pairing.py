@@ -76,8 +76,8 @@ def test_sites_restrict_by_the_sparse_name_and_keep_the_order():
 @pytest.mark.parametrize(
     ("site_map", "sites", "message"),
     [
-        ([("7.attn", "0.attn")], None, "site='7.attn' is not a site"),
-        ([("0.attn", "0.block")], None, "site='0.block' is not a site"),
+        ([("7.attn", "0.attn")], None, "site_map has '7.attn', which is not a site of the dense model; it has 0.attn"),
+        ([("0.attn", "0.block")], None, "site_map has '0.block', which is not a site of the sparse model; it has"),
         ([("0.attn", "0.attn"), ("0.attn", "0.mlp")], None, "its dense sites must increase"),
         ([("0.attn", "0.attn"), ("0.mlp", "0.attn")], None, "its sparse sites must increase"),
         ([("1.attn", "0.attn"), ("0.attn", "1.attn")], None, "its dense sites must increase"),
