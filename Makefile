@@ -4,16 +4,21 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test test-slow check bench
+.PHONY: demo test test-slow test-real check bench
 
 demo: .venv/ready
 	$(BIN)/bridges demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not real"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not real"
+
+# Downloads a real model once, into ~/.cache/sparse-bridges or $$BRIDGES_CACHE.
+test-real: .venv/ready
+	$(BIN)/python examples/get_smollm2.py
+	$(BIN)/python -m pytest -m real tests/real
 
 check: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
