@@ -18,6 +18,7 @@ from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.models.sparse.openai import RELEASE_CONFIG
 from bridges.models.sparse.residual import SparseResidual
+from bridges.models.wrapped import inner_model
 
 ModelSource = nn.Module | ResidualModel | str | PathLike[str]
 """How a model may be given to any public function; a path may also be that of a GGUF file."""
@@ -106,15 +107,16 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     """Return a decoder-only language model as a `ResidualModel`, a chain of sublayers (method.md, section 1).
 
     Args:
-        model: a Hugging Face causal language model or a `SparseTransformer`, compiled by `torch.compile` or not; a
-            `ResidualModel`, returned as it is; a folder; or a hub id. Weights are shared with the model, not copied.
+        model: a Hugging Face causal language model or a `SparseTransformer`; a module that wraps one (PEFT, compiled,
+            `DataParallel`); a `ResidualModel`, returned as it is; a folder; or a hub id. Weights are shared with the
+            model, not copied.
         device: where a model goes that is loaded from a folder or the hub; an object stays where it is.
         kwargs: of `from_pretrained` (dtype, device_map, revision, ...), for a model that is loaded.
 
     Returns:
         The `ResidualModel`. For a Hugging Face model its logits were compared with the model's own on random tokens:
         equal bit for bit in float32 on CPUs. A `SparseTransformer` is such a chain itself: nothing is compared. Of a
-        compiled model it is the model inside, not compiled.
+        wrapper it is the innermost language model, not compiled.
 
     Raises:
         ValueError: the model is not a plain sequence of decoder layers; the message names the layer and the difference.
@@ -135,7 +137,7 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     if isinstance(model, ResidualModel):
         return model
     loaded = load_model(model, device, **kwargs)
-    module: nn.Module = getattr(loaded, "_orig_mod", loaded)  # of torch.compile
+    module = inner_model(loaded)
     if isinstance(module, SparseTransformer):
         return SparseResidual(module)
     return HuggingFaceResidual(module)

@@ -1,11 +1,13 @@
-"""Contexts that change a model and restore it on exit: train or eval mode, requires_grad, replaced methods."""
+"""Contexts that change a model, or how it runs, and restore it on exit: modes, requires_grad, methods, compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -70,3 +72,47 @@ def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
             own[name] = before
         else:
             own.pop(name, None)
+
+
+@contextmanager
+def not_recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, gradient checkpointing is off for these modules: the backward pass does not run them again.
+
+    It would run them as they are then, without the hooks and replaced methods that the forward pass had.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                stack.enter_context(replaced_attribute(module, "gradient_checkpointing", False))
+        yield
+
+
+class _Uncompiled:
+    """Counts those inside `uncompiled`; the first one forces the eager mode, the last one ends it."""
+
+    lock = Lock()
+    inside = 0
+    stance: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, whatever torch.compile compiled runs as it was written, in every thread.
+
+    Compiled code does not see hooks and methods that came after it, and would keep those that it was compiled with.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _Uncompiled.lock:
+        if _Uncompiled.inside == 0:
+            _Uncompiled.stance = torch.compiler.set_stance("force_eager")
+            _Uncompiled.stance.__enter__()
+        _Uncompiled.inside += 1
+    try:
+        yield
+    finally:
+        with _Uncompiled.lock:
+            _Uncompiled.inside -= 1
+            if _Uncompiled.inside == 0:
+                _Uncompiled.stance.__exit__(None, None, None)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from bridges.models.modes import uncompiled
 
 HookFunction = Callable[[Tensor], Tensor | None]
 """Called with a stream or a read [batch, seq, d_model]; replaces it by what it returns, unless that is None."""
@@ -181,6 +183,10 @@ class ResidualModel(ABC):
             logits = self.head(residuals[-1], context) if with_logits else residuals[-1][..., :0]
             return Trace(residuals, logits, context)
 
+    def hooked_module(self, index: int) -> nn.Module:
+        """The smallest module that contains the hooks at site `index`, on its stream and on its reads."""
+        return self.model
+
     def residuals(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
     ) -> tuple[list[Float[Tensor, "b s d"]], Float[Tensor, "b s vocab"]]:
@@ -218,15 +224,11 @@ class ResidualModel(ABC):
     @contextmanager
     def hook_modules(self, hooks: Mapping[nn.Module, HookFunction]) -> Iterator[None]:
         """Inside, each module's hook is called with what the module reads of the stream, and may replace it."""
-        handles = [
-            module.register_forward_pre_hook(input_hook(hook, self.d_model), with_kwargs=True)
-            for module, hook in hooks.items()
-        ]
-        try:
+        with uncompiled(), ExitStack() as stack:
+            for module, hook in hooks.items():
+                before = input_hook(hook, self.d_model)
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def input_hook(hook: HookFunction, d_model: int) -> Callable[..., Any]:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from os import PathLike
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
-from transformers import Cache, DynamicCache
+from torch import Tensor, nn
+from transformers import Cache
 
 from bridges.models.huggingface.recording import model_inputs
-from bridges.models.residual import ResidualModel
-from bridges.steering.model_call import CacheRecords, ModelCall
+from bridges.steering.model_call import (
+    CacheRecords,
+    ModelCall,
+    check_counts_tokens,
+    check_keeps_tokens,
+    returned_caches,
+)
+
+_OF_THE_RUN = frozenset({"past_key_values", "use_cache", "labels"})
+"""Arguments that a second run of the same call has otherwise, or does not need."""
+
+_KNOWN = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "cache_position", "labels", "shift_labels", "logits_to_keep"}
+    | {"num_items_in_batch"}
+)
+"""Tensors that change nothing of what another model reads, or are given to it, too."""
 
 
 class Companion:
@@ -24,8 +37,9 @@ class Companion:
     repeated or dropped, tokens taken back) happens to both. `detach_caches` removes them.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, same_call: bool = False):
+        """`same_call`: the model is the dense one, and is called with the same arguments."""
+        self.model, self.same_call = model, same_call
         self._caches: CacheRecords[Cache] = CacheRecords()
         """The companion's own cache, by the dense model's."""
 
@@ -34,17 +48,33 @@ class Companion:
         """Run on the call's new tokens; returns the companion's own cache, None for a call without a cache.
 
         After the call, `attach_cache` lets it follow the dense model's. Raises ValueError if that holds tokens that the
-        companion did not see.
+        companion did not see, and if the companion's own does not count its tokens.
         """
+        inputs = self._inputs(call)
+        if not call.uses_cache:
+            self.model(**inputs, use_cache=False)
+            return None
+        check_keeps_tokens(self.model)
+        own = None if call.n_past == 0 else self._cache_of(call)
+        output = self.model(**inputs, use_cache=True, past_key_values=own)
+        own = next(returned_caches(output), None) if own is None else own
+        if own is not None:
+            check_counts_tokens(self.model, own, call.n_past + call.input_ids.shape[1])
+        return own
+
+    def _inputs(self, call: ModelCall) -> dict[str, Any]:
+        if self.same_call:
+            return {name: value for name, value in call.arguments.items() if name not in _OF_THE_RUN}
+        for name, value in call.arguments.items():
+            if name not in _KNOWN and isinstance(value, Tensor) and value.any():
+                raise ValueError(
+                    f"{name}: the model given as sparse= reads tokens alone, and would not see it; leave it out, or "
+                    "use source='encoder'"
+                )
         inputs = model_inputs(self.model, call.input_ids, call.attention_mask)
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][:, call.n_past :]
-        if not call.uses_cache:
-            self.model(**inputs)
-            return None
-        own = self._new_cache() if call.n_past == 0 else self._cache_of(call)
-        self.model(**{**inputs, "use_cache": True, "past_key_values": own})
-        return own
+        return {name: value for name, value in inputs.items() if name != "use_cache"}
 
     def attach_cache(self, cache: Cache, own: Cache) -> None:
         """Let the companion's own cache follow a cache of the dense model, whose layers must exist already."""
@@ -61,9 +91,6 @@ class Companion:
         for cache, own in self._caches.items():
             _remove_layers(cache, own)
         self._caches.clear()
-
-    def _new_cache(self) -> Cache:
-        return DynamicCache(config=self.model.config)  # pyright: ignore[reportArgumentType]
 
     def _cache_of(self, call: ModelCall) -> Cache:
         own = self._caches.get(call.cache)
@@ -83,10 +110,9 @@ def _remove_layers(cache: Cache, own: Cache) -> None:
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
-def model_lock(model: nn.Module | ResidualModel | str | PathLike[str]) -> AbstractContextManager[Any]:
-    """A lock held while a model is decomposed or read, as threads that steer two dense models may share a sparse one.
+def model_lock(model: Any) -> AbstractContextManager[Any]:
+    """A lock held while a module is decomposed or read, as threads that steer two dense models may share a sparse one.
 
     A model that is named by a folder or hub id is loaded anew each time, so it needs none.
     """
-    module = model.model if isinstance(model, ResidualModel) else model
-    return _LOCKS.setdefault(module, RLock()) if isinstance(module, nn.Module) else nullcontext()
+    return _LOCKS.setdefault(model, RLock()) if isinstance(model, nn.Module) else nullcontext()

@@ -116,9 +116,9 @@ class PromptTracker:
     tokens. Outside `generate` it is what the first call on a cache reads; a call without a cache is its own prompt.
     """
 
-    def __init__(self, from_the_end: tuple[int, ...] | None = None):
-        """`from_the_end`: positions of an edit that count from the prompt's end, which must then have been read."""
-        self._from_the_end = from_the_end
+    def __init__(self, positions: tuple[int, ...] | None = None, per_token: bool = False):
+        """`positions` of an edit, and values `per_token`, need a prompt whose beginning was read inside steer()."""
+        self._positions, self._per_token = positions, per_token
         self._records: CacheRecords[Prompt] = CacheRecords()
         """The prompt that was last read into each cache."""
         self._generate_prompts: list[Prompt | None] = []
@@ -136,19 +136,23 @@ class PromptTracker:
         finally:
             self._generate_prompts = outer
 
+    @property
+    def in_generate(self) -> bool:
+        """Whether a `generate` runs."""
+        return bool(self._generate_prompts)
+
     def locate(self, call: ModelCall) -> TokenSpan:
         """The positions of the call's tokens, and the prompt that they belong to.
 
-        Raises ValueError if positions count from the end of a prompt that was not read inside this steer().
+        Raises ValueError if an edit needs a prompt whose beginning was not read inside this steer(). Such a cache may
+        also hold tokens that are no row's own: the virtual ones of prefix tuning.
         """
         ids, mask = call.input_ids, call.attention_mask
         mask = ids.new_ones(len(ids), call.n_past + ids.shape[1]) if mask is None else mask.to(ids.device).long()
         seen = call.n_past == 0 or self._records.get(call.cache) is not None
-        if self._from_the_end is not None and not seen:
-            raise ValueError(
-                f"positions={self._from_the_end} count from the prompt's end, but past_key_values holds {call.n_past} "
-                "tokens that were not read inside this steer(); start the prompt inside it"
-            )
+        if self._positions is not None and not seen:
+            counted = "from the prompt's end" if min(self._positions, default=0) < 0 else "a row's tokens"
+            raise ValueError(f"positions={self._positions} count {counted}, but {_unseen(call)}")
         if self._generate_prompts[:1] == [None] and call.n_past == 0:
             self._generate_prompts[0] = Prompt(ids, mask)
         read = [one for one in self._generate_prompts if one is not None and self._reads(call, one)]
@@ -156,6 +160,8 @@ class PromptTracker:
         prompt = max(read, key=lambda one: one.input_ids.shape[1], default=None)
         if prompt is None and call.n_past == 0:
             prompt = Prompt(ids, mask)
+        if self._per_token and prompt is None and not seen:
+            raise ValueError(f"value has a number per prompt token, but {_unseen(call)}")
         return TokenSpan(mask, call.n_past, prompt)
 
     def record(self, cache: Cache, span: TokenSpan) -> None:
@@ -185,3 +191,9 @@ class PromptTracker:
         # its prompt; one token of that may equal the prompt's first by chance.
         readers = [cache for cache, known in self._records.items() if known is prompt]
         return prompt is self._generate_prompts[0] and all(cache is call.cache for cache in readers)
+
+
+def _unseen(call: ModelCall) -> str:
+    return (
+        f"past_key_values holds {call.n_past} tokens that were not read inside this steer(); start the prompt inside it"
+    )

@@ -28,7 +28,7 @@ class CompanionReader:
 
     def __init__(self, residual_model: ResidualModel, from_encoder: bool):
         self.residual_model, self.from_encoder = residual_model, from_encoder
-        self.companion = Companion(residual_model.model)
+        self.companion = Companion(residual_model.model, same_call=from_encoder)
 
     def read(self, call: ModelCall, site_edits: Sequence[SiteEdit]) -> tuple[Readings, Cache | None]:
         """The readings at these sites, and the companion's own cache, None for a call without a cache."""

@@ -28,6 +28,10 @@ class CallTracker(ABC):
     def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
         """Inside, a `generate` with these prompts runs: its own, None where it was given no tokens; then guidance's."""
 
+    @abstractmethod
+    def generating_batch(self) -> None:
+        """Called before a `generate_batch`; raises ValueError where its packed calls cannot be followed."""
+
 
 class _Registry:
     """The trackers of one model, which may come and go in any order."""
@@ -38,16 +42,20 @@ class _Registry:
         """Gives the model its own methods back."""
 
 
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods that read prompts packed into one row, in a thread of their own."""
+
 _REGISTRIES: WeakKeyDictionary[nn.Module, _Registry] = WeakKeyDictionary()
 """The registry of every model that has trackers."""
 
 
 @contextmanager
 def register(model: nn.Module, tracker: CallTracker) -> Iterator[None]:
-    """Inside, the tracker follows every call of `model(...)` and `model.generate(...)`."""
+    """Inside, the tracker follows every call of `model(...)`, `model.generate(...)` and `model.generate_batch(...)`."""
     registry = _REGISTRIES.setdefault(model, _Registry())
     if not registry.trackers:
-        for name, wrap in (("forward", wrap_forward), ("generate", partial(wrap_generate, model))):
+        wraps = {"forward": wrap_forward, "generate": partial(wrap_generate, model)}
+        for name, wrap in (wraps | dict.fromkeys(_BATCHING, wrap_batching)).items():
             if hasattr(model, name):
                 wrapped = _Wrapped(getattr(model, name), wrap(getattr(model, name), registry.trackers))
                 registry.undo.enter_context(replaced_attribute(model, name, wrapped))
@@ -98,6 +106,17 @@ def wrap_generate(
             for tracker in trackers:
                 stack.enter_context(tracker.generating(prompts))
             return generate(*args, **kwargs)
+
+    return tracked
+
+
+def wrap_batching(method: Callable[..., Any], trackers: Sequence[CallTracker]) -> Callable[..., Any]:
+    """A method of continuous batching, which every tracker may refuse."""
+
+    def tracked(*args: Any, **kwargs: Any) -> Any:
+        for tracker in trackers:
+            tracker.generating_batch()
+        return method(*args, **kwargs)
 
     return tracked
 

@@ -121,22 +121,6 @@ def test_nothing_is_left_of_a_call_that_failed(pair, source, error):
         assert torch.equal(logits(pair, ids), expected)
 
 
-def test_gradient_checkpointing_is_refused_before_the_call_runs(pair):
-    """It runs layers again in the backward pass; edits of one number everywhere need nothing of the call."""
-    model, ids = pair.dense.model, tokens()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.train()
-    with steered(pair, EDITS["add"], sparse=None):
-        model(ids, labels=ids).loss.backward()
-    with steered(pair, EDITS["set"], at="read"):
-        with pytest.raises(ValueError, match=r"call model\.gradient_checkpointing_disable\(\)"):
-            model(ids, labels=ids)
-        with torch.no_grad():
-            model(ids)
-        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
-        model(ids, labels=ids).loss.backward()
-
-
 @pytest.mark.parametrize(("edits", "strength"), [([], 1.0), (EDITS["add"], 0.0)], ids=["no edits", "strength 0"])
 def test_what_changes_nothing_checks_the_models_all_the_same(pair, edits, strength):
     pair.bridge_set.record_models(pair.dense.model, pair.sparse.model)

@@ -21,6 +21,9 @@ class Recording(CallTracker):
         self.calls.append((args, [prompt.input_ids for prompt in self.prompts]))
         return forward(*args, **kwargs)
 
+    def generating_batch(self):
+        self.calls.append("batch")
+
     @contextmanager
     def generating(self, prompts):
         outer, self.prompts = self.prompts, prompts
@@ -68,6 +71,21 @@ def test_guidance_brings_a_prompt_of_its_own():
         model.generate(PROMPT, guidance_scale=1.5, negative_prompt_ids=negative)
         model.generate(PROMPT, guidance_scale=1.5)
     assert [[ids.shape[1] for ids in known] for _, known in tracker.calls] == [[3, 2], [3, 1]]
+
+
+def test_every_way_into_continuous_batching_is_told():
+    class Batching(Generating):
+        def init_continuous_batching(self):
+            return "manager"
+
+        def generate_batch(self):
+            return self.init_continuous_batching()
+
+    model, tracker = Batching(), Recording()
+    with register(model, tracker):
+        assert model.init_continuous_batching() == "manager" and tracker.calls == ["batch"]
+        assert model.generate_batch() == "manager" and tracker.calls == ["batch"] * 3
+    assert model.generate_batch() == "manager" and len(tracker.calls) == 3
 
 
 def test_trackers_may_leave_in_any_order_and_a_users_own_methods_come_back():

@@ -6,7 +6,7 @@ Read: the sublayer's input, after the norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from bridges.models.huggingface.calls import CallArguments, as_output, output_hi
 from bridges.models.huggingface.decompose import check_causal, check_chain, decoder_layers, decompose
 from bridges.models.huggingface.norm_probe import measure_norm, probe_vector, read_in_head, read_in_layer
 from bridges.models.huggingface.recording import base_model, model_inputs, probe_batches, record_forward
-from bridges.models.modes import eval_mode, replaced_attribute
+from bridges.models.modes import eval_mode, not_recomputed, replaced_attribute, uncompiled
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, input_hook
 
 
@@ -77,7 +77,7 @@ class HuggingFaceResidual(ResidualModel):
             embedding.append(hidden)
             arguments[index] = rest
 
-        with replace_calls(self._skipped_layers(keep=keep)):
+        with not_recomputed(self.layers), replace_calls(self._skipped_layers(keep=keep)):
             base_model(self.model)(**inputs)
         calls = _BatchCalls(inputs, [arguments[i] for i in range(len(self.layers))])
         return Context(input_ids, attention_mask, embedding[0], calls)
@@ -89,7 +89,7 @@ class HuggingFaceResidual(ResidualModel):
 
     def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
         """The model with every layer skipped and `residual` in place of the last one's output."""
-        with replace_calls(self._skipped_layers(residual)):
+        with not_recomputed(self.layers), replace_calls(self._skipped_layers(residual)):
             return self.model(**context.extra.inputs).logits
 
     def _skipped_layers(
@@ -152,11 +152,41 @@ class HuggingFaceResidual(ResidualModel):
                 stack.enter_context(replaced_attribute(layer, "forward", _SPLIT_LAYERS[layer].forward))
             return read_in_layer(layer, submodules, module, context.arguments[number], streams[:, None])[:, 0]
 
+    def hooked_module(self, index: int) -> nn.Module:
+        """The site's layer, for `final` the last one."""
+        sublayers = self.decomposition.sublayers
+        return self.layers[sublayers[min(index, len(sublayers) - 1)].layer]
+
+    def hook_modules(self, hooks: Mapping[nn.Module, HookFunction]) -> AbstractContextManager[None]:
+        """As for any model; a hook raises ValueError where the backward pass would run its layer again without it."""
+        return super().hook_modules({module: self._in_layer(module, hook) for module, hook in hooks.items()})
+
+    def _in_layer(self, module: nn.Module, hook: HookFunction) -> HookFunction:
+        layer = self._layer_of.get(module)
+        if layer is None:
+            return hook
+
+        def checked(h: Tensor) -> Tensor | None:
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
+                raise ValueError(
+                    f"model={self.family!r} has gradient checkpointing on, so that the backward pass would run a layer "
+                    "again without its hooks; call the model itself inside steer(), not a part of it, or call "
+                    "model.gradient_checkpointing_disable()"
+                )
+            return hook(h)
+
+        return checked
+
+    @cached_property
+    def _layer_of(self) -> dict[nn.Module, nn.Module]:
+        """The layer of each module inside one."""
+        return {module: layer for layer in self.layers for module in layer.modules()}
+
     @contextmanager
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
         """By hooks on the layers; for the stream between a layer's sublayers, the layer runs them in sequence."""
         sublayers = self.decomposition.sublayers
-        with ExitStack() as stack:
+        with uncompiled(), ExitStack() as stack:
             for index, hook in hooks.items():
                 if index == len(sublayers):
                     stack.callback(self.layers[-1].register_forward_hook(_output_hook(hook)).remove)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bridges.models.modes import replaced_attribute
+from bridges.models.modes import replaced_attribute, uncompiled
 
 
 class CallArguments(NamedTuple):
@@ -68,7 +68,7 @@ def record_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Layer
                 length = len(output) if isinstance(output, tuple) else 0
                 calls[module] = LayerCall(hidden, arguments, output_hidden(output), length)
 
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         yield calls
@@ -77,8 +77,10 @@ def record_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Layer
 @contextmanager
 def replace_calls(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, calling a module calls its replacement; the module's own hooks do not run."""
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         for module, call in replacements.items():
+            if "_compiled_call_impl" in vars(module):  # of module.compile(); it would be called first
+                stack.enter_context(replaced_attribute(module, "_compiled_call_impl", None))
             # Not `forward`: torch would run the module's hooks around it, and accelerate keeps its own hook there.
             stack.enter_context(replaced_attribute(module, "_call_impl", call))
         yield

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from bridges.models.huggingface.calls import (
     split_arguments,
 )
 from bridges.models.huggingface.recording import ForwardRecord, model_inputs
+from bridges.models.modes import not_recomputed
 from bridges.models.residual import ResidualModel, Site, input_hook
 
 
@@ -97,7 +97,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
         raise ValueError(f"model={config.model_type!r} has no list of its {n_layers} decoder layers")
-    return list(lists[0])
+    return [getattr(layer, "_orig_mod", layer) for layer in lists[0]]  # of a layer that torch.compile wraps
 
 
 def find_submodules(layer: nn.Module, call: LayerCall) -> dict[nn.Module, Submodule]:
@@ -147,15 +147,13 @@ def _run(
     arguments: CallArguments,
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
-    replaced = nullcontext()
+    replaced: dict[nn.Module, Callable[..., Any]] = {}
     if sublayer.zeroed is not None:
         length = submodules[sublayer.zeroed].tuple_length
-
-        def zeros(*args: Any, **kwargs: Any) -> Any:
-            return as_output(torch.zeros_like(split_arguments(args, kwargs)[0]), length)
-
-        replaced = replace_calls({sublayer.zeroed: zeros})
-    with replaced:
+        replaced[sublayer.zeroed] = lambda *args, **kwargs: as_output(
+            torch.zeros_like(split_arguments(args, kwargs)[0]), length
+        )
+    with replace_calls(replaced), not_recomputed([layer]):
         return output_hidden(arguments.call(forward or layer, hidden))
 
 

@@ -29,6 +29,12 @@ def base_model(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which may be a part of the whole one's; None without one."""
+    config = getattr(model, "config", None)
+    return config if config is None else config.get_text_config(decoder=True)
+
+
 def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
     """Keyword arguments of a forward pass without a cache, with positions that follow the mask as in `generate`."""
     device = input_device(model)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bridges.models.modes import replaced_attribute
+from bridges.models.modes import replaced_attribute, uncompiled
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, Site
 from bridges.models.sparse.model import SparseTransformer
 
@@ -85,7 +85,7 @@ class SparseResidual(ResidualModel):
     @contextmanager
     def hook_residuals(self, hooks: Mapping[int, HookFunction]) -> Iterator[None]:
         """Wraps the model's method that is called with the stream at a site."""
-        with ExitStack() as stack:
+        with uncompiled(), ExitStack() as stack:
             for index, hook in hooks.items():
                 if index == len(self.sites) - 1:
                     owner, name = self.model, "unembed"
