@@ -202,7 +202,7 @@ class BridgeSet(nn.Module):
         for side, model in (("dense", _module(dense)), ("sparse", _module(sparse))):
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
             # A local path means nothing on another machine, and would differ between two equal runs.
-            name = Path(name).name if Path(name).exists() else name
+            name = Path(name).absolute().name if Path(name).exists() else name
             self.provenance[side] = {"name": name, "fingerprint": fingerprint(model)}
 
     def check_models(self, dense: nn.Module | ResidualModel, sparse: nn.Module | ResidualModel | None = None) -> None:

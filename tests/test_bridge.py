@@ -391,7 +391,7 @@ def test_check_models_recognises_swapped_models(tiny):
     bridge_set.check_models(dense, dense)
 
 
-def test_a_local_models_name_is_its_folders_name(tiny, tmp_path):
+def test_a_local_models_name_is_its_folders_name(tiny, tmp_path, monkeypatch):
     names = []
     for parent in ("here", "there"):
         folder = tmp_path / parent / "tiny-dense"
@@ -401,6 +401,10 @@ def test_a_local_models_name_is_its_folders_name(tiny, tmp_path):
         bridge_set.record_models(loaded, loaded)
         names.append(bridge_set.provenance)
     assert names[0] == names[1] and names[0]["dense"]["name"] == "tiny-dense"
+    monkeypatch.chdir(folder)
+    loaded.config._name_or_path = "."
+    bridge_set.record_models(loaded, loaded)
+    assert bridge_set.provenance == names[0]
     hub = tiny("gpt2")
     hub.config._name_or_path = "someone/model"
     bridge_set.record_models(hub, tiny("llama"))

@@ -74,6 +74,10 @@ def _locate(source: str | PathLike[str]) -> tuple[Path | str, str | None]:
     return folder, files[0].name if files else None
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def _require_gguf(source: str | PathLike[str]) -> None:
     if find_spec("gguf") is None:
         raise ValueError(
@@ -90,13 +94,13 @@ def find_tokenizer(source: ModelSource) -> Any:
     """
     if isinstance(source, nn.Module | ResidualModel):
         name = getattr(getattr(load_model(source), "config", None), "name_or_path", "")
-        return find_tokenizer(name) if name and Path(name).exists() else None
+        return find_tokenizer(name) if name and (Path(name).is_dir() or _is_gguf(Path(name))) else None
     path = Path(source).expanduser()
-    folder = path.parent if path.is_file() else local_folder(source) or source
+    folder = path.parent if _is_gguf(path) else local_folder(source) or source
     found = (cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
     if any(found):
         return AutoTokenizer.from_pretrained(str(folder))
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [path] if _is_gguf(path) else sorted(path.glob("*.gguf"))
     if len(files) != 1:
         return None
     _require_gguf(files[0])

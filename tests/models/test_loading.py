@@ -105,6 +105,18 @@ def test_a_tokenizer_is_found_in_the_models_folder(tiny, monkeypatch):
     assert len({len(tokenizer) for tokenizer in found}) == 1 and found[0].eos_token == "<|endoftext|>"
 
 
+def test_an_unusual_name_of_a_model_leads_to_no_tokenizer(tiny, tmp_path):
+    """What `name_or_path` holds is not always a folder: a file of weights, nothing, a folder without a tokenizer."""
+    (tmp_path / "model.bin").touch()
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "model.bin", tmp_path / "empty", tmp_path / "gone", "", ".", "me/model"):
+        model = tiny("gpt2")
+        model.config._name_or_path = str(name)
+        assert loading.find_tokenizer(model) is None, name
+    with pytest.raises(NotADirectoryError, match=r"model.bin' is a file; give the folder that it is in"):
+        loading.find_tokenizer(tmp_path / "model.bin")
+
+
 def test_a_hub_id_without_a_tokenizer_has_none(monkeypatch):
     """transformers would make an empty one of a kind that it guesses from the model's."""
     asked = []
