@@ -6,7 +6,7 @@ Read: a sublayer's input, after the norm.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bridges.models.modes import uncompiled
+from bridges.models.modes import replaced_forwards, uncompiled
 
 HookFunction = Callable[[Tensor], Tensor | None]
 """Called with a stream or a read [batch, seq, d_model]; replaces it by what it returns, unless that is None."""
@@ -208,14 +208,37 @@ class ResidualModel(ABC):
         context = self.context(input_ids, zero_one_mask(attention_mask, input_ids))
         return self.tail(self.index(site), residual, context)
 
+    def logits_at(
+        self, residual: Float[Tensor, "b s d"], context: Context, tokens: Int[Tensor, " kept"]
+    ) -> Float[Tensor, "b kept vocab"]:
+        """Logits from the stream at `final`, at some of a row's tokens, given by ascending indices.
+
+        The logits of the others are not computed, where the model can leave them out.
+        """
+        return self.head(residual, context)[:, tokens.to(residual.device)]
+
     def reads(
-        self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        sites: Sequence[str | int] | None = None,
     ) -> list[Float[Tensor, "b s d"]]:
-        """What each site's sublayer reads, a list of [batch, seq, d_model]: its module's input, after the norm."""
-        reads: list[list[Tensor]] = [[] for _ in self.sites]
-        with self.hook_reads({index: read.append for index, read in enumerate(reads)}):
-            self.trace(input_ids, zero_one_mask(attention_mask, input_ids))
-        return [read[-1] for read in reads]
+        """What sublayers read, a list of [batch, seq, d_model]: their module's input, after the norm.
+
+        At every site, or at these `sites` (names or indices). Sublayers after the last of them are not run, and logits
+        are not computed.
+        """
+        wanted = range(len(self.sites)) if sites is None else [self.index(site) for site in sites]
+        reads: dict[int, list[Tensor]] = {index: [] for index in wanted}
+        last = len(self.sites) - 1
+        with self.hook_reads({index: read.append for index, read in reads.items()}):
+            context = self.context(input_ids, zero_one_mask(attention_mask, input_ids))
+            stream = self.run(0, min(max(wanted, default=-1) + 1, last), context.embedding, context)
+            if last in reads:
+                unembedding = self.read_modules(last)[0]
+                with replaced_forwards({unembedding: lambda read, *_, **__: read[..., :1]}):
+                    self.head(stream, context)
+        return [reads[index][-1] for index in wanted]
 
     def hook_reads(self, hooks: Mapping[int, HookFunction]) -> AbstractContextManager[None]:
         """Inside, `hooks[i]` is called with the read of site i in every pass, and may replace it."""

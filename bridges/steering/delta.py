@@ -8,14 +8,14 @@ computes with the other functions, on `ResidualModel`s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.models.residual import Norm, ResidualModel, Trace
+from bridges.models.residual import Context, Norm, ResidualModel, Trace
 from bridges.objective.hybrid import ModelPair
 
 EntryPoint = Literal["read", "residual"]
@@ -26,19 +26,25 @@ def changed_reads(
     input_ids: Int[Tensor, "b s"],
     counterfactual_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b s"] | None = None,
+    sites: Sequence[str | int] | None = None,
 ) -> list[Float[Tensor, "b s d_sparse"]]:
-    """dn = n_counterfactual - n_presented at every site of the sparse model, in read units; zero on padding.
+    """dn = n_counterfactual - n_presented at sites of the sparse model (None: all), in read units; zero on padding.
 
     Raises ValueError if the prompts differ in shape.
     """
+    check_shapes(input_ids, counterfactual_ids)
+    presented, counterfactual = (sparse.reads(ids, attention_mask, sites) for ids in (input_ids, counterfactual_ids))
+    real = 1 if attention_mask is None else attention_mask[..., None].to(sparse.device)
+    return [(after - before) * real for before, after in zip(presented, counterfactual, strict=True)]
+
+
+def check_shapes(input_ids: Tensor, counterfactual_ids: Tensor) -> None:
+    """Raise ValueError if the prompts differ in shape."""
     if input_ids.shape != counterfactual_ids.shape:
         raise ValueError(
             f"input_ids {tuple(input_ids.shape)} and counterfactual_ids {tuple(counterfactual_ids.shape)} must have "
             "one shape; use pairs of prompts of equal token length"
         )
-    presented, counterfactual = (sparse.reads(ids, attention_mask) for ids in (input_ids, counterfactual_ids))
-    real = 1 if attention_mask is None else attention_mask[..., None].to(presented[0].device)
-    return [(after - before) * real for before, after in zip(presented, counterfactual, strict=True)]
 
 
 def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
@@ -91,15 +97,85 @@ def random_addends(addend: Float[Tensor, "b s d"], n: int, seed: int) -> Iterato
         yield norm * direction / direction.norm()
 
 
-def edited_logits(
-    model: ResidualModel, trace: Trace, site: int, addend: Float[Tensor, "b s d"], at: EntryPoint
-) -> Float[Tensor, "b s vocab"]:
-    """Logits with `addend` added to the read of a site (for its sublayer alone) or to the stream (for all later ones).
+class Streams(NamedTuple):
+    """The stream at some sites of an unedited pass."""
+
+    residuals: dict[int, Float[Tensor, "b s d"]]
+    """By the index of the site."""
+    context: Context
+
+
+def run_streams(
+    model: ResidualModel,
+    input_ids: Int[Tensor, "b s"],
+    attention_mask: Int[Tensor, "b s"] | None,
+    sites: Collection[int],
+) -> Streams:
+    """Run a model up to the last of these sites, and keep the stream at each."""
+    context = model.context(input_ids, attention_mask)
+    residual, at, kept = context.embedding, 0, {}
+    for site in sorted(sites):
+        residual = kept[site] = model.run(at, site, residual, context)
+        at = site
+    return Streams(kept, context)
+
+
+class Ending(NamedTuple):
+    """An edited pass up to the head."""
+
+    residual: Float[Tensor, "b s d"]
+    """The stream at `final`."""
+    read_addend: Float[Tensor, "b s d"] | None = None
+    """What an edit of the read at `final` adds there."""
+
+
+def edited_ending(
+    model: ResidualModel, trace: Trace | Streams, site: int, addend: Float[Tensor, "b s d"], at: EntryPoint
+) -> Ending:
+    """The stream at `final` with `addend` added to the read of a site (for its sublayer alone) or to the stream.
 
     `trace` is the unedited run: only what comes after the site runs again.
     """
-    residual = trace.residuals[site]
+    residual, last = trace.residuals[site], len(model.sites) - 1
     if at == "residual":
-        return model.tail(site, residual + addend.to(residual), trace.context)
+        return Ending(model.run(site, last, residual + addend.to(residual), trace.context))
+    if site == last:
+        return Ending(residual, addend)
     with model.hook_reads({site: lambda read: read + addend.to(read)}):
-        return model.tail(site, residual, trace.context)
+        after = model.sublayer(site, residual, trace.context)
+    return Ending(model.run(site + 1, last, after, trace.context))
+
+
+def ending_logits(
+    model: ResidualModel, ending: Ending, context: Context, tokens: Int[Tensor, " kept"] | None = None
+) -> Float[Tensor, "b kept vocab"]:
+    """The logits of a pass at these tokens, ascending indices (None: all)."""
+
+    def logits() -> Tensor:
+        if tokens is None:
+            return model.head(ending.residual, context)
+        return model.logits_at(ending.residual, context, tokens)
+
+    addend = ending.read_addend
+    if addend is None:
+        return logits()
+
+    def add(read: Tensor) -> Tensor:
+        # Where the model leaves out tokens before its unembedding, the read holds the kept ones alone.
+        kept = addend if tokens is None or read.shape[1] == addend.shape[1] else addend[:, tokens.to(addend.device)]
+        return read + kept.to(read)
+
+    with model.hook_reads({len(model.sites) - 1: add}):
+        return logits()
+
+
+def edited_logits(
+    model: ResidualModel,
+    trace: Trace | Streams,
+    site: int,
+    addend: Float[Tensor, "b s d"],
+    at: EntryPoint,
+    tokens: Int[Tensor, " kept"] | None = None,
+) -> Float[Tensor, "b kept vocab"]:
+    """Logits of an edited pass, `edited_ending` and the head, at these tokens (None: all)."""
+    return ending_logits(model, edited_ending(model, trace, site, addend, at), trace.context, tokens)

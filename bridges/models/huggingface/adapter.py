@@ -5,6 +5,7 @@ Read: the sublayer's input, after the norm.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,8 +90,24 @@ class HuggingFaceResidual(ResidualModel):
 
     def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
         """The model with every layer skipped and `residual` in place of the last one's output."""
+        return self._run_head(residual, context)
+
+    def logits_at(
+        self, residual: Float[Tensor, "b s d"], context: Context, tokens: Int[Tensor, " kept"]
+    ) -> Float[Tensor, "b kept vocab"]:
+        """As `head`, by the model's own `logits_to_keep` where it has that."""
+        tokens = tokens.to(residual.device)
+        kept = {"logits_to_keep": tokens} if self._keeps_logits else {}
+        logits = self._run_head(residual, context, **kept)
+        return logits if logits.shape[1] == len(tokens) else logits[:, tokens]
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+
+    def _run_head(self, residual: Tensor, context: Context, **options: Any) -> Tensor:
         with not_recomputed(self.layers), replace_calls(self._skipped_layers(residual)):
-            return self.model(**context.extra.inputs).logits
+            return self.model(**context.extra.inputs, **options).logits
 
     def _skipped_layers(
         self,

@@ -65,6 +65,12 @@ class SparseResidual(ResidualModel):
         """Final norm and unembedding, plus final_logits_bias and the bigram table's rows of the context's tokens."""
         return self.model.unembed(residual, context.input_ids)
 
+    def logits_at(
+        self, residual: Float[Tensor, "b s d"], context: Context, tokens: Int[Tensor, " kept"]
+    ) -> Float[Tensor, "b kept vocab"]:
+        """As `head`, of these tokens alone."""
+        return self.model.unembed(residual, context.input_ids, tokens.to(residual.device))
+
     def read_modules(self, index: int) -> list[nn.Module]:
         """`c_attn`, `c_fc` or `lm_head`, whose input is the output of the norm and of AbsTopK."""
         if index == len(self.sites) - 1:
