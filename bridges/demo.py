@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import frozen_pair, run_prompts, run_reference_text
-from bridges.channels.search import MAX_CHANNELS
+from bridges.channels.prompts import frozen_pair
+from bridges.channels.runs import Prompts
+from bridges.channels.search import MAX_CHANNELS, SearchOptions
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
@@ -64,7 +65,7 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     console.print("\nHeld-out figures, controls in brackets", style="bold")
     console.print(str(report), highlight=False, soft_wrap=True)
 
-    one, few = steer_quotes(pair, bridge_set, prompts, train[:TEXT_ROWS], heldout[:TEXT_ROWS])
+    one, few = steer_quotes(pair, bridge_set, prompts, train[:TEXT_ROWS], heldout[:TEXT_ROWS], config.progress)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
@@ -90,7 +91,12 @@ def sources(pair: BundledPair) -> dict[str, dict[str, str]]:
 
 
 def steer_quotes(
-    pair: BundledPair, bridge_set: BridgeSet, n_prompts: int, search_text: Tensor, reported_text: Tensor
+    pair: BundledPair,
+    bridge_set: BridgeSet,
+    n_prompts: int,
+    search_text: Tensor,
+    reported_text: Tensor,
+    progress: bool = False,
 ) -> tuple[Sweep, Sweep]:
     """Edit the one channel that does most to the dense model's answer, then the few that flip both models' answers.
 
@@ -99,12 +105,13 @@ def steer_quotes(
     pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + n_prompts)
     others = other_tasks(TASK, pair.tokenizer)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        chosen_on, reported = (run_prompts(models, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
-        reference = run_reference_text(models, search_text)
-        one = find(models, chosen_on, reference)
-        few = find(models, chosen_on, reference, MAX_CHANNELS, by="both")
+        chosen_on, reported = (Prompts(models, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
+        one = find(models, chosen_on, search_text, progress=progress)
+        few = find(models, chosen_on, search_text, SearchOptions(MAX_CHANNELS, by="both"), progress)
         one_sweep, few_sweep = (
-            sweep_prompts(models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement)
+            sweep_prompts(
+                models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement, progress
+            )
             for found in (one, few)
         )
     return one_sweep, few_sweep

@@ -106,12 +106,12 @@ def pair():
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    """Six pairs of a made-up task, run."""
+    """Six pairs of a made-up task."""
     from pairs import toy_task
 
-    from bridges.channels.prompts import run_prompts
+    from bridges.channels.runs import Prompts
 
-    return run_prompts(pair, toy_task())
+    return Prompts(pair, toy_task())
 
 
 @pytest.fixture

@@ -194,11 +194,10 @@ def naive_objective(pair, weights, ids, mask=None, sampled=None):
 
 def kl_of_turning_off(pair, text, chosen):
     """Nats per token, by `steer` on the text and the sum over the vocabulary written out."""
-    ids = text.trace.context.input_ids
     edits = [Edit(chosen.site, channel, 0.0) for channel in chosen.channels]
     dense, sparse = pair.dense.model, pair.sparse.model
     with torch.no_grad():
-        plain = dense(ids).logits.log_softmax(-1)
+        plain = dense(text).logits.log_softmax(-1)
         with steer(dense, pair.bridge_set, edits, sparse=sparse, at=chosen.at):
-            off = dense(ids).logits.log_softmax(-1)
+            off = dense(text).logits.log_softmax(-1)
     return (plain.exp() * (plain - off)).sum(-1).mean().item()

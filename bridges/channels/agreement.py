@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridges.channels.prompts import Channels, Prompts, logits_under_edit
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts, logits_under_edit, unedited_last_logits
+from bridges.io.progress import Bar
 from bridges.objective.hybrid import ModelPair, Side
-from bridges.tasks.pairs import TaskPairs, probability
+from bridges.tasks.pairs import TaskPairs, probabilities
 
 AGREEMENT_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 N_CONTROLS = 4
@@ -47,25 +49,32 @@ class Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Agreement:
+def intervention_agreement(pair: ModelPair, prompts: Prompts, chosen: Channels, bar: Bar | None = None) -> Agreement:
     """Edit the same channels in both models at several strengths, and other channels in the sparse one as a control."""
-    dense, sparse = (_answer_changes(pair, prompts, chosen, side) for side in ("dense", "sparse"))
+    others = control_channels(changed_channels(pair, prompts, chosen), chosen.channels)
+    controls = [chosen._replace(channels=channels) for channels in others]
+    (dense,) = _answer_changes(pair, prompts, [chosen], "dense", bar)
+    sparse, *of_controls = _answer_changes(pair, prompts, [chosen, *controls], "sparse", bar)
     slope, r_squared = least_squares(sparse, dense)
-    dz = prompts.dz[pair.bridge_set.index(chosen.site)]
-    controls = [
-        least_squares(_answer_changes(pair, prompts, chosen._replace(channels=others), "sparse"), dense)[1]
-        for others in control_channels(dz, chosen.channels)
-    ]
+    r_squared_controls = [least_squares(one, dense)[1] for one in of_controls]
     changed = sparse.abs() > MIN_CHANGE
     sign = (sparse[changed].sign() == dense[changed].sign()).double().mean().item() if changed.any() else None
-    return Agreement(slope, r_squared, sign, sum(controls) / len(controls) if controls else None)
+    shuffled = sum(r_squared_controls) / len(r_squared_controls) if r_squared_controls else None
+    return Agreement(slope, r_squared, sign, shuffled)
 
 
-def control_channels(dz: Float[Tensor, "b s d_sparse"], channels: Sequence[int]) -> list[tuple[int, ...]]:
+def changed_channels(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Bool[Tensor, " d_sparse"]:
+    """True at the channels that the prompts change at the site."""
+    i = pair.bridge_set.index(chosen.site)
+    of_batches = [run.dz[i].flatten(0, 1).any(0).cpu() for run in prompts.runs([i])]
+    return torch.stack(of_batches).any(0)
+
+
+def control_channels(changed: Bool[Tensor, " d_sparse"], channels: Sequence[int]) -> list[tuple[int, ...]]:
     """Draw sets of as many other channels, of those that the prompts change; none if there are too few."""
-    changed = dz.flatten(0, 1).any(0)
+    changed = changed.clone()
     changed[list(channels)] = False
-    others = changed.nonzero().squeeze(1).cpu()
+    others = changed.nonzero().squeeze(1)
     if len(others) < len(channels):
         return []
     generator = torch.Generator().manual_seed(0)
@@ -74,18 +83,25 @@ def control_channels(dz: Float[Tensor, "b s d_sparse"], channels: Sequence[int])
 
 
 def _answer_changes(
-    pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side
-) -> Float[Tensor, "strengths prompts"]:
-    """The change of one model's answer under the counterfactual edit, at every strength."""
-    unedited = log_odds(prompts.traces.side(side).logits, prompts.pairs)
-    edited = (logits_under_edit(pair, prompts, chosen, strength, side) for strength in AGREEMENT_STRENGTHS)
-    return torch.stack([log_odds(logits, prompts.pairs) - unedited for logits in edited]).cpu()
+    pair: ModelPair, prompts: Prompts, edits: Sequence[Channels], side: Side, bar: Bar | None
+) -> list[Float[Tensor, "strengths prompts"]]:
+    """The change of one model's answer under each counterfactual edit, at every strength."""
+    parts = []
+    for run in prompts.runs([pair.bridge_set.index(edits[0].site)]):
+        unedited = log_odds(unedited_last_logits(pair.model(side), run.side(side)), run.pairs)
+        of_batch = []
+        for chosen in edits:
+            edited = (logits_under_edit(pair, run, chosen, strength, side) for strength in AGREEMENT_STRENGTHS)
+            of_batch.append(torch.stack([log_odds(logits, run.pairs) - unedited for logits in edited]).cpu())
+            if bar is not None:
+                bar.advance(len(run.rows))
+        parts.append((run.rows, torch.stack(of_batch)))
+    return list(prompts.gather(parts))
 
 
-def log_odds(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
-    """log P(target) - log P(answer) after the last token, float64."""
-    last = logits[:, -1].double()
-    targets, answers = (probability(last, tokens) for tokens in (pairs.targets, pairs.answers))
+def log_odds(last: Float[Tensor, "b vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
+    """log P(target) - log P(answer) from the logits after the last token, float64."""
+    targets, answers = probabilities(last.double(), pairs.target_sets, pairs.answer_sets)
     return targets.clamp(min=MIN_PROBABILITY).log() - answers.clamp(min=MIN_PROBABILITY).log()
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.prompts import Channels, Prompts, edit_addend, p_target
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts, edit_addend, edited_last_logits
+from bridges.io.progress import Bar
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import EntryPoint, edited_logits
-from bridges.tasks.pairs import TaskPairs
+from bridges.steering.delta import EntryPoint, Streams, run_streams
+from bridges.tasks.pairs import TaskPairs, probability
 
 TOUCHED = 1e-3
 """A token counts as edited if its addend has at least this part of the largest addend's norm."""
@@ -26,28 +28,34 @@ def dense_directions(
     One row for each task order. Both come from the dense stream (or read) of original and counterfactual prompts, at
     the tokens that the edit changes; the probe is a logistic regression that separates the two.
     """
-    pairs, site = prompts.pairs, pair.site("dense", pair.bridge_set.index(chosen.site))
-    norm = edit_addend(pair, prompts, chosen).norm(dim=-1)
-    edited = norm > TOUCHED * norm.max()
-    original, counterfactual = (
-        _activations(pair.dense, ids, pairs, site, chosen.at) for ids in (pairs.input_ids, pairs.counterfactual_ids)
-    )
+    bridge = pair.bridge_set.index(chosen.site)
+    site, runs = pair.site("dense", bridge), prompts.runs
+    largest = max(edit_addend(pair, run, chosen).norm(dim=-1).max().item() for run in runs([bridge]))
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # per pair the activations at its edited tokens, on both prompts
+    for run in runs([bridge]):
+        original, counterfactual = (
+            _activations(pair.dense, ids, run.pairs, site, chosen.at)
+            for ids in (run.pairs.input_ids, run.pairs.counterfactual_ids)
+        )
+        edited = edit_addend(pair, run, chosen).norm(dim=-1) > TOUCHED * largest
+        for row, one, before, after in zip(run.rows.tolist(), edited, original, counterfactual, strict=True):
+            found[row] = before[one], after[one]
     differences, probes = [], []
     for direction in (0, 1):
-        rows = edited & (pairs.direction == direction)[:, None]
-        before, after = original[rows], counterfactual[rows]
+        rows = (prompts.pairs.direction == direction).nonzero().flatten().tolist()
+        before, after = (torch.cat([found[row][k] for row in rows]) for k in (0, 1))
         differences.append(_unit((after - before).sum(0)))
         probes.append(_unit(_probe(before, after)))
     return torch.stack(differences), torch.stack(probes)
 
 
 def _activations(
-    model: ResidualModel, ids: Tensor, pairs: TaskPairs, site: int, at: EntryPoint
+    model: ResidualModel, ids: Int[Tensor, "b s"], pairs: TaskPairs, site: int, at: EntryPoint
 ) -> Float[Tensor, "b s d"]:
     """The stream or the read at a site."""
     if at == "residual":
-        return model.trace(ids, pairs.attention_mask).residuals[site]
-    return model.reads(ids, pairs.attention_mask)[site]
+        return run_streams(model, ids, pairs.attention_mask, [site]).residuals[site]
+    return model.reads(ids, pairs.attention_mask, [site])[0]
 
 
 def _probe(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
@@ -68,29 +76,46 @@ def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
-def best_mean_difference(model: ResidualModel, prompts: Prompts) -> tuple[int, Callable[[TaskPairs], Tensor]]:
+def best_mean_difference(
+    model: ResidualModel, prompts: Prompts, bar: Bar | None = None
+) -> tuple[int, Callable[[TaskPairs], Tensor]]:
     """The dense model's mean-difference vectors at the last token, at the site where adding them does most.
 
     One vector for each task order. Returns the site, and a function from pairs to what is added to their stream
     there.
     """
-    pairs, trace = prompts.pairs, prompts.traces.dense
-    counterfactual = model.trace(pairs.counterfactual_ids, pairs.attention_mask).residuals
+    vectors = _mean_differences(model, prompts)
+    total = torch.zeros(len(model.sites), dtype=torch.float64)
+    for batch in prompts.batches:
+        streams = _streams(model, batch.pairs.input_ids, batch.pairs)
+        for site, vector in enumerate(vectors):
+            addend = _at_last_token(vector, batch.pairs)
+            logits = edited_last_logits(model, streams, site, addend, "residual")
+            total[site] += probability(logits, batch.pairs.target_sets).sum().item()
+            if bar is not None:
+                bar.advance(len(batch.rows))
+    best = int(total.argmax())
+    return best, lambda pairs: _at_last_token(vectors[best], pairs)
 
-    def addend_at(site: int) -> Callable[[TaskPairs], Tensor]:
-        difference = (counterfactual[site] - trace.residuals[site])[:, -1]
-        vectors = torch.stack([difference[pairs.direction == direction].mean(0) for direction in (0, 1)])
 
-        def addend(to: TaskPairs) -> Float[Tensor, "b s d"]:
-            values = vectors.new_zeros(*to.input_ids.shape, vectors.shape[-1])
-            values[:, -1] = vectors[to.direction]
-            return values
+def _mean_differences(model: ResidualModel, prompts: Prompts) -> Float[Tensor, "sites 2 d"]:
+    """Per site and task order, the mean difference of the stream at the last token, counterfactual less original."""
+    sums = torch.zeros(len(model.sites), 2, model.d_model, dtype=torch.float64, device=model.device)
+    for _, pairs in prompts.batches:
+        original, counterfactual = (_streams(model, ids, pairs) for ids in (pairs.input_ids, pairs.counterfactual_ids))
+        for site in range(len(model.sites)):
+            difference = (counterfactual.residuals[site] - original.residuals[site])[:, -1].double()
+            sums[site].index_add_(0, pairs.direction.to(sums.device), difference.to(sums.device))
+    counts = torch.bincount(prompts.pairs.direction, minlength=2).to(sums)
+    return (sums / counts[:, None]).to(model.dtype)
 
-        return addend
 
-    def mean_p_target(site: int) -> float:
-        logits = edited_logits(model, trace, site, addend_at(site)(pairs), "residual")
-        return p_target(logits, pairs).mean().item()
+def _streams(model: ResidualModel, ids: Int[Tensor, "b s"], pairs: TaskPairs) -> Streams:
+    return run_streams(model, ids, pairs.attention_mask, range(len(model.sites)))
 
-    best = max(range(len(model.sites)), key=mean_p_target)
-    return best, addend_at(best)
+
+def _at_last_token(vectors: Float[Tensor, "2 d"], pairs: TaskPairs) -> Float[Tensor, "b s d"]:
+    """Each prompt's vector, by its task order, at its last token; 0 at the others."""
+    values = vectors.new_zeros(*pairs.input_ids.shape, vectors.shape[-1])
+    values[:, -1] = vectors[pairs.direction.to(vectors.device)]
+    return values

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.channels.find import CHOSEN_ON
-from bridges.channels.prompts import Channels, Prompts, check_channels, frozen_pair, resolve_task, run_prompts
+from bridges.channels.prompts import Channels, check_channels, frozen_pair, resolve_task
+from bridges.channels.runs import Prompts
+from bridges.io.progress import Bar, progress_bar
 from bridges.models.residual import ResidualModel
-from bridges.steering.delta import mask_channels
 from bridges.steering.edits import Edit
 from bridges.tasks.pairs import TaskPairs
 
@@ -31,13 +31,15 @@ def constant_edits(
     tokenizer: Any = None,
     seed: int = 0,
     check_models: bool = True,
+    progress: bool = True,
 ) -> list[Edit]:
     """Make the counterfactual edit of channels a constant one, for `save_edits` and `export_direction`.
 
     `dense`, `sparse`: model objects, `ResidualModel`s, folders or hub ids. Each edit adds, at every position, the mean
     over `n` pairs of the task of the channel's change at the token where it is largest, in read units. `direction`
     is the task order: 0 takes the task's first prompt to its second, 1 the second to the first. Raises ValueError if an
-    argument is out of range, if the channels do not exist, or if no pair has that task order.
+    argument is out of range, if the channels do not exist, or if no pair has that task order. `progress=False` silences
+    the bar on standard error.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
@@ -61,13 +63,25 @@ def constant_edits(
             )
         i = bridge_set.index(chosen.site)
         bridge = bridge_set[i]
-        dz = constant_changes(run_prompts(pair, pairs), i, chosen.channels)[direction]
+        with progress_bar(f"constant edits, {pairs.task}", len(pairs), progress) as bar:
+            dz = constant_changes(Prompts(pair, pairs), i, chosen.channels, bar)[direction]
         values = dz * bridge.gain_sparse / bridge.rms_sparse
     return [Edit(chosen.site, channel, values[channel].item(), "add") for channel in chosen.channels]
 
 
-def constant_changes(prompts: Prompts, bridge: int, channels: Sequence[int]) -> Float[Tensor, "2 d_sparse"]:
+def constant_changes(
+    prompts: Prompts, bridge: int, channels: Sequence[int], bar: Bar | None = None
+) -> Float[Tensor, "2 d_sparse"]:
     """dz of the channels as one number each, per task order: the mean over prompts of the largest change."""
-    dz = mask_channels(prompts.dz[bridge], channels)
-    largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
-    return torch.stack([largest[prompts.pairs.direction.to(dz.device) == order].mean(0) for order in (0, 1)])
+    parts = []
+    for run in prompts.runs([bridge]):
+        dz = run.dz[bridge][..., list(channels)]
+        largest = dz.gather(1, dz.abs().argmax(1, keepdim=True)).squeeze(1)
+        parts.append((run.rows, largest.T))
+        if bar is not None:
+            bar.advance(len(run.rows))
+    largest, direction = prompts.gather(parts), prompts.pairs.direction
+    changes = largest.new_zeros(2, prompts.pair.sparse.d_model)
+    for order in (0, 1):
+        changes[order, list(channels)] = largest[:, direction.to(largest.device) == order].mean(1)
+    return changes

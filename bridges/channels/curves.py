@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,14 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.channels.baselines import dense_directions
-from bridges.channels.prompts import Channels, Prompts, edit_addend, p_target
-from bridges.models.residual import ResidualModel, Trace
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import PromptRun, Prompts, edit_addend, edited_last_logits, unedited_last_logits
+from bridges.io.progress import Bar
+from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import EntryPoint, dense_addend, edited_logits, random_addends
-from bridges.tasks.pairs import TaskPairs
+from bridges.steering.delta import EntryPoint, Streams, dense_addend, random_addends, run_streams
+from bridges.tasks.pairs import TaskPairs, probability
 
 RANDOM_DIRECTIONS = 20
 RESAMPLES = 1000
+PASSES = RANDOM_DIRECTIONS + 5
+"""Addends whose curve `edit_curves` measures."""
 
 
 class Curve(NamedTuple):
@@ -32,55 +36,113 @@ class Curve(NamedTuple):
 
 
 def edit_curves(
-    pair: ModelPair, chosen_on: Prompts, reported: Prompts, chosen: Channels, strengths: Sequence[float]
+    pair: ModelPair,
+    chosen_on: Prompts,
+    reported: Prompts,
+    chosen: Channels,
+    strengths: Sequence[float],
+    bar: Bar | None = None,
 ) -> dict[str, Float[Tensor, "strengths prompts"]]:
     """P(target) of the reported prompts, for the edit and for everything that is added where the edit enters."""
-    bridge = pair.bridge_set.index(chosen.site)
+    bridge, at = pair.bridge_set.index(chosen.site), chosen.at
     dense_site, sparse_site = pair.site("dense", bridge), pair.site("sparse", bridge)
-    traces, pairs, at = reported.traces, reported.pairs, chosen.at
-    curves = {}
-    for name, addends in dense_addends(pair, chosen_on, reported, chosen).items():
-        of_each = [p_target_curve(pair.dense, traces.dense, pairs, dense_site, one, strengths, at) for one in addends]
-        curves[name] = torch.stack(of_each).mean(0)
-    in_sparse = edit_addend(pair, reported, chosen, "sparse")
-    curves["p_target_sparse_model"] = p_target_curve(
-        pair.sparse, traces.sparse, pairs, sparse_site, in_sparse, strengths, at
-    )
-    return curves
+    directions = dense_directions(pair, chosen_on, chosen)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    for run in reported.runs([bridge]):
+        of_run = {
+            name: _mean_curve(pair.dense, run.dense, run.pairs, dense_site, addends, strengths, at, bar)
+            for name, addends in dense_addends(pair, run, chosen, directions).items()
+        }
+        in_sparse = [edit_addend(pair, run, chosen, "sparse")]
+        of_run["p_target_sparse_model"] = _mean_curve(
+            pair.sparse, run.sparse, run.pairs, sparse_site, in_sparse, strengths, at, bar
+        )
+        for name, values in of_run.items():
+            parts.setdefault(name, []).append((run.rows, values))
+    return {name: reported.gather(of_batches) for name, of_batches in parts.items()}
+
+
+def mean_difference_curve(
+    pair: ModelPair,
+    reported: Prompts,
+    site: int,
+    addend: Callable[[TaskPairs], Tensor],
+    strengths: Sequence[float],
+    bar: Bar | None = None,
+) -> Float[Tensor, "strengths prompts"]:
+    """P(target) of the reported prompts with the dense model's own mean difference added at one of its sites."""
+    parts = []
+    for rows, pairs in reported.batches:
+        sites = [site, len(pair.dense.sites) - 1]
+        streams = run_streams(pair.dense, pairs.input_ids, pairs.attention_mask, sites)
+        curve = p_target_curve(pair.dense, streams, pairs, site, addend(pairs), strengths, "residual")
+        parts.append((rows, curve))
+        if bar is not None:
+            bar.advance(len(rows))
+    return reported.gather(parts)
 
 
 def dense_addends(
-    pair: ModelPair, chosen_on: Prompts, reported: Prompts, chosen: Channels
+    pair: ModelPair,
+    run: PromptRun,
+    chosen: Channels,
+    directions: tuple[Float[Tensor, "2 d_dense"], Float[Tensor, "2 d_dense"]],
 ) -> dict[str, Iterable[Float[Tensor, "b s d_dense"]]]:
     """What each curve adds to the dense model where the edit enters, at strength 1; several addends are averaged over.
 
-    Random directions, mean difference and probe have the edit's own norm at every token.
+    `directions`: of `dense_directions`. Random directions, mean difference and probe have the edit's own norm at every
+    token.
     """
-    bridge, direction = pair.bridge_set.index(chosen.site), reported.pairs.direction
-    edit = edit_addend(pair, reported, chosen)
+    bridge = pair.bridge_set.index(chosen.site)
+    edit = edit_addend(pair, run, chosen)
     norm = edit.norm(dim=-1, keepdim=True)
-    mean_difference, probe = dense_directions(pair, chosen_on, chosen)
+    mean_difference, probe = (one.to(edit)[run.pairs.direction.to(edit.device)][:, None] for one in directions)
     return {
         "p_target": [edit],
         "p_target_random_direction": random_addends(edit, RANDOM_DIRECTIONS, seed=1),
-        "p_target_mean_difference_equal_norm": [mean_difference[direction][:, None] * norm],
-        "p_target_probe": [probe[direction][:, None] * norm],
-        "p_target_all_channels": [dense_addend(pair, bridge, reported.dz[bridge], chosen.at)],
+        "p_target_mean_difference_equal_norm": [mean_difference * norm],
+        "p_target_probe": [probe * norm],
+        "p_target_all_channels": [dense_addend(pair, bridge, run.dz[bridge], chosen.at)],
     }
+
+
+def _mean_curve(
+    model: ResidualModel,
+    streams: Streams,
+    pairs: TaskPairs,
+    site: int,
+    addends: Iterable[Float[Tensor, "b s d"]],
+    strengths: Sequence[float],
+    at: EntryPoint,
+    bar: Bar | None,
+) -> Float[Tensor, "strengths b"]:
+    """`p_target_curve`, mean over addends."""
+    curves = []
+    for addend in addends:
+        curves.append(p_target_curve(model, streams, pairs, site, addend, strengths, at))
+        if bar is not None:
+            bar.advance(len(pairs))
+    return torch.stack(curves).mean(0)
 
 
 def p_target_curve(
     model: ResidualModel,
-    trace: Trace,
+    streams: Streams,
     pairs: TaskPairs,
     site: int,
     addend: Float[Tensor, "b s d"],
     strengths: Sequence[float],
     at: EntryPoint,
-) -> Float[Tensor, "strengths prompts"]:
-    """P(target) of every prompt at every strength of an addend."""
-    logits = (edited_logits(model, trace, site, strength * addend, at) for strength in strengths)
-    return torch.stack([p_target(one, pairs) for one in logits])
+) -> Float[Tensor, "strengths b"]:
+    """P(target) of a batch's prompts at every strength of an addend; at strength 0 nothing runs but the head."""
+
+    def logits(strength: float) -> Tensor:
+        if strength == 0:
+            return unedited_last_logits(model, streams)
+        return edited_last_logits(model, streams, site, strength * addend, at)
+
+    return torch.stack([probability(logits(strength), pairs.target_sets) for strength in strengths])
 
 
 def with_band(values: Float[Tensor, "strengths prompts"]) -> Curve:

@@ -10,28 +10,20 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.channels.attribution import mean_log, top_channels
-from bridges.channels.prompts import (
-    Channels,
-    Prompts,
-    ReferenceText,
-    check_text,
-    frozen_pair,
-    p_target,
-    resolve_task,
-    run_prompts,
-    run_reference_text,
-)
+from bridges.channels.attribution import log_probability
+from bridges.channels.prompts import Channels, check_text, frozen_pair, resolve_task
+from bridges.channels.runs import Prompts, p_target_unedited
 from bridges.channels.search import (
     BUDGET,
     CANDIDATES,
     By,
     ChannelSet,
     Search,
-    check_search,
+    SearchOptions,
     sample_text,
     smallest_sufficient,
 )
+from bridges.io.progress import announce
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
 from bridges.steering.delta import EntryPoint
@@ -87,6 +79,7 @@ def find_channels(
     tokenizer: Any = None,
     seed: int = 0,
     check_models: bool = True,
+    progress: bool = True,
 ) -> FoundChannels:
     """Find the channels whose counterfactual edit flips the dense model's answer to a task (paper A.4).
 
@@ -94,12 +87,14 @@ def find_channels(
     are made with `tokenizer` (None: the one saved with the dense model), or `TaskPairs`.
 
     One backward pass predicts the effect of every channel at every site, at the read and at the residual. The
-    `candidates` of largest prediction at each are then edited. Sets grow greedily to at most `most` channels at one
-    site: by the dense model's P(target), or with `by="both"` by the geometric mean of both models', which finds
+    `candidates` of largest prediction at each are then edited; with more than ten such places, ten times `candidates`
+    in total: half by prediction, the others spread over all places. Sets grow greedily to at most `most` channels at
+    one site: by the dense model's P(target), or with `by="both"` by the geometric mean of both models', which finds
     channels that the sparse model itself decides by. The result is the smallest set that does nearly as much, beyond
     random directions of its norm, as the best. Only sets count that raise P(target) and whose ablation costs the dense
     model at most `budget` nats per token on `text` [rows, seq], token ids that have nothing to do with the task (None:
-    sampled from the dense model). Measure the result on other prompts and text, as `sweep` does.
+    sampled from the dense model). Measure the result on other prompts and text, as `sweep` does. Memory does not grow
+    with the number of pairs or rows. `progress=False` silences the bars on standard error.
 
     Raises ValueError if an argument is out of range, the bridges are of other models, or no set keeps within the
     budget.
@@ -113,42 +108,43 @@ def find_channels(
     >>> found.best.site, len(found.best.channels), len(found.ranking)
     ('0.mlp', 1, 32)
     """
-    check_search(most, by, budget, candidates)
+    options = SearchOptions(most, by, budget, candidates).checked()
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
-        prompts = run_prompts(pair, resolve_task(task, dense, tokenizer, n, seed))
+        prompts = Prompts(pair, resolve_task(task, dense, tokenizer, n, seed))
         rows = sample_text(pair, seed) if text is None else check_text(pair, text)
-        return find(pair, prompts, run_reference_text(pair, rows), most, by, budget, candidates)
+        return find(pair, prompts, rows, options, progress)
 
 
 @torch.no_grad()
 def find(
     pair: ModelPair,
     prompts: Prompts,
-    text: ReferenceText,
-    most: int = 1,
-    by: By = "dense",
-    budget: float = BUDGET,
-    candidates: int = CANDIDATES,
+    text: Int[Tensor, "rows seq"],
+    options: SearchOptions = SearchOptions(),  # noqa: B008, an immutable tuple
+    progress: bool = False,
 ) -> FoundChannels:
-    """`find_channels` on prompts and text that both models have run on."""
+    """`find_channels` on prompts and text that are checked."""
     from scipy.stats import spearmanr
 
-    search = Search(pair, prompts, text, most, by, budget, candidates)
+    n_sites, n = len(pair.bridge_set), len(prompts)
+    announce(
+        f"find_channels, {prompts.pairs.task}: {n} pairs, {n_sites} sites, {text.numel()} tokens of text", progress
+    )
+    search = Search(pair, prompts, text, options, progress)
     ranking = _rank_single_channels(search)
-    sets = smallest_sufficient(search.grow_sets(), by)
+    sets = smallest_sufficient(search.find_sets(), options.by)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
     return FoundChannels(prompts.pairs.task, ranking, float(agreement), sets)
 
 
 def _rank_single_channels(search: Search) -> list[RankedChannel]:
-    """Edit the candidates of each location one by one; largest P(target) of the dense model first."""
-    unedited = mean_log(p_target(search.prompts.traces.dense.logits, search.prompts.pairs))
+    """Edit the channels of largest predicted effect one by one; largest P(target) of the dense model first."""
+    unedited = log_probability(p_target_unedited(search.pair, search.prompts)).mean()
+    edits = search.dense_edits()
+    search.run_edits([chosen for chosen, _ in edits], f"{len(edits)} edits of one channel", "dense")
     ranking = []
-    for location, effects in search.dense_effects.items():
-        for channel in top_channels(effects, search.candidates):
-            chosen = search.channels_at(location, (channel,))
-            p = search.p_target_per_prompt(chosen)
-            effect = (mean_log(p) - unedited).item()
-            predicted = effects[channel].item()
-            ranking.append(RankedChannel(chosen.site, channel, chosen.at, predicted, effect, p.mean().item()))
+    for chosen, predicted in edits:
+        p = search.p_target_per_prompt(chosen)
+        effect = (log_probability(p).mean() - unedited).item()
+        ranking.append(RankedChannel(chosen.site, chosen.channels[0], chosen.at, predicted, effect, p.mean().item()))
     return sorted(ranking, key=lambda one: one.p_target, reverse=True)

@@ -1,7 +1,4 @@
-"""Counterfactual edits of channels on a task's prompts, and what ablating channels does to other text.
-
-Everything that does not depend on the edit is run once per task (`Prompts`) or once per text (`ReferenceText`).
-"""
+"""What searches and sweeps are given: channels, models, a task, text; checked and made ready."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual, find_tokenizer
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, Trace, check_tokens, check_vocabulary
+from bridges.models.residual import ResidualModel, check_tokens
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import SIDES, ModelPair, Side, Traces, trace_pair
+from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.sparsity.support import use_sparse_kernels
-from bridges.steering.delta import EntryPoint, changed_reads, dense_addend, edited_logits, mask_channels, sparse_delta
-from bridges.tasks.pairs import TaskPairs, probability, task_pairs
+from bridges.steering.delta import EntryPoint
+from bridges.tasks.pairs import TaskPairs, task_pairs
 
 
 class Channels(NamedTuple):
@@ -42,26 +39,6 @@ class Channels(NamedTuple):
     at: EntryPoint
     """Where the edit enters the dense model: "read" (the input of the site's sublayer alone) or "residual" (the
     stream)."""
-
-
-class Prompts(NamedTuple):
-    """A task's pairs, the unedited runs of both models, and the changes that counterfactual edits are made of."""
-
-    pairs: TaskPairs
-    traces: Traces
-    dn: list[Float[Tensor, "b s d_sparse"]]
-    """Per bridged site the change of the sparse model's read from original to counterfactual prompt, in read units."""
-    dz: list[Float[Tensor, "b s d_sparse"]]
-    """The same as a change of the sparse stream, at strength 1."""
-
-
-class ReferenceText(NamedTuple):
-    """Text that has nothing to do with a task: what it costs to ablate channels is measured on it."""
-
-    trace: Trace
-    """The dense model's unedited run."""
-    ablation_delta: list[Float[Tensor, "b s d_sparse"]]
-    """Per bridged site the change of the sparse stream that brings every channel's read to 0."""
 
 
 @contextmanager
@@ -143,76 +120,3 @@ def resolve_task(
     if tokenizer is None:
         raise ValueError(f"task={task!r} needs tokenizer=: no tokenizer is saved with the dense model")
     return task_pairs(task, tokenizer, n, seed)
-
-
-@torch.no_grad()
-def run_prompts(pair: ModelPair, pairs: TaskPairs) -> Prompts:
-    """Run both models on the original prompts, and the sparse model on their counterfactuals too.
-
-    Raises ValueError if prompts or answers hold tokens that a model does not know, or if prompts exceed a context.
-    """
-    name = f"task={pairs.task!r} with this tokenizer"
-    for ids in (pairs.input_ids, pairs.counterfactual_ids):
-        check_tokens(name, ids, None, pair.dense, pair.sparse, least=1)
-    for tokens in (pairs.answers, pairs.targets):
-        check_vocabulary(name, tokens.clamp(min=0), pair.dense, pair.sparse)
-    pairs = pairs.to(pair.dense.device)
-    traces = trace_pair(pair, pairs.input_ids, pairs.attention_mask)
-    changes = changed_reads(pair.sparse, pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)
-    dn = [changes[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
-    return Prompts(pairs, traces, dn, [sparse_delta(pair, i, change) for i, change in enumerate(dn)])
-
-
-@torch.no_grad()
-def run_reference_text(
-    pair: ModelPair, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
-) -> ReferenceText:
-    """Run both models on text that ablations are measured on."""
-
-    def inputs(model: ResidualModel) -> list[Any]:
-        return [x if x is None else x.to(model.device) for x in (input_ids, attention_mask)]
-
-    reads = pair.sparse.reads(*inputs(pair.sparse))
-    deltas = [sparse_delta(pair, i, -reads[pair.site("sparse", i)]) for i in range(len(pair.bridge_set))]
-    return ReferenceText(pair.dense.trace(*inputs(pair.dense)), deltas)
-
-
-def ablated_logits(pair: ModelPair, text: ReferenceText, chosen: Channels) -> Float[Tensor, "b s vocab"]:
-    """Return the dense model's logits on a text with channels ablated: their reads are 0 at every position."""
-    i = pair.bridge_set.index(chosen.site)
-    addend = dense_addend(pair, i, mask_channels(text.ablation_delta[i], chosen.channels), chosen.at)
-    return edited_logits(pair.dense, text.trace, pair.site("dense", i), addend, chosen.at)
-
-
-def p_target(logits: Float[Tensor, "b s vocab"], pairs: TaskPairs) -> Float[Tensor, " b"]:
-    """Return the full-vocabulary probability of each pair's target after the last token."""
-    return probability(logits[:, -1], pairs.targets)
-
-
-def sparse_delta_at(prompts: Prompts, bridge: int, at: EntryPoint) -> Float[Tensor, "b s d_sparse"]:
-    """Return what the counterfactual edit of every channel adds to the sparse model's read or stream."""
-    return (prompts.dz if at == "residual" else prompts.dn)[bridge]
-
-
-def edit_addend(pair: ModelPair, prompts: Prompts, chosen: Channels, side: Side = "dense") -> Float[Tensor, "b s d"]:
-    """Return what the counterfactual edit of the channels adds to one model's read or stream, at strength 1."""
-    i = pair.bridge_set.index(chosen.site)
-    if side == "sparse":
-        return mask_channels(sparse_delta_at(prompts, i, chosen.at), chosen.channels)
-    return dense_addend(pair, i, mask_channels(prompts.dz[i], chosen.channels), chosen.at)
-
-
-def logits_under_edit(
-    pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
-) -> Float[Tensor, "b s vocab"]:
-    """Return one model's logits on the original prompts under the counterfactual edit of the channels."""
-    site = pair.site(side, pair.bridge_set.index(chosen.site))
-    addend = strength * edit_addend(pair, prompts, chosen, side)
-    return edited_logits(pair.model(side), prompts.traces.side(side), site, addend, chosen.at)
-
-
-def p_target_under_edit(
-    pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
-) -> Float[Tensor, " b"]:
-    """Return P(target) of every prompt under the counterfactual edit of the channels."""
-    return p_target(logits_under_edit(pair, prompts, chosen, strength, side), prompts.pairs)

@@ -7,34 +7,34 @@ A set grows by one channel at a time, at one location. Candidates come from firs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from typing import Literal, NamedTuple, NoReturn, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
-from bridges.channels.prompts import (
-    Channels,
-    Prompts,
-    ReferenceText,
-    ablated_logits,
-    edit_addend,
-    p_target,
-    p_target_under_edit,
-)
+from bridges.channels.prompts import Channels
+from bridges.channels.reference_text import ReferenceText
+from bridges.channels.runs import Prompts, edit_addend, edited_last_logits, p_target_under_edits, p_target_unedited
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sampled import sampled_text
+from bridges.io.progress import Bar, progress_bar
 from bridges.objective.hybrid import SIDES, ModelPair, Side
-from bridges.ops.kl import kl_divergence
-from bridges.steering.delta import edited_logits, random_addends
+from bridges.steering.delta import EntryPoint, random_addends
+from bridges.tasks.pairs import probability
 
 By = Literal["dense", "both"]
 """Whose answer channels are chosen by: the dense model's, or both models'."""
 CANDIDATES = 16
 """Channels per location whose edit is made, those of largest predicted effect."""
 MIN_CANDIDATES = 8
+LOCATIONS_TRIED_IN_FULL = 10
+"""With more locations (a site's read or its stream), the edits made are not `CANDIDATES` at each, but this many times
+`CANDIDATES` in total, spread over all of them; and sets of several channels are tried at this many locations."""
 MAX_CHANNELS = 8
 """Channels that a set may have."""
 BUDGET = 0.04
@@ -73,16 +73,31 @@ class ChannelSet(NamedTuple):
         return beyond if by == "dense" else (max(beyond, 0.0) * self.p_target_sparse) ** 0.5
 
 
-def check_search(most: int, by: str, budget: float = BUDGET, candidates: int = CANDIDATES, name: str = "most") -> None:
+class SearchOptions(NamedTuple):
+    """How channels are searched for; `find_channels` says what each option does."""
+
+    most: int = 1
+    by: By = "dense"
+    budget: float = BUDGET
+    candidates: int = CANDIDATES
+
+    def checked(self, name: str = "most") -> SearchOptions:
+        """The options; ValueError for one that is out of range. `name` is the caller's word for `most`."""
+        most, by, budget, candidates = self
+        if not isinstance(most, Integral) or not 1 <= most <= MAX_CHANNELS:
+            raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MAX_CHANNELS}")
+        if not isinstance(candidates, Integral) or candidates < MIN_CANDIDATES:
+            raise ValueError(f"candidates={candidates!r} must be a whole number, at least {MIN_CANDIDATES}")
+        if not isinstance(budget, int | float) or not budget >= 0:
+            raise ValueError(f"budget={budget!r} must be 0 nats or more; use inf for no limit")
+        if by not in get_args(By):
+            raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
+        return self
+
+
+def check_search(most: int, by: str, budget: float = BUDGET, name: str = "most") -> None:
     """Raise ValueError for a setting of the search that is out of range; `name` is the caller's word for `most`."""
-    if not isinstance(most, Integral) or not 1 <= most <= MAX_CHANNELS:
-        raise ValueError(f"{name}={most!r} must be a whole number between 1 and {MAX_CHANNELS}")
-    if not isinstance(candidates, Integral) or candidates < MIN_CANDIDATES:
-        raise ValueError(f"candidates={candidates!r} must be a whole number, at least {MIN_CANDIDATES}")
-    if not isinstance(budget, int | float) or not budget >= 0:
-        raise ValueError(f"budget={budget!r} must be 0 nats or more; use inf for no limit")
-    if by not in get_args(By):
-        raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
+    SearchOptions(most, by, budget).checked(name)  # pyright: ignore[reportArgumentType]
 
 
 def sample_text(pair: ModelPair, seed: int, for_search: bool = True) -> Int[Tensor, "rows seq"]:
@@ -98,133 +113,233 @@ class Search:
         self,
         pair: ModelPair,
         prompts: Prompts,
-        text: ReferenceText,
-        most: int = 1,
-        by: By = "dense",
-        budget: float = BUDGET,
-        candidates: int = CANDIDATES,
+        text: Int[Tensor, "rows seq"],
+        options: SearchOptions = SearchOptions(),  # noqa: B008, an immutable tuple
+        progress: bool = False,
     ):
-        self.pair, self.prompts, self.text = pair, prompts, text
-        self.most, self.by, self.budget, self.candidates = most, by, budget, candidates
-        self.sides: tuple[Side, ...] = ("dense",) if by == "dense" else SIDES
-        self.dense_effects = self.effects = predicted_effects(pair, prompts)
-        self.candidate_sources = [(self.dense_effects, candidates)]
-        if by == "both":
-            sparse_effects = predicted_effects(pair, prompts, "sparse")
-            self.effects = _effects_on_both(self.dense_effects, sparse_effects)
+        self.pair, self.prompts, self.options, self.progress = pair, prompts, options, progress
+        self.sides: tuple[Side, ...] = ("dense",) if options.by == "dense" else SIDES
+        n_steps = len(self.sides) * len(prompts)
+        with progress_bar("predicting effects", n_steps, progress) as bar:
+            of_sides = [predicted_effects(pair, prompts, side, bar) for side in self.sides]
+        n, self.dense_effects = options.candidates, of_sides[0]
+        if options.by == "dense":
+            self.effects = self.dense_effects
+            sources = [(self.effects, n)]
+        else:
+            self.effects = _effects_on_both(*of_sides)
             # Half the candidates are top-ranked by both models, a few by one model only.
-            few = candidates // 8
-            self.candidate_sources = [(self.effects, candidates // 2), (self.dense_effects, few), (sparse_effects, few)]
-        self._p_target: dict[tuple[Channels, Side], Float[Tensor, " b"]] = {}
+            sources = [(self.effects, n // 2), *((effects, n // 8) for effects in of_sides)]
+        self.candidates = {at: _top_of_each(sources, at) for at in self.effects}
+        self.single_edits = self._named(spread(self.candidates, self.effects, LOCATIONS_TRIED_IN_FULL * n))
+        self.text = ReferenceText(pair, text, self._channels_per_bridge())
+        self._p_target: dict[tuple[Channels, Side], Float[Tensor, " n"]] = {}
         self._ablation_kl: dict[Channels, float] = {}
 
-    def p_target_per_prompt(self, chosen: Channels, side: Side = "dense") -> Float[Tensor, " b"]:
+    def _channels_per_bridge(self) -> dict[int, list[int]]:
+        """The channels that an ablation may ask for."""
+        per_bridge: dict[int, dict[int, None]] = {}
+        for location, channels in self.candidates.items():
+            likely = top_channels(self.effects[location], 2 * self.options.most)
+            per_bridge.setdefault(location.bridge, {}).update(dict.fromkeys([*channels, *likely]))
+        return {bridge: list(channels) for bridge, channels in per_bridge.items()}
+
+    def _named(self, edits: Sequence[tuple[Location, int]]) -> list[Channels]:
+        return [self.channels_at(location, (channel,)) for location, channel in edits]
+
+    def dense_edits(self) -> list[tuple[Channels, float]]:
+        """The single channels of largest predicted effect on the dense model, with the prediction."""
+        n, effects = self.options.candidates, self.dense_effects
+        edits = spread({at: top_channels(effects[at], n) for at in effects}, effects, LOCATIONS_TRIED_IN_FULL * n)
+        return [(self.channels_at(at, (channel,)), effects[at][channel].item()) for at, channel in edits]
+
+    def run_edits(self, edits: Sequence[Channels], what: str | None = None, side: Side | None = None) -> None:
+        """Make the edits that have not been made, in the models that the search goes by, or in one."""
+        for one in self.sides if side is None else (side,):
+            new = [chosen for chosen in dict.fromkeys(edits) if (chosen, one) not in self._p_target]
+            if new:
+                n_steps = len(new) * len(self.prompts)
+                with progress_bar(what or f"{len(new)} edits", n_steps, self.progress) as bar:
+                    p = p_target_under_edits(self.pair, self.prompts, new, one, bar=bar)
+                self._p_target |= {(chosen, one): row for chosen, row in zip(new, p, strict=True)}
+
+    def p_target_per_prompt(self, chosen: Channels, side: Side = "dense") -> Float[Tensor, " n"]:
         """P(target) of one model under the counterfactual edit."""
-        if (chosen, side) not in self._p_target:
-            self._p_target[chosen, side] = p_target_under_edit(self.pair, self.prompts, chosen, side=side)
+        self.run_edits([chosen], side=side)
         return self._p_target[chosen, side]
 
     def score(self, chosen: Channels) -> float:
         """Mean P(target) of the dense model, or its geometric mean with the sparse model's."""
         return _geometric_mean([self.p_target_per_prompt(chosen, side) for side in self.sides])
 
+    @cached_property
     def unedited_score(self) -> float:
         """The score without an edit."""
-        traces = self.prompts.traces
-        return _geometric_mean([p_target(traces.side(side).logits, self.prompts.pairs) for side in self.sides])
+        return _geometric_mean([p_target_unedited(self.pair, self.prompts, side) for side in self.sides])
 
     def ablation_kl(self, chosen: Channels) -> float:
         """KL of the dense model on the text with the channels ablated, nats per token."""
         if chosen not in self._ablation_kl:
-            unedited, ablated = self.text.trace.logits, ablated_logits(self.pair, self.text, chosen)
-            kl = kl_divergence(unedited.flatten(0, 1), ablated.flatten(0, 1)).item()
-            self._ablation_kl[chosen] = kl / unedited[..., 0].numel()
+            self._ablation_kl[chosen] = self.text.ablation_kl(chosen)
         return self._ablation_kl[chosen]
 
     def within_budget(self, chosen: Channels) -> bool:
         """Whether ablating the channels keeps within the budget; nothing is run where that is infinite."""
-        return self.budget == math.inf or self.ablation_kl(chosen) <= self.budget
+        return self.options.budget == math.inf or self.ablation_kl(chosen) <= self.options.budget
 
     def channels_at(self, location: Location, channels: Sequence[int]) -> Channels:
         """Channels at a location, by the names that users see."""
         return Channels(self.pair.bridge_set.sites[location.bridge], tuple(channels), location.at)
 
-    def candidates_at(self, location: Location) -> list[int]:
-        """The channels whose edit is tried at a location."""
-        tried = (channel for effects, n in self.candidate_sources for channel in top_channels(effects[location], n))
-        return list(dict.fromkeys(tried))
+    def find_sets(self) -> list[list[ChannelSet]]:
+        """Sets of 1, 2, ... channels at the locations worth comparing.
 
-    def grow_sets(self) -> list[list[ChannelSet]]:
-        """Grow sets at the locations that score best, at the others only if those give none.
-
-        Returns, per location with any, sets of 1, 2, ... channels. Raises NoChannelsFoundError if no location has one
-        that raises P(target) within the budget.
+        Raises NoChannelsFoundError if no location has one that raises P(target) within the budget.
         """
-        ranked = self.rank_locations()
-        n_first = len(ranked) if self.most == 1 else PREFERRED_LOCATIONS
-        for locations in (ranked[:n_first], ranked[n_first:]):
-            if grown := [sets for location in locations if (sets := self.grow_at(location))]:
+        self.run_edits(self.single_edits, f"{len(self.single_edits)} edits of one channel")
+        with progress_bar("comparing channels, within the budget", None, self.progress) as bar:
+            grown = self.best_single(bar) if self.options.most == 1 else self.grow_sets(bar)
+        if not grown:
+            self._refuse()
+        return grown
+
+    def best_single(self, bar: Bar) -> list[list[ChannelSet]]:
+        """The likeliest channel within the budget of every location whose margin might be the largest.
+
+        A margin is never over the score, so that the search ends at the first channel whose score is under the largest
+        margin so far.
+        """
+        found: dict[tuple[str, EntryPoint], ChannelSet] = {}
+        most, by = -math.inf, self.options.by
+        for chosen in sorted(self.helpful(self.single_edits), key=self.score, reverse=True):
+            if self.score(chosen) < most:
+                break
+            if (chosen.site, chosen.at) not in found and self.within_budget(chosen):
+                one = found[chosen.site, chosen.at] = self.compare_with_random(chosen)
+                most = max(most, one.margin(by))
+            bar.advance(note=f"{chosen.site}: {self.score(chosen):.3f}")
+        return [[one] for one in found.values()]
+
+    def helpful(self, edits: Sequence[Channels], than: float | None = None) -> list[Channels]:
+        """The edits whose score is over another one, by default over that without an edit."""
+        self.run_edits(edits)
+        return [one for one in edits if self.score(one) > (self.unedited_score if than is None else than)]
+
+    def grow_sets(self, bar: Bar) -> list[list[ChannelSet]]:
+        """Grow sets at the locations that score best, at the others only if those give none."""
+        likely, others = self.likely_locations()
+        ranked = self.rank_locations(likely)
+        groups = [ranked[:PREFERRED_LOCATIONS], ranked[PREFERRED_LOCATIONS:], *([one] for one in others)]
+        for locations in groups:
+            grown = []
+            for location in locations:
+                grown.append(self.grow_at(location))
+                bar.advance(note=self.pair.bridge_set.sites[location.bridge])
+            if grown := [sets for sets in grown if sets]:
                 return grown
-        self._refuse()
+        return []
 
-    def rank_locations(self) -> list[Location]:
+    def likely_locations(self) -> tuple[list[Location], list[Location]]:
+        """The locations whose likeliest channels are predicted to do most together, and the others in that order.
+
+        All are likely where there are no more than `LOCATIONS_TRIED_IN_FULL`.
+        """
+        n, most = LOCATIONS_TRIED_IN_FULL, self.options.most
+        if len(self.effects) <= n:
+            return list(self.effects), []
+        ranked = sorted(self.effects, key=lambda at: -self.effects[at].topk(most).values.sum().item())
+        return ranked[:n], ranked[n:]
+
+    def rank_locations(self, locations: Sequence[Location]) -> list[Location]:
         """Locations by the score of their likeliest channels within the budget, edited together."""
-        if self.most == 1:  # every location is searched, in any order
-            return list(self.effects)
-
-        def joint_score(location: Location) -> float:
+        most = self.options.most
+        together: dict[Location, Channels] = {}
+        for location in locations:
             likely: tuple[int, ...] = ()
-            for channel in top_channels(self.effects[location], 2 * self.most):
-                if len(likely) < self.most and self.within_budget(self.channels_at(location, (*likely, channel))):
+            for channel in top_channels(self.effects[location], 2 * most):
+                if len(likely) < most and self.within_budget(self.channels_at(location, (*likely, channel))):
                     likely = (*likely, channel)
-            return self.score(self.channels_at(location, likely)) if likely else 0.0
-
-        return sorted(self.effects, key=joint_score, reverse=True)
+            if likely:
+                together[location] = self.channels_at(location, likely)
+        self.run_edits(list(together.values()), "likeliest channels of each site, together")
+        scores = {at: self.score(together[at]) if at in together else 0.0 for at in locations}
+        return sorted(locations, key=scores.__getitem__, reverse=True)
 
     def grow_at(self, location: Location) -> list[ChannelSet]:
         """Sets of 1, 2, ... channels: each adds the best candidate within the budget, as long as the score grows."""
         sets: list[ChannelSet] = []
-        candidates, channels, best = self.candidates_at(location), (), self.unedited_score()
-        while len(channels) < self.most:
-            larger = [self.channels_at(location, (*channels, c)) for c in candidates if c not in channels]
-            scores = {one: score for one in larger if (score := self.score(one)) > best}
-            by_score = sorted(scores, key=scores.__getitem__, reverse=True)
+        channels, best = (), self.unedited_score
+        while len(channels) < self.options.most:
+            larger = [
+                self.channels_at(location, (*channels, c)) for c in self.candidates[location] if c not in channels
+            ]
+            by_score = sorted(self.helpful(larger, best), key=self.score, reverse=True)
             chosen = next((one for one in by_score if self.within_budget(one)), None)
             if chosen is None:
                 break
-            channels, best = chosen.channels, scores[chosen]
+            channels, best = chosen.channels, self.score(chosen)
             sets.append(self.compare_with_random(chosen))
         return sets
 
     def compare_with_random(self, chosen: Channels) -> ChannelSet:
         """The set with what it does, and with what random directions of the same norm do."""
-        pair, prompts = self.pair, self.prompts
-        site = pair.site("dense", pair.bridge_set.index(chosen.site))
-        # Another seed than that of the directions that a sweep reports.
-        addends = random_addends(edit_addend(pair, prompts, chosen), SEARCH_DIRECTIONS, seed=0)
-        logits = (edited_logits(pair.dense, prompts.traces.dense, site, addend, chosen.at) for addend in addends)
-        strongest = max(p_target(one, prompts.pairs).mean().item() for one in logits)
         dense, sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in SIDES)
+        strongest = p_target_under_random(self.pair, self.prompts, chosen).mean(1).max().item()
         return ChannelSet(chosen, dense, sparse, strongest, self.ablation_kl(chosen))
 
     def _refuse(self) -> NoReturn:
         """Say why there is no set: what was tried, and what it would take."""
-        task, unedited = self.prompts.pairs.task, self.unedited_score()
-        tried = [self.channels_at(at, (c,)) for at in self.effects for c in self.candidates_at(at)]
-        scores = [self.score(one) for one in tried]
-        if all(math.isnan(score) for score in scores):
+        task, (by, budget) = self.prompts.pairs.task, (self.options.by, self.options.budget)
+        tried = self.single_edits
+        if all(math.isnan(self.score(one)) for one in tried):
             raise FloatingPointError(f"task={task!r}: P(target) is NaN under every edit; models or bridges hold NaN")
-        helpful = [one for one, score in zip(tried, scores, strict=True) if score > unedited]
+        helpful = self.helpful(tried)
         if not helpful:
             raise NoChannelsFoundError(
-                f"task={task!r}: none of the {len(tried)} channels tried raises P(target) (by={self.by!r}); "
-                f"find_channels tries more with candidates= (now {self.candidates})"
+                f"task={task!r}: none of the {len(tried)} channels tried raises P(target) (by={by!r}); "
+                f"find_channels tries more with candidates= (now {self.options.candidates})"
             )
         cheapest = min(map(self.ablation_kl, helpful))
         raise NoChannelsFoundError(
-            f"task={task!r}: no channel raises P(target) (by={self.by!r}) within budget={self.budget:g} nats per token "
+            f"task={task!r}: no channel raises P(target) (by={by!r}) within budget={budget:g} nats per token "
             f"on other text; the cheapest that raises it costs {cheapest:.3g}; pass a larger budget="
         )
+
+
+def p_target_under_random(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Float[Tensor, "directions n"]:
+    """P(target) of the dense model under random directions with the edit's norm at every token."""
+    bridge = pair.bridge_set.index(chosen.site)
+    site, parts = pair.site("dense", bridge), []
+    for run in prompts.runs([bridge]):
+        # Another seed than that of the directions that a sweep reports.
+        addends = random_addends(edit_addend(pair, run, chosen), SEARCH_DIRECTIONS, seed=0)
+        logits = (edited_last_logits(pair.dense, run.dense, site, addend, chosen.at) for addend in addends)
+        parts.append((run.rows, torch.stack([probability(one, run.pairs.target_sets) for one in logits])))
+    return prompts.gather(parts)
+
+
+def spread(candidates: Mapping[Location, Sequence[int]], effects: Effects, most: int) -> list[tuple[Location, int]]:
+    """At most `most` of the candidates of all locations: all of them, where there are no more.
+
+    Else half are those of largest predicted effect, wherever they are; the others are the first candidates of every
+    location, then the second, since predictions at one depth may be worse than at another.
+    """
+    everything = [(location, channel) for location, channels in candidates.items() for channel in channels]
+    if len(everything) <= most:
+        return everything
+
+    def predicted(one: tuple[Location, int]) -> float:
+        return effects[one[0]][one[1]].item()
+
+    largest = sorted(everything, key=predicted, reverse=True)
+    rank = {(at, channel): n for at, channels in candidates.items() for n, channel in enumerate(channels)}
+    evenly = sorted(largest, key=rank.__getitem__)
+    return list(dict.fromkeys([*largest[: most // 2], *evenly]))[:most]
+
+
+def _top_of_each(sources: Sequence[tuple[Effects, int]], location: Location) -> list[int]:
+    """The channels of largest effect at a location, so many from each source."""
+    return list(dict.fromkeys(channel for effects, n in sources for channel in top_channels(effects[location], n)))
 
 
 def _geometric_mean(p_per_model: Sequence[Float[Tensor, " b"]]) -> float:

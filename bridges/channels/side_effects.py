@@ -11,11 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from bridges.channels.batches import pair_batches, row_batches
 from bridges.channels.constant_edits import constant_changes
-from bridges.channels.prompts import Channels, Prompts, ablated_logits, logits_under_edit, run_reference_text
+from bridges.channels.prompts import Channels
+from bridges.channels.reference_text import (
+    AblationRun,
+    ablated_ending,
+    ablation_run,
+    kl_sum,
+    logit_chunks,
+    unedited_ending,
+)
+from bridges.channels.runs import Prompts, ending_under_edit, last_token, unedited_last_logits
+from bridges.io.progress import Bar
 from bridges.objective.hybrid import ModelPair
 from bridges.ops.kl import kl_divergence
-from bridges.steering.delta import dense_addend, edited_logits
+from bridges.steering.delta import dense_addend, edited_ending, ending_logits
 from bridges.tasks.pairs import MAX_TOKENS, TASKS, TaskPairs, probability, solved, task_pairs
 
 PAIRS_PER_OTHER_TASK = 16
@@ -64,34 +75,44 @@ def side_effects(
     chosen: Channels,
     text: Int[Tensor, "rows seq"],
     other_pairs: Sequence[TaskPairs] = (),
-    batch_size: int = 16,
+    bar: Bar | None = None,
 ) -> SideEffects:
     """Measure the side effects of channels on `text`, on the task's own prompts and on pairs of other tasks.
 
     `kl_added` is the mean over both task orders.
     """
+    kl, kl_added, ce_change = _on_text(pair, prompts, chosen, text, bar)
+    effects = SideEffects(
+        kl=kl,
+        ce_change=ce_change,
+        p_target_off=_p_target_ablated(pair, prompts, chosen),
+        kl_added=kl_added,
+        kl_before_answer=_kl_before_answer(pair, prompts, chosen),
+        tokens=text.numel(),
+    )
+    return effects._replace(**_on_other_tasks(pair, chosen, other_pairs, bar)) if other_pairs else effects
+
+
+def _on_text(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, text: Int[Tensor, "rows seq"], bar: Bar | None
+) -> tuple[float, float, float]:
+    """KL with the channels ablated and with their mean change added, and the change of cross-entropy, per token."""
     i = pair.bridge_set.index(chosen.site)
-    site = pair.site("dense", i)
+    site, model = pair.site("dense", i), pair.dense
     addends = [dense_addend(pair, i, dz, chosen.at) for dz in constant_changes(prompts, i, chosen.channels)]
     kl, kl_added, ce = 0.0, 0.0, 0.0
-    for ids in text.split(batch_size):
-        reference = run_reference_text(pair, ids)
-        unedited, ablated = reference.trace.logits, ablated_logits(pair, reference, chosen)
-        kl += _kl_sum(unedited, ablated)
-        ce += _cross_entropy_sum(ablated, ids) - _cross_entropy_sum(unedited, ids)
-        for addend in addends:
-            logits = edited_logits(pair.dense, reference.trace, site, addend.expand(*ids.shape, -1), chosen.at)
-            kl_added += _kl_sum(unedited, logits) / len(addends)
-    tokens = text.numel()
-    effects = SideEffects(
-        kl=kl / tokens,
-        ce_change=ce / (tokens - len(text)),
-        p_target_off=_p_target_ablated(pair, prompts, chosen),
-        kl_added=kl_added / tokens,
-        kl_before_answer=_kl_before_answer(pair, prompts, chosen),
-        tokens=tokens,
-    )
-    return effects._replace(**_on_other_tasks(pair, chosen, other_pairs)) if other_pairs else effects
+    for ids in row_batches(text):
+        run = ablation_run(pair, ids, None, {i: chosen.channels})
+        ablated = ablated_ending(pair, run, chosen, chosen.channels)
+        added = [edited_ending(model, run.dense, site, one.expand(*ids.shape, -1), chosen.at) for one in addends]
+        endings = [unedited_ending(model, run.dense), ablated, *added]
+        for tokens, (unedited, off, *ons) in logit_chunks(model, run.dense, endings):
+            kl += _kl_sum(unedited, off)
+            kl_added += sum(_kl_sum(unedited, on) for on in ons) / len(ons)
+            ce += _cross_entropy_sum(off, ids, tokens) - _cross_entropy_sum(unedited, ids, tokens)
+        if bar is not None:
+            bar.advance(len(ids))
+    return kl / text.numel(), kl_added / text.numel(), ce / (text.numel() - len(text))
 
 
 def other_tasks(task: str, tokenizer: Any, max_tokens: int | None = None) -> list[TaskPairs]:
@@ -110,45 +131,64 @@ def other_tasks(task: str, tokenizer: Any, max_tokens: int | None = None) -> lis
     return found
 
 
-def _on_other_tasks(pair: ModelPair, chosen: Channels, other_pairs: Sequence[TaskPairs]) -> dict[str, Any]:
+def _on_other_tasks(
+    pair: ModelPair, chosen: Channels, other_pairs: Sequence[TaskPairs], bar: Bar | None
+) -> dict[str, Any]:
     kl, before, after, count = 0.0, 0, 0, 0
-    for pairs in (one.to(pair.dense.device) for one in other_pairs):
-        unedited, ablated = _answer_logits(pair, chosen, pairs)
-        kl += kl_divergence(unedited, ablated).item()
-        before += int(solved(unedited, pairs).sum())
-        after += int(solved(ablated, pairs).sum())
-        count += len(unedited)
+    for task in (one.to(pair.dense.device) for one in other_pairs):
+        for _, pairs in pair_batches(task, 1, pair.dense.vocab_size):
+            run = _ablation_run(pair, chosen, pairs)
+            unedited, ablated = unedited_last_logits(pair.dense, run.dense), _ablated_last_logits(pair, run, chosen)
+            kl += kl_divergence(unedited, ablated).item()
+            before += int(solved(unedited, pairs).sum())
+            after += int(solved(ablated, pairs).sum())
+            count += len(pairs)
+        if bar is not None:
+            bar.advance(len(task))
     return {"kl_other_tasks": kl / count, "solved_other_tasks": (before / count, after / count)}
 
 
-def _answer_logits(
-    pair: ModelPair, chosen: Channels, pairs: TaskPairs
-) -> tuple[Float[Tensor, "b vocab"], Float[Tensor, "b vocab"]]:
-    """The dense model's logits at a task's answers, unedited and with the channels ablated."""
-    reference = run_reference_text(pair, pairs.input_ids, pairs.attention_mask)
-    return reference.trace.logits[:, -1], ablated_logits(pair, reference, chosen)[:, -1]
+def _ablation_run(pair: ModelPair, chosen: Channels, pairs: TaskPairs) -> AblationRun:
+    channels = {pair.bridge_set.index(chosen.site): chosen.channels}
+    return ablation_run(pair, pairs.input_ids, pairs.attention_mask, channels)
+
+
+def _ablated_last_logits(pair: ModelPair, run: AblationRun, chosen: Channels) -> Float[Tensor, "b vocab"]:
+    """The dense model's logits after the last token, with the channels ablated."""
+    ending, context = ablated_ending(pair, run, chosen, chosen.channels), run.dense.context
+    return ending_logits(pair.dense, ending, context, last_token(context.input_ids))[:, 0]
 
 
 def _p_target_ablated(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
     """The mean over the prompts of one task order, the larger of the two."""
-    p = probability(_answer_logits(pair, chosen, prompts.pairs)[1], prompts.pairs.targets)
-    by_direction = [p[prompts.pairs.direction == direction] for direction in (0, 1)]
+    parts = []
+    for rows, pairs in prompts.batches:
+        logits = _ablated_last_logits(pair, _ablation_run(pair, chosen, pairs), chosen)
+        parts.append((rows, probability(logits, pairs.target_sets)))
+    p = prompts.gather(parts)
+    by_direction = [p[prompts.pairs.direction.to(p.device) == direction] for direction in (0, 1)]
     return max(one.mean().item() for one in by_direction if len(one))
 
 
 def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> float:
     """The edit is not meant to change what follows any token but the last."""
-    edited = logits_under_edit(pair, prompts, chosen)
-    earlier = prompts.pairs.attention_mask.bool()
-    earlier[:, -1] = False
-    count = int(earlier.sum())
-    return kl_divergence(prompts.traces.dense.logits[earlier], edited[earlier]).item() / count if count else 0.0
+    total, count = 0.0, 0
+    for run in prompts.runs([pair.bridge_set.index(chosen.site)]):
+        earlier = run.pairs.attention_mask.bool()
+        earlier[:, -1] = False
+        count += int(earlier.sum())
+        total += kl_sum(pair.dense, run.dense, ending_under_edit(pair, run, chosen), earlier)
+    return total / count if count else 0.0
 
 
-def _kl_sum(unedited: Float[Tensor, "b s vocab"], edited: Float[Tensor, "b s vocab"]) -> float:
+def _kl_sum(unedited: Float[Tensor, "b kept vocab"], edited: Float[Tensor, "b kept vocab"]) -> float:
     return kl_divergence(unedited.flatten(0, 1), edited.flatten(0, 1)).item()
 
 
-def _cross_entropy_sum(logits: Float[Tensor, "b s vocab"], ids: Int[Tensor, "b s"]) -> float:
-    targets = ids[:, 1:].flatten().to(logits.device)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum").item()
+def _cross_entropy_sum(
+    logits: Float[Tensor, "b kept vocab"], ids: Int[Tensor, "b s"], tokens: Int[Tensor, " kept"]
+) -> float:
+    """Next-token cross-entropy, summed over these tokens of each row but its last."""
+    tokens = tokens[tokens < ids.shape[1] - 1]
+    targets = ids[:, tokens + 1].flatten().to(logits.device)
+    return F.cross_entropy(logits[:, : len(tokens)].flatten(0, 1).float(), targets, reduction="sum").item()

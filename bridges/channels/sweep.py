@@ -14,27 +14,25 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.channels.agreement import intervention_agreement
+from bridges.channels.agreement import N_CONTROLS, intervention_agreement
 from bridges.channels.baselines import best_mean_difference
-from bridges.channels.curves import edit_curves, p_target_curve, with_band
+from bridges.channels.curves import PASSES, edit_curves, mean_difference_curve, with_band
 from bridges.channels.find import CHOSEN_ON, FoundChannels, find
 from bridges.channels.prompts import (
     Channels,
-    Prompts,
     check_channels,
     check_text,
     frozen_pair,
-    p_target_under_edit,
     resolve_task,
     resolve_tokenizer,
-    run_prompts,
-    run_reference_text,
 )
-from bridges.channels.search import BUDGET, SAMPLED_ROWS, By, check_search, sample_text
+from bridges.channels.runs import Prompts, p_target_under_edit, unedited_last_logits
+from bridges.channels.search import BUDGET, SAMPLED_ROWS, By, SearchOptions, sample_text
 from bridges.channels.side_effects import other_tasks, side_effects
 from bridges.channels.sweep_result import Sweep
+from bridges.io.progress import announce, progress_bar
 from bridges.models.residual import ResidualModel, context_limit
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.report.curves import CURVES
 from bridges.tasks.pairs import TaskPairs, solved
 
@@ -56,6 +54,7 @@ def sweep(
     seed: int = 0,
     text: Int[Tensor, "rows seq"] | None = None,
     check_models: bool = True,
+    progress: bool = True,
 ) -> Sweep:
     """Edit channels at several strengths and measure the dense model's answer, with every baseline (paper, figure 9).
 
@@ -67,7 +66,8 @@ def sweep(
     pairs of the task; the curves are measured on the others, `n` of a named task. P(target) is the full-vocabulary
     probability of what answers the counterfactual prompt. Side effects are measured on `text` [rows, seq], token ids
     that have nothing to do with the task (None: sampled from the dense model; a search takes up to half of the given
-    rows for its budget), and with a tokenizer on the other tasks.
+    rows for its budget), and with a tokenizer on the other tasks. Memory does not grow with the number of pairs or
+    rows. `progress=False` silences the bars on standard error.
 
     Raises ValueError for an argument that is out of range, an unknown task, site or channel, bridges of other models,
     or a search that finds nothing within its budget.
@@ -85,7 +85,7 @@ def sweep(
     if not isinstance(channels, Channels | FoundChannels | Integral | None):
         raise ValueError(f"channels={channels!r} must be bridges.Channels, what find_channels returned, or how many")
     most = int(channels) if isinstance(channels, Integral) else 1
-    check_search(most, by, budget, name="channels")
+    options = SearchOptions(most, by, budget).checked("channels")
     strengths = check_strengths(strengths)
     if n < 2:
         raise ValueError(f"n={n} must be at least 2 prompts, one of each task order")
@@ -93,16 +93,16 @@ def sweep(
     pairs = resolve_task(task, dense, tokenizer, n + CHOSEN_ON, seed)
     halves = _split_pairs(pairs)
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
-        chosen_on, reported = (run_prompts(pair, half) for half in halves)
+        chosen_on, reported = (Prompts(pair, half) for half in halves)
         rows = None if text is None else check_text(pair, text)
         if not isinstance(channels, Channels | FoundChannels):
-            channels, rows = _search(pair, chosen_on, rows, most, by, budget, seed)
+            channels, rows = _search(pair, chosen_on, rows, options, seed, progress)
         chosen, agreement = (
             (channels.best, channels.agreement) if isinstance(channels, FoundChannels) else (channels, None)
         )
         rows = sample_text(pair, seed, for_search=False) if rows is None else rows
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer, context_limit(pair.dense, pair.sparse))
-        return sweep_prompts(pair, chosen_on, reported, chosen, strengths, rows, others, agreement)
+        return sweep_prompts(pair, chosen_on, reported, chosen, strengths, rows, others, agreement, progress)
 
 
 def check_strengths(strengths: Any) -> list[float]:
@@ -127,7 +127,7 @@ def _split_pairs(pairs: TaskPairs) -> tuple[TaskPairs, TaskPairs]:
 
 
 def _search(
-    pair: ModelPair, prompts: Prompts, text: Tensor | None, most: int, by: By, budget: float, seed: int
+    pair: ModelPair, prompts: Prompts, text: Tensor | None, options: SearchOptions, seed: int, progress: bool
 ) -> tuple[FoundChannels, Tensor | None]:
     """Search for channels, and return the rows of text that are left to report on.
 
@@ -138,7 +138,7 @@ def _search(
         rows = sample_text(pair, seed)
     else:
         rows, text = text[:n_rows], text[n_rows:]
-    return find(pair, prompts, run_reference_text(pair, rows), most, by, budget), text
+    return find(pair, prompts, rows, options, progress), text
 
 
 @torch.no_grad()
@@ -151,30 +151,44 @@ def sweep_prompts(
     text: Int[Tensor, "rows seq"],
     other_pairs: Sequence[TaskPairs] = (),
     ranking_agreement: float | None = None,
+    progress: bool = False,
 ) -> Sweep:
-    """`sweep` on prompts that both models have run on; `ranking_agreement` comes from the search, if there was one."""
+    """`sweep` on prompts that are checked; `ranking_agreement` comes from the search, if there was one."""
     check_channels(pair, chosen)
-    pairs, traces = reported.pairs, reported.traces
-    site, mean_difference = best_mean_difference(pair.dense, chosen_on)
-    curves = edit_curves(pair, chosen_on, reported, chosen, strengths)
-    curves["p_target_mean_difference"] = p_target_curve(
-        pair.dense, traces.dense, pairs, site, mean_difference(pairs), strengths, "residual"
-    )
+    pairs, n = reported.pairs, len(reported)
+    what = f"{len(chosen.channels)} channel(s) at {chosen.site}, {len(strengths)} strengths"
+    announce(f"sweep, {pairs.task}: {n} pairs, {what}, {text.numel()} tokens of text", progress)
+    with progress_bar("mean difference at each site", len(pair.dense.sites) * len(chosen_on), progress) as bar:
+        site, mean_difference = best_mean_difference(pair.dense, chosen_on, bar)
+    with progress_bar("curves of the edit and its baselines", (PASSES + 1) * n, progress) as bar:
+        curves = edit_curves(pair, chosen_on, reported, chosen, strengths, bar)
+        curves["p_target_mean_difference"] = mean_difference_curve(
+            pair, reported, site, mean_difference, strengths, bar
+        )
+    with progress_bar("agreement of both models", (2 + N_CONTROLS) * n, progress) as bar:
+        agreement = intervention_agreement(pair, reported, chosen, bar)
+    with progress_bar("side effects", len(text) + sum(map(len, other_pairs)), progress) as bar:
+        effects = side_effects(pair, reported, chosen, text, other_pairs, bar)
     at_one = p_target_under_edit(pair, reported, chosen)
-    accuracy_dense, accuracy_sparse = (
-        solved(trace.logits[:, -1], pairs).float().mean().item() for trace in (traces.dense, traces.sparse)
-    )
+    accuracy_dense, accuracy_sparse = (_accuracy(pair, reported, side) for side in SIDES)
     return Sweep(
         task=pairs.task,
         chosen=chosen,
         strengths=list(strengths),
         curves={name: with_band(curves[name]) for name in CURVES},
         p_target_by_direction=[at_one[pairs.direction == direction].mean().item() for direction in (0, 1)],
-        prompts=len(at_one),
+        prompts=n,
         accuracy_dense=accuracy_dense,
         accuracy_sparse=accuracy_sparse,
         mean_difference_site=pair.dense.sites[site],
-        agreement=intervention_agreement(pair, reported, chosen),
-        effects=side_effects(pair, reported, chosen, text, other_pairs),
+        agreement=agreement,
+        effects=effects,
         ranking_agreement=ranking_agreement,
     )
+
+
+def _accuracy(pair: ModelPair, prompts: Prompts, side: Side) -> float:
+    """The part of the prompts that an unedited model solves."""
+    model = pair.model(side)
+    right = sum(int(solved(unedited_last_logits(model, r.side(side)), r.pairs).sum()) for r in prompts.runs(()))
+    return right / len(prompts)

@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 import torch
 from pairs import gpt2, join, toy_task, with_units
+from whole import whole_run, written_addend
 
 import bridges
 from bridges.channels.agreement import (
     AGREEMENT_STRENGTHS,
     N_CONTROLS,
+    changed_channels,
     control_channels,
     intervention_agreement,
     least_squares,
     log_odds,
 )
-from bridges.channels.prompts import Channels, run_prompts
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts
 from bridges.tasks.pairs import probability
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
@@ -31,9 +34,7 @@ def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts, a
     found = intervention_agreement(pair, prompts, CHOSEN._replace(at=at))
     ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
     edits = [bridges.counterfactual(pair.sparse.model, "1.attn", c, ids, other) for c in CHOSEN.channels]
-    change = torch.zeros_like(prompts.dz[2])
-    for c in CHOSEN.channels:
-        change[..., c] = (prompts.dz if at == "residual" else prompts.dn)[2][..., c]
+    change = written_addend(pair, whole_run(pair, prompts.pairs), CHOSEN._replace(at=at), "sparse")
     dense, sparse = [], []
     with torch.no_grad():
         plain = [odds(model(ids).logits, prompts.pairs) for model in (pair.dense.model, pair.sparse.model)]
@@ -53,14 +54,22 @@ def test_agreement_is_the_regression_of_dense_on_sparse_changes(pair, prompts, a
     assert 0 <= found.r_squared_shuffled <= 1
 
 
-def test_controls_are_other_channels_that_the_prompts_change(prompts):
-    dz = prompts.dz[2].clone()
-    dz[..., [5, 7]] = 0
-    drawn = control_channels(dz, (0, 3))
+def test_the_prompts_change_the_channels_whose_reads_differ_anywhere(pair, prompts):
+    dz = whole_run(pair, prompts.pairs).dz[2]
+    changed = changed_channels(pair, prompts, CHOSEN)
+    assert changed.tolist() == [bool(dz[..., c].any()) for c in range(12)]
+    same = Prompts(pair, toy_task().replaced(counterfactual_ids=toy_task().input_ids))
+    assert not changed_channels(pair, same, CHOSEN).any()
+
+
+def test_controls_are_other_channels_that_the_prompts_change():
+    changed = torch.ones(12, dtype=torch.bool)
+    changed[[5, 7]] = False
+    drawn = control_channels(changed, (0, 3))
     assert len(drawn) == N_CONTROLS and len(set(drawn)) > 1
     assert all(len(set(one)) == 2 and not set(one) & {0, 3, 5, 7} for one in drawn)
-    assert drawn == control_channels(dz, (0, 3))
-    assert control_channels(dz, tuple(range(7))) == []  # four others are left
+    assert drawn == control_channels(changed, (0, 3)) and changed.sum() == 10
+    assert control_channels(changed, tuple(range(7))) == []  # four others are left
 
 
 def test_without_enough_other_channels_there_is_no_control(pair, prompts):
@@ -71,7 +80,7 @@ def test_without_enough_other_channels_there_is_no_control(pair, prompts):
 
 def test_answers_of_probability_zero_stay_finite():
     pairs = toy_task(rows=2)
-    logits = torch.full((2, 1, 17), -2000.0, dtype=torch.float64)
+    logits = torch.full((2, 17), -2000.0, dtype=torch.float64)
     logits[..., 0] = 0.0
     assert log_odds(logits, pairs).isfinite().all()
 
@@ -99,7 +108,7 @@ def test_a_model_agrees_with_itself():
         for bridge in pair.bridge_set:
             bridge.decoder_weight.copy_(torch.eye(8))
             bridge.rms_dense.copy_(bridge.rms_sparse)
-    prompts = run_prompts(pair, toy_task())
+    prompts = Prompts(pair, toy_task())
     found = intervention_agreement(pair, prompts, Channels("0.mlp", (1,), "residual"))
     assert found.slope == pytest.approx(1) and found.r_squared == pytest.approx(1) and found.sign == 1
     assert found.r_squared_shuffled < 0.9
@@ -107,6 +116,12 @@ def test_a_model_agrees_with_itself():
 
 def test_a_sparse_model_that_never_changes_has_no_sign(pair, prompts):
     """At the read the sparse model's edit is made of `dn`, the dense model's of `dz`."""
-    still = prompts._replace(dn=[torch.zeros_like(dn) for dn in prompts.dn])
+
+    class Still(Prompts):
+        def runs(self, bridges):
+            for run in super().runs(bridges):
+                yield run._replace(dn={i: torch.zeros_like(dn) for i, dn in run.dn.items()})
+
+    still = Still(pair, prompts.pairs)
     found = intervention_agreement(pair, still, CHOSEN._replace(at="read"))
     assert found.sign is None and found.r_squared == 0.0 and "same sign none" in str(found)

@@ -3,16 +3,18 @@
 import pytest
 import torch
 from pairs import toy_task
+from whole import whole_run, written_addend, written_p
 
 from bridges.channels.baselines import _probe, _unit, best_mean_difference, dense_directions
-from bridges.channels.prompts import Channels, edit_addend, p_target, run_prompts
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return run_prompts(pair, toy_task(seed=5)), run_prompts(pair, toy_task(seed=6))
+    return Prompts(pair, toy_task(seed=5)), Prompts(pair, toy_task(seed=6))
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
@@ -25,7 +27,7 @@ def test_dense_directions_are_the_mean_difference_and_a_probe_of_the_edited_toke
             shown, other = (pair.dense.trace(x).residuals[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
         else:
             shown, other = (pair.dense.reads(x)[2] for x in (pairs.input_ids, pairs.counterfactual_ids))
-    norm = edit_addend(pair, prompts[0], chosen).norm(dim=-1)
+    norm = written_addend(pair, whole_run(pair, pairs), chosen).norm(dim=-1)
     touched = norm > 1e-3 * norm.max()
     assert not touched[:, :2].any() and touched[:, 2:].any()
     for side in (0, 1):
@@ -57,7 +59,8 @@ def test_the_mean_difference_is_added_at_the_last_token_of_the_best_site(pair, p
             vectors = torch.stack([last[0::2].mean(0), last[1::2].mean(0)])
             stream = shown[i].clone()
             stream[:, -1] += vectors[pairs.direction]
-            scored.append(p_target(pair.dense.run_from(i, stream, pairs.input_ids), pairs).mean().item())
+            logits = pair.dense.run_from(i, stream, pairs.input_ids)
+            scored.append(written_p(logits, pairs.targets).mean().item())
     assert scored[site] == max(scored)
     last = (swapped[site] - shown[site])[:, -1]
     values = adder(other)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from pairs import toy_task
+from whole import whole_run
 
 from bridges.channels.constant_edits import constant_changes, constant_edits
 from bridges.channels.prompts import Channels
@@ -10,11 +11,11 @@ from bridges.channels.prompts import Channels
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 
-def test_a_constant_change_is_the_mean_over_prompts_of_the_largest_change(prompts):
-    found = constant_changes(prompts, 2, (0, 3))
+def test_a_constant_change_is_the_mean_over_prompts_of_the_largest_change(pair, prompts):
+    found, dz = constant_changes(prompts, 2, (0, 3)), whole_run(pair, prompts.pairs).dz[2]
     for side in (0, 1):
         for channel in range(12):
-            rows = prompts.dz[2][side::2, :, channel]
+            rows = dz[side::2, :, channel]
             largest = [row[row.abs().argmax()].item() for row in rows]
             expected = np.mean(largest) if channel in (0, 3) else 0.0
             assert found[side, channel].item() == pytest.approx(expected)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from pairs import toy_task
+from whole import whole_run, written_addend, written_logits, written_p
 
 from bridges.channels.baselines import dense_directions
 from bridges.channels.curves import RANDOM_DIRECTIONS, RESAMPLES, dense_addends, edit_curves, with_band
-from bridges.channels.prompts import Channels, edit_addend, p_target, run_prompts
-from bridges.steering.delta import edited_logits
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts
+from bridges.steering.delta import random_addends
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
@@ -22,16 +24,25 @@ def no_grad():
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return run_prompts(pair, toy_task(seed=5)), run_prompts(pair, toy_task(seed=6))
+    return Prompts(pair, toy_task(seed=5)), Prompts(pair, toy_task(seed=6))
+
+
+def addends_of_all(pair, prompts, chosen):
+    """The addends on all reported prompts, which are one batch."""
+    (run,) = prompts[1].runs([pair.bridge_set.index(chosen.site)])
+    assert run.rows.tolist() == list(range(6))
+    directions = dense_directions(pair, prompts[0], chosen)
+    return {name: list(values) for name, values in dense_addends(pair, run, chosen, directions).items()}
 
 
 @pytest.mark.parametrize("at", ["read", "residual"])
 def test_random_directions_mean_difference_and_probe_have_the_edits_norm_at_every_token(pair, prompts, at):
     chosen = CHOSEN._replace(at=at)
-    addends = {name: list(values) for name, values in dense_addends(pair, *prompts, chosen).items()}
+    addends = addends_of_all(pair, prompts, chosen)
     (edit,) = addends.pop("p_target")
     addends.pop("p_target_all_channels")
-    assert torch.equal(edit, edit_addend(pair, prompts[1], chosen))
+    written = written_addend(pair, whole_run(pair, prompts[1].pairs), chosen)
+    assert torch.allclose(edit, written, rtol=1e-12, atol=1e-14)
     assert [len(values) for values in addends.values()] == [RANDOM_DIRECTIONS, 1, 1]
     for values in addends.values():
         for addend in values:
@@ -40,9 +51,9 @@ def test_random_directions_mean_difference_and_probe_have_the_edits_norm_at_ever
 
 
 def test_mean_difference_and_probe_are_added_by_task_order(pair, prompts):
-    addends = dense_addends(pair, *prompts, CHOSEN)
+    addends = addends_of_all(pair, prompts, CHOSEN)
     directions = dense_directions(pair, prompts[0], CHOSEN)
-    norm = edit_addend(pair, prompts[1], CHOSEN).norm(dim=-1)
+    norm = written_addend(pair, whole_run(pair, prompts[1].pairs), CHOSEN).norm(dim=-1)
     for name, direction in zip(("mean_difference_equal_norm", "probe"), directions, strict=True):
         (addend,) = addends[f"p_target_{name}"]
         for row in range(6):
@@ -51,11 +62,12 @@ def test_mean_difference_and_probe_are_added_by_task_order(pair, prompts):
 
 def test_random_directions_are_averaged_over(pair, prompts):
     curve = edit_curves(pair, *prompts, CHOSEN, (0.5, 1.0))["p_target_random_direction"]
-    trace, addends = prompts[1].traces.dense, list(dense_addends(pair, *prompts, CHOSEN)["p_target_random_direction"])
+    run = whole_run(pair, prompts[1].pairs)
+    addends = list(random_addends(written_addend(pair, run, CHOSEN), RANDOM_DIRECTIONS, seed=1))
     for strength, row in zip((0.5, 1.0), curve, strict=True):
-        each = [edited_logits(pair.dense, trace, 2, strength * addend, "residual") for addend in addends]
-        expected = sum(p_target(logits, prompts[1].pairs) for logits in each) / RANDOM_DIRECTIONS
-        assert torch.allclose(row, expected, rtol=1e-12)
+        each = [written_logits(pair, run, CHOSEN, strength, addend=addend) for addend in addends]
+        expected = sum(written_p(logits, run.pairs.targets) for logits in each) / RANDOM_DIRECTIONS
+        assert torch.allclose(row, expected, rtol=1e-10)
 
 
 def test_a_band_is_the_middle_of_resampled_means():

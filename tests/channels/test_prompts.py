@@ -9,15 +9,11 @@ from bridges.channels.attribution import predicted_effects
 from bridges.channels.prompts import (
     Channels,
     check_channels,
-    edit_addend,
     entry_points,
     frozen_pair,
-    logits_under_edit,
-    p_target,
-    p_target_under_edit,
     resolve_task,
-    run_prompts,
 )
+from bridges.channels.runs import Prompts, logits_under_edit
 
 
 def test_given_pairs_are_used_and_a_task_name_needs_a_tokenizer(pair):
@@ -35,14 +31,14 @@ def test_tokens_that_a_model_does_not_know_are_refused(pair, field):
     with pytest.raises(
         ValueError, match=f"task='{task.task}' with this tokenizer holds token 17; valid ids are 0 to 16"
     ):
-        run_prompts(pair, task._replace(**{field: wrong}))
+        Prompts(pair, task.replaced(**{field: wrong}))
 
 
 def test_prompts_longer_than_a_context_are_refused(pair):
     task = toy_task()
     longer = {name: getattr(task, name).repeat(1, 3) for name in ("input_ids", "counterfactual_ids", "attention_mask")}
     with pytest.raises(ValueError, match=r"has rows of \d+ tokens, over the models' context of 12; cut them"):
-        run_prompts(pair, task._replace(**longer))
+        Prompts(pair, task.replaced(**longer))
 
 
 def test_both_models_are_frozen_inside_and_restored_afterwards(pair):
@@ -58,7 +54,7 @@ def test_both_models_are_frozen_inside_and_restored_afterwards(pair):
 def test_a_read_that_two_modules_take_is_no_entry_point():
     """`steer` edits both reads of a parallel block, the search has one addend per edit: it edits the stream alone."""
     pair = with_units(join(neox(), sparse_model()))
-    prompts, chosen = run_prompts(pair, toy_task()), Channels("1.attn", (0, 3), "residual")
+    prompts, chosen = Prompts(pair, toy_task()), Channels("1.attn", (0, 3), "residual")
     block = pair.bridge_set.index("1.attn")
     assert entry_points(pair, block) == ("residual",)
     assert (block, "read") not in predicted_effects(pair, prompts)
@@ -68,8 +64,10 @@ def test_a_read_that_two_modules_take_is_no_entry_point():
     ids, other = prompts.pairs.input_ids, prompts.pairs.counterfactual_ids
     edits = [bridges.counterfactual(pair.sparse, "1.attn", c, ids, other) for c in chosen.channels]
     with torch.no_grad(), bridges.steer(pair.dense, pair.bridge_set, edits, at="residual"):
-        steered = pair.dense.model(ids).logits
-    torch.testing.assert_close(logits_under_edit(pair, prompts, chosen), steered, rtol=0, atol=1e-12)
+        steered = pair.dense.model(ids).logits[:, -1]
+    (run,) = prompts.runs([block])
+    with torch.no_grad():
+        torch.testing.assert_close(logits_under_edit(pair, run, chosen), steered, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -96,40 +94,3 @@ def test_a_norm_is_measured_once_inside_and_again_afterwards(pair):
         pair.dense.model.transformer.h[1].ln_1.weight.mul_(2)
         assert torch.allclose(pair.dense.norm(2).gain, 2 * before)
         pair.dense.model.transformer.h[1].ln_1.weight.div_(2)
-
-
-def test_p_target_sums_the_last_tokens_softmax_over_the_targets(prompts):
-    logits = torch.randn(6, 7, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p = logits[:, -1].softmax(-1)
-    expected = [p[i, [t for t in row if t >= 0]].sum() for i, row in enumerate(prompts.pairs.targets.tolist())]
-    assert torch.allclose(p_target(logits, prompts.pairs), torch.stack(expected))
-
-
-@pytest.mark.parametrize("at", ["read", "residual"])
-def test_an_edit_is_what_steer_does_to_the_model(pair, prompts, at):
-    """The search runs what comes after the edit; a user runs the model."""
-    chosen = Channels("1.attn", (0, 3, 7), at)
-    pairs = prompts.pairs
-    edits = [
-        bridges.counterfactual(pair.sparse.model, chosen.site, c, pairs.input_ids, pairs.counterfactual_ids)
-        for c in chosen.channels
-    ]
-    with torch.no_grad(), bridges.steer(pair.dense.model, pair.bridge_set, edits, at=at, strength=0.7):
-        logits = pair.dense.model(pairs.input_ids).logits
-    assert torch.allclose(p_target(logits, pairs), p_target_under_edit(pair, prompts, chosen, 0.7), atol=1e-12)
-    assert edit_addend(pair, prompts, chosen).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("at", ["read", "residual"])
-def test_an_edit_of_the_sparse_model_changes_its_channels_alone(pair, at):
-    prompts = run_prompts(pair, toy_task())
-    chosen = Channels("1.attn", (0, 3), at)
-    addend = edit_addend(pair, prompts, chosen, "sparse")
-    assert torch.equal(addend[..., [0, 3]], (prompts.dn if at == "read" else prompts.dz)[2][..., [0, 3]])
-    assert addend.count_nonzero() == addend[..., [0, 3]].count_nonzero() > 0
-    for side, trace in (("dense", prompts.traces.dense), ("sparse", prompts.traces.sparse)):
-        assert torch.allclose(logits_under_edit(pair, prompts, chosen, 0.0, side), trace.logits, atol=1e-12)
-        assert torch.equal(
-            p_target_under_edit(pair, prompts, chosen, 1.0, side),
-            p_target(logits_under_edit(pair, prompts, chosen, 1.0, side), prompts.pairs),
-        )

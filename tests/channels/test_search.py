@@ -6,18 +6,20 @@ from itertools import product
 import pytest
 import torch
 from pairs import gpt2, join, kl_of_turning_off, sparse_model, toy_task, with_units
+from whole import whole_run, written_p, written_p_target
 
 from bridges.channels.attribution import predicted_effects
 from bridges.channels.find import find, find_channels
-from bridges.channels.prompts import (
-    Channels,
-    ablated_logits,
-    p_target,
-    p_target_under_edit,
-    run_prompts,
-    run_reference_text,
+from bridges.channels.prompts import Channels
+from bridges.channels.reference_text import ReferenceText
+from bridges.channels.runs import Prompts
+from bridges.channels.search import (
+    ChannelSet,
+    NoChannelsFoundError,
+    SearchOptions,
+    sample_text,
+    smallest_sufficient,
 )
-from bridges.channels.search import ChannelSet, NoChannelsFoundError, sample_text, smallest_sufficient
 
 ALL = 12
 """The width of the sparse model: with as many candidates, every channel is tried."""
@@ -25,30 +27,36 @@ ALL = 12
 
 @pytest.fixture(scope="module")
 def text(pair):
-    return run_reference_text(pair, sample_text(pair, seed=3))
+    return sample_text(pair, seed=3)
 
 
 @pytest.fixture(scope="module")
-def helpful_costs(pair, prompts, text):
+def run(pair, prompts):
+    return whole_run(pair, prompts.pairs)
+
+
+@pytest.fixture(scope="module")
+def unedited(run):
+    return written_p(run.traces.dense.logits, run.pairs.targets).mean()
+
+
+@pytest.fixture(scope="module")
+def helpful_costs(pair, run, unedited, text):
     """Ablation KL of every single channel whose edit raises P(target) of the dense model, ascending."""
     costs = []
     sites, entry_points = pair.bridge_set.sites, ("read", "residual")
-    with torch.no_grad():
-        unedited = p_target(prompts.traces.dense.logits, prompts.pairs).mean()
-        log_p = text.trace.logits.log_softmax(-1)
-        for site, at, channel in product(sites, entry_points, range(ALL)):
-            chosen = Channels(site, (channel,), at)
-            if p_target_under_edit(pair, prompts, chosen).mean() > unedited:
-                log_q = ablated_logits(pair, text, chosen).log_softmax(-1)
-                costs.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
+    for site, at, channel in product(sites, entry_points, range(ALL)):
+        chosen = Channels(site, (channel,), at)
+        if written_p_target(pair, run, chosen).mean() > unedited:
+            costs.append(kl_of_turning_off(pair, text, chosen))
     return sorted(costs)
 
 
 @pytest.mark.slow
 def test_without_text_rows_are_sampled_from_the_dense_model(pair, text):
-    assert text.trace.context.input_ids.shape == (16, 12)  # as long as the model's context
-    assert torch.equal(text.trace.context.input_ids, sample_text(pair, 3))
-    assert not torch.equal(text.trace.context.input_ids, sample_text(pair, 4))
+    assert text.shape == (16, 12)  # as long as the model's context
+    assert torch.equal(text, sample_text(pair, 3))
+    assert not torch.equal(text, sample_text(pair, 4))
     models = pair.dense.model, pair.sparse.model, pair.bridge_set
     without, given, other = (
         find_channels(*models, toy_task(), candidates=8, seed=3, text=rows, budget=math.inf)
@@ -65,9 +73,9 @@ def test_a_search_and_its_report_never_sample_the_same_text(pair):
 @pytest.mark.slow
 def test_sets_stay_within_the_budget_as_they_grow(pair, prompts, text):
     with torch.no_grad():
-        free = find(pair, prompts, text, 4, budget=math.inf, candidates=ALL)
+        free = find(pair, prompts, text, SearchOptions(4, budget=math.inf, candidates=ALL))
         budget = 0.7 * free.sets[-1].ablation_kl
-        found = find(pair, prompts, text, 4, budget=budget, candidates=ALL)
+        found = find(pair, prompts, text, SearchOptions(4, budget=budget, candidates=ALL))
     assert found.best != free.best
     for one in found.sets:
         assert one.ablation_kl == pytest.approx(kl_of_turning_off(pair, text, one.channels), rel=1e-9)
@@ -79,50 +87,49 @@ def test_a_budget_that_nothing_keeps_within_is_named_with_what_it_would_take(pai
     budget = helpful_costs[0] * 0.99
     message = rf"task='toy': no channel raises P\(target\) \(by='dense'\) within budget={budget:g} nats per token"
     with pytest.raises(NoChannelsFoundError, match=message) as error:
-        find(pair, prompts, text, most, budget=budget, candidates=ALL)
+        find(pair, prompts, text, SearchOptions(most, budget=budget, candidates=ALL))
     assert f"the cheapest that raises it costs {helpful_costs[0]:.3g}; pass a larger budget=" in str(error.value)
 
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_a_set_is_found_whenever_one_helpful_channel_keeps_within_the_budget(pair, prompts, text, helpful_costs, most):
     """At whichever site it is, not only at those that score best."""
-    found = find(pair, prompts, text, most, budget=helpful_costs[0] * 1.0001, candidates=ALL)
+    found = find(pair, prompts, text, SearchOptions(most, budget=helpful_costs[0] * 1.0001, candidates=ALL))
     assert found.sets[0].ablation_kl == pytest.approx(helpful_costs[0], rel=1e-9)
 
 
 @pytest.mark.slow
-def test_every_location_is_searched_if_the_preferred_ones_have_none_within_the_budget(pair, prompts, text):
+def test_every_location_is_searched_if_the_preferred_ones_have_none_within_the_budget(
+    pair, prompts, run, unedited, text, monkeypatch
+):
     """The only channel that costs nothing helps, though others at its site are predicted to do more."""
-    with torch.no_grad():
-        unedited = p_target(prompts.traces.dense.logits, prompts.pairs).mean()
-        unlikely = [
-            Channels(pair.bridge_set.sites[i], (channel,), at)
-            for (i, at), effects in predicted_effects(pair, prompts).items()
-            for channel in effects.topk(ALL).indices[4:].tolist()
-        ]
-        free = [one for one in unlikely if p_target_under_edit(pair, prompts, one).mean() > unedited][-1]
-    delta = [delta.clone() for delta in text.ablation_delta]
-    delta[pair.bridge_set.index(free.site)][..., free.channels[0]] = 0
-    found = find(pair, prompts, text._replace(ablation_delta=delta), 2, budget=1e-12, candidates=ALL)
+    unlikely = [
+        Channels(pair.bridge_set.sites[i], (channel,), at)
+        for (i, at), effects in predicted_effects(pair, prompts).items()
+        for channel in effects.topk(ALL).indices[4:].tolist()
+    ]
+    free = [one for one in unlikely if written_p_target(pair, run, one).mean() > unedited][-1]
+    costs = ReferenceText.ablation_kl
+    monkeypatch.setattr(ReferenceText, "ablation_kl", lambda self, one: 0.0 if one == free else costs(self, one))
+    found = find(pair, prompts, text, SearchOptions(2, budget=1e-12, candidates=ALL))
     assert (found.best.site, found.best.channels) == (free.site, free.channels)
     assert found.sets[0].ablation_kl < 1e-12
 
 
 def test_a_task_whose_counterfactuals_change_nothing_has_no_channels(pair, text):
     task = toy_task()
-    prompts = run_prompts(pair, task._replace(counterfactual_ids=task.input_ids))
+    prompts = Prompts(pair, task.replaced(counterfactual_ids=task.input_ids))
     with pytest.raises(NoChannelsFoundError, match=r"none of the 80 channels tried raises P\(target\) \(by='dense'\)"):
-        find(pair, prompts, text, candidates=8)
+        find(pair, prompts, text, SearchOptions(candidates=8))
 
 
-def test_bridges_with_nan_are_refused(prompts):
+def test_bridges_with_nan_are_refused():
     broken = with_units(join(gpt2(), sparse_model()))
     with torch.no_grad():
         for bridge in broken.bridge_set:
             bridge.decoder_weight.fill_(float("nan"))
-        text = run_reference_text(broken, sample_text(broken, 0))
     with pytest.raises(FloatingPointError, match=r"task='toy': P\(target\) is NaN under every edit"):
-        find(broken, prompts, text, candidates=8)
+        find(broken, Prompts(broken, toy_task()), sample_text(broken, 0), SearchOptions(candidates=8))
 
 
 def grown(site, *p_targets):

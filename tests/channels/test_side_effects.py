@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from pairs import tokens, toy_task
+from whole import whole_run, written_logits
 
 import bridges
 from bridges.channels.constant_edits import constant_changes
-from bridges.channels.prompts import Channels, logits_under_edit
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts
 from bridges.channels.side_effects import PAIRS_PER_OTHER_TASK, other_tasks, side_effects
 from bridges.tasks.pairs import TASKS, probability
 
@@ -20,7 +22,7 @@ def test_side_effects_are_those_of_edits_in_steer(pair, prompts, at):
     """The channels set to 0, and each one's constant added, by the public context on the whole model."""
     text, site, chosen = tokens(5, 8, seed=9), 2, CHOSEN._replace(at=at)
     others = [toy_task(seed=8), toy_task(seed=9, rows=4)]
-    found = side_effects(pair, prompts, chosen, text, others, batch_size=2)
+    found = side_effects(pair, prompts, chosen, text, others)
     bridge, off = pair.bridge_set[site], [bridges.Edit("1.attn", c, 0.0, "set") for c in CHOSEN.channels]
 
     def logits_with(edits, ids):
@@ -45,25 +47,26 @@ def test_side_effects_are_those_of_edits_in_steer(pair, prompts, at):
     rows = [(logits_with([], one.input_ids)[:, -1], logits_with(off, one.input_ids)[:, -1]) for one in others]
     plain, edited = (torch.cat(side) for side in zip(*rows, strict=True))
     assert found.kl_other_tasks == pytest.approx(kl(plain, edited), rel=1e-6)
-    pairs = [torch.cat([one[i] for one in others]) for i in (5, 4)]  # targets, answers
+    targets, answers = (torch.cat([getattr(one, name) for one in others]) for name in ("targets", "answers"))
     for logits, part in zip((plain, edited), found.solved_other_tasks, strict=True):
-        p_targets, p_answers = (probability(logits, tokens) for tokens in pairs)
+        p_targets, p_answers = (probability(logits, tokens) for tokens in (targets, answers))
         assert part == pytest.approx((p_answers > p_targets).double().mean().item())
 
 
-def test_the_edits_effect_before_the_answer_is_the_mean_over_real_tokens_but_the_last(pair, prompts):
-    pairs = prompts.pairs
+def test_the_edits_effect_before_the_answer_is_the_mean_over_real_tokens_but_the_last(pair):
+    pairs = toy_task()
     mask = pairs.attention_mask.clone()
     mask[1, :3] = 0
-    padded = prompts._replace(pairs=pairs._replace(attention_mask=mask))
-    before, after = (
-        prompts.traces.dense.logits.log_softmax(-1),
-        logits_under_edit(pair, prompts, CHOSEN).log_softmax(-1),
-    )
+    padded = pairs.replaced(attention_mask=mask)
+    run = whole_run(pair, padded)
+    before, after = run.traces.dense.logits.log_softmax(-1), written_logits(pair, run, CHOSEN).log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
     tokens_before = [(row, t) for row in range(6) for t in range(6) if mask[row, t]]
     expected = sum(kl[row, t].item() for row, t in tokens_before) / len(tokens_before)
-    assert side_effects(pair, padded, CHOSEN, tokens(2, 6)).kl_before_answer == pytest.approx(expected, rel=1e-6)
+    found = side_effects(pair, Prompts(pair, padded), CHOSEN, tokens(2, 6))
+    assert found.kl_before_answer == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from pairs import tokens, toy_task
+from whole import whole_run, written_p, written_p_target
 
 from bridges.channels.find import find, find_channels
-from bridges.channels.prompts import Channels, p_target, p_target_under_edit, run_prompts, run_reference_text
-from bridges.channels.search import NoChannelsFoundError, sample_text
+from bridges.channels.prompts import Channels
+from bridges.channels.runs import Prompts
+from bridges.channels.search import NoChannelsFoundError, SearchOptions, sample_text
 from bridges.channels.sweep import sweep, sweep_prompts
 from bridges.report.curves import BASELINES, CURVES
 
@@ -17,7 +19,7 @@ CHOSEN = Channels("1.attn", (0, 3), "residual")
 TEXT = tokens()
 TASK = toy_task(rows=70)
 """64 pairs to choose on, and six to report."""
-ONE_TASK_ORDER = toy_task(rows=66)._replace(direction=torch.zeros(66).long())
+ONE_TASK_ORDER = toy_task(rows=66).replaced(direction=torch.zeros(66).long())
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def models(pair):
 
 @pytest.fixture(scope="module")
 def prompts(pair):
-    return run_prompts(pair, toy_task(seed=5)), run_prompts(pair, toy_task(seed=6))
+    return Prompts(pair, toy_task(seed=5)), Prompts(pair, toy_task(seed=6))
 
 
 def test_found_channels_are_swept_as_they_are(pair):
@@ -38,9 +40,8 @@ def test_found_channels_are_swept_as_they_are(pair):
 
 def test_every_curve_starts_at_the_unedited_model(pair, prompts):
     result = sweep_prompts(pair, *prompts, CHOSEN, (0.0, 0.5, 1.0), TEXT)
-    reported = prompts[1]
-    plain = p_target(reported.traces.dense.logits, reported.pairs).mean().item()
-    in_sparse = p_target(reported.traces.sparse.logits, reported.pairs).mean().item()
+    run = whole_run(pair, prompts[1].pairs)
+    plain, in_sparse = (written_p(trace.logits, run.pairs.targets).mean().item() for trace in run.traces)
     assert list(result.curves) == list(CURVES)
     for name, curve in result.curves.items():
         start = in_sparse if name == "p_target_sparse_model" else plain
@@ -48,21 +49,21 @@ def test_every_curve_starts_at_the_unedited_model(pair, prompts):
         assert curve.mean[2] != pytest.approx(start, rel=1e-6), name
         assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.mean, curve.high, strict=True))
     for strength, mean in zip((0.0, 0.5, 1.0), result.curves["p_target"].mean, strict=True):
-        assert mean == pytest.approx(p_target_under_edit(pair, reported, CHOSEN, strength).mean().item())
-    p = p_target_under_edit(pair, reported, CHOSEN)
+        assert mean == pytest.approx(written_p_target(pair, run, CHOSEN, strength).mean().item())
+    p = written_p_target(pair, run, CHOSEN)
     assert result.p_target_by_direction == pytest.approx([p[0::2].mean().item(), p[1::2].mean().item()])
     assert result.prompts == 6 and result.ranking_agreement is None
 
 
 def test_all_channels_at_the_last_site_is_one_affine_push(pair, prompts):
     """At `final` there is nothing after the edit but the head, so the curve can be computed by hand."""
-    reported = prompts[1]
+    run = whole_run(pair, prompts[1].pairs)
     result = sweep_prompts(pair, *prompts, Channels("final", (1,), "residual"), (1.0,), TEXT)
-    stream = reported.traces.dense.residuals[-1] + reported.dz[4] @ pair.bridge_set[4].decoder_weight.T
+    stream = run.traces.dense.residuals[-1] + run.dz[4] @ pair.bridge_set[4].decoder_weight.T
     model = pair.dense.model
     with torch.no_grad():
         logits = model.lm_head(model.transformer.ln_f(stream))
-    expected = p_target(logits, reported.pairs).mean().item()
+    expected = written_p(logits, run.pairs.targets).mean().item()
     assert result.curves["p_target_all_channels"].mean[0] == pytest.approx(expected)
 
 
@@ -74,15 +75,14 @@ def test_channels_are_searched_for_on_the_first_pairs_and_on_text_that_is_not_re
     all_text = sample_text(pair, 5, for_search=False) if text is None else text
     n_search = {None: 0, 1: 0, 5: 2, 40: 16}[rows]
     search_text = all_text[:n_search] if n_search else sample_text(pair, 5)
-    chosen_on, reference = run_prompts(pair, TASK.rows(0, 64)), run_reference_text(pair, search_text)
-    found = find(pair, chosen_on, reference, 2, "both", 0.3)
+    found = find(pair, Prompts(pair, TASK.rows(0, 64)), search_text, SearchOptions(2, "both", 0.3))
     assert result.chosen == found.best and result.ranking_agreement == found.agreement
     assert result.effects.tokens == all_text[n_search:].numel()
 
 
 def test_a_search_that_finds_nothing_says_so(models):
     """Where the counterfactuals are the prompts themselves, no edit changes anything."""
-    task = TASK._replace(counterfactual_ids=TASK.input_ids)
+    task = TASK.replaced(counterfactual_ids=TASK.input_ids)
     with pytest.raises(NoChannelsFoundError, match=r"task='toy': none of the \d+ channels tried raises P\(target\)"):
         sweep(*models, task, 2, (1.0,), text=TEXT)
 

@@ -1,0 +1,133 @@
+"""What ablating channels does to text that has nothing to do with a task, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bridges.channels.batches import KEPT_BYTES, row_batches, token_chunks
+from bridges.channels.prompts import Channels
+from bridges.models.residual import ResidualModel
+from bridges.objective.hybrid import ModelPair
+from bridges.ops.kl import kl_divergence
+from bridges.steering.delta import (
+    Ending,
+    Streams,
+    dense_addend,
+    edited_ending,
+    ending_logits,
+    run_streams,
+    sparse_delta,
+)
+
+
+class AblationRun(NamedTuple):
+    """The dense model's unedited pass on a batch of text, and the change that ablations are made of."""
+
+    dense: Streams
+    """At the sites of the bridges that channels are ablated at, and at `final`."""
+    delta: dict[int, Float[Tensor, "b s channels"]]
+    """Per bridge the change of the sparse stream that brings the reads of its channels to 0."""
+
+
+class ReferenceText:
+    """Text that ablations are measured on, `channels` per bridge at the most."""
+
+    def __init__(self, pair: ModelPair, input_ids: Int[Tensor, "rows seq"], channels: Mapping[int, Sequence[int]]):
+        self.pair, self.input_ids = pair, input_ids
+        self.channels = {i: list(listed) for i, listed in channels.items() if len(listed)}
+        self._kept: list[AblationRun] = []
+
+    @torch.no_grad()
+    def ablation_kl(self, chosen: Channels) -> float:
+        """KL of the dense model with the channels ablated from the unedited one, nats per token."""
+        i = self.pair.bridge_set.index(chosen.site)
+        total = 0.0
+        for run in self._runs():
+            ablated = ablated_ending(self.pair, run, chosen, self.channels[i])
+            total += kl_sum(self.pair.dense, run.dense, ablated)
+        return total / self.input_ids.numel()
+
+    def _runs(self) -> Iterator[AblationRun]:
+        """Every batch's passes, kept for the next time if they are small."""
+        if self._kept:
+            yield from self._kept
+            return
+        kept = []
+        for ids in row_batches(self.input_ids):
+            run = ablation_run(self.pair, ids, None, self.channels)
+            if self._small():
+                kept.append(run)
+            yield run
+        self._kept = kept
+
+    def _small(self) -> bool:
+        model = self.pair.dense
+        bytes_per_token = (len(self.channels) + 1) * model.d_model * model.dtype.itemsize
+        return self.input_ids.numel() * bytes_per_token <= KEPT_BYTES
+
+
+def ablation_run(
+    pair: ModelPair,
+    input_ids: Int[Tensor, "b s"],
+    attention_mask: Int[Tensor, "b s"] | None,
+    channels: Mapping[int, Sequence[int]],
+) -> AblationRun:
+    """Run both models on text at whose bridged sites these channels are to be ablated."""
+
+    def inputs(model: ResidualModel) -> tuple[Tensor, Tensor | None]:
+        mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
+        return input_ids.to(model.device), mask
+
+    bridges = sorted(channels)
+    reads = pair.sparse.reads(*inputs(pair.sparse), [pair.site("sparse", i) for i in bridges])
+    # A copy, so that the reads of the other channels are not kept with it.
+    delta = {
+        i: sparse_delta(pair, i, -read)[..., list(channels[i])].clone() for i, read in zip(bridges, reads, strict=True)
+    }
+    sites = {*(pair.site("dense", i) for i in bridges), len(pair.dense.sites) - 1}
+    return AblationRun(run_streams(pair.dense, *inputs(pair.dense), sites), delta)
+
+
+def ablated_ending(pair: ModelPair, run: AblationRun, chosen: Channels, known: Sequence[int]) -> Ending:
+    """The dense model's pass with channels ablated, up to the head: their reads are 0 at every position.
+
+    `known`: the channels that `run.delta` holds at this site.
+    """
+    i, delta = pair.bridge_set.index(chosen.site), run.delta
+    columns = [list(known).index(channel) for channel in chosen.channels]
+    dz = delta[i].new_zeros(*delta[i].shape[:-1], pair.sparse.d_model)
+    dz[..., list(chosen.channels)] = delta[i][..., columns]
+    addend = dense_addend(pair, i, dz, chosen.at)
+    return edited_ending(pair.dense, run.dense, pair.site("dense", i), addend, chosen.at)
+
+
+def kl_sum(model: ResidualModel, streams: Streams, edited: Ending, counted: Bool[Tensor, "b s"] | None = None) -> float:
+    """The sum over tokens of KL(unedited || edited), nats, over the whole vocabulary, a few tokens at a time.
+
+    `counted`: which tokens; None: all. `streams` are the unedited pass, at `final` at least.
+    """
+    total = 0.0
+    for tokens, (unedited, logits) in logit_chunks(model, streams, [unedited_ending(model, streams), edited]):
+        where = torch.ones_like(unedited[..., 0], dtype=torch.bool) if counted is None else counted[:, tokens]
+        total += kl_divergence(unedited[where], logits[where]).item()
+    return total
+
+
+def unedited_ending(model: ResidualModel, streams: Streams) -> Ending:
+    """The unedited pass up to the head."""
+    return Ending(streams.residuals[len(model.sites) - 1])
+
+
+def logit_chunks(
+    model: ResidualModel, streams: Streams, endings: Sequence[Ending]
+) -> Iterator[tuple[Int[Tensor, " kept"], list[Float[Tensor, "b kept vocab"]]]]:
+    """The logits of several passes at every token, a few tokens at a time, with the indices of these."""
+    context = streams.context
+    n_rows, n_tokens = context.input_ids.shape
+    for tokens in token_chunks(n_rows, n_tokens, model.vocab_size):
+        yield tokens, [ending_logits(model, ending, context, tokens) for ending in endings]

@@ -1,0 +1,209 @@
+"""Counterfactual edits of channels on a task's prompts.
+
+Everything that does not depend on the edit runs once per batch of prompts (`PromptRun`); of an edited pass only what
+comes after its site runs, and the head on the last token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridges.channels.batches import KEPT_BYTES, PairBatch, pair_batches
+from bridges.channels.prompts import Channels
+from bridges.io.progress import Bar
+from bridges.models.residual import ResidualModel, check_tokens, check_vocabulary
+from bridges.objective.hybrid import ModelPair, Side
+from bridges.steering.delta import (
+    Ending,
+    EntryPoint,
+    Streams,
+    changed_reads,
+    dense_addend,
+    edited_ending,
+    edited_logits,
+    ending_logits,
+    mask_channels,
+    run_streams,
+    sparse_delta,
+)
+from bridges.tasks.pairs import TaskPairs, probability
+
+
+class PromptRun(NamedTuple):
+    """The unedited passes of both models on a batch of prompts, and the changes that their edits are made of."""
+
+    rows: Int[Tensor, " b"]
+    """Which of the task's pairs these are."""
+    pairs: TaskPairs
+    dense: Streams
+    """At the sites of the bridges that were asked for, and at `final`."""
+    sparse: Streams
+    dn: dict[int, Float[Tensor, "b s d_sparse"]]
+    """Per bridge the change of the sparse model's read from original to counterfactual prompt, in read units."""
+    dz: dict[int, Float[Tensor, "b s d_sparse"]]
+    """The same as a change of the sparse stream, at strength 1."""
+
+    def side(self, side: Side) -> Streams:
+        """The streams of one model."""
+        return self.dense if side == "dense" else self.sparse
+
+    def delta(self, bridge: int, at: EntryPoint) -> Float[Tensor, "b s d_sparse"]:
+        """What the counterfactual edit of every channel adds to the sparse model's read or stream."""
+        return (self.dz if at == "residual" else self.dn)[bridge]
+
+
+class Prompts:
+    """A task's pairs, and both models' unedited passes on them, batch by batch.
+
+    Raises ValueError if prompts or answers hold tokens that a model does not know, or if prompts exceed a context.
+    """
+
+    def __init__(self, pair: ModelPair, pairs: TaskPairs):
+        name = f"task={pairs.task!r} with this tokenizer"
+        for ids in (pairs.input_ids, pairs.counterfactual_ids):
+            check_tokens(name, ids, None, pair.dense, pair.sparse, least=1)
+        for sets in (pairs.answer_sets, pairs.target_sets):
+            check_vocabulary(name, sets.distinct.clamp(min=0), pair.dense, pair.sparse)
+        self.pair, self.pairs = pair, pairs.to(pair.dense.device)
+        vocab_size = max(pair.dense.vocab_size, pair.sparse.vocab_size)
+        everywhere = _bytes_per_token(pair, len(pair.bridge_set))
+        self.batches: list[PairBatch] = pair_batches(self.pairs, everywhere, vocab_size)
+        self._kept: list[PromptRun] = []
+        self._kept_bridges: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @torch.no_grad()
+    def runs(self, bridges: Collection[int]) -> Iterator[PromptRun]:
+        """Every batch's passes, with what edits at these bridges need; kept for the next time if they are small."""
+        if self._kept and self._kept_bridges.issuperset(bridges):
+            yield from self._kept
+            return
+        n_tokens = sum(batch.pairs.input_ids.numel() for batch in self.batches)
+        small = n_tokens * _bytes_per_token(self.pair, len(bridges)) <= KEPT_BYTES
+        kept = []
+        self._kept = []
+        for batch in self.batches:
+            run = _run(self.pair, batch, sorted(bridges))
+            if small:
+                kept.append(run)
+            yield run
+            del run
+        if small:
+            self._kept, self._kept_bridges = kept, set(bridges)
+
+    def gather(self, parts: Sequence[tuple[Int[Tensor, " b"], Float[Tensor, "*k b"]]]) -> Float[Tensor, "*k n"]:
+        """Values of batches, given with their rows, as one tensor in the order of the pairs."""
+        rows = torch.cat([rows for rows, _ in parts])
+        values = torch.cat([values for _, values in parts], -1)
+        return values[..., rows.argsort().to(values.device)]
+
+
+def _bytes_per_token(pair: ModelPair, n_bridges: int) -> int:
+    """Of the streams, reads and changes in a `PromptRun`."""
+    dense, sparse = ((n_bridges + 1) * model.d_model * model.dtype.itemsize for model in (pair.dense, pair.sparse))
+    return dense + 3 * sparse
+
+
+def _run(pair: ModelPair, batch: PairBatch, bridges: Sequence[int]) -> PromptRun:
+    pairs = batch.pairs
+
+    def on(model: ResidualModel) -> list[Tensor]:
+        return [x.to(model.device) for x in (pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)]
+
+    def streams(side: Side) -> Streams:
+        model = pair.model(side)
+        ids, _, mask = on(model)
+        return run_streams(model, ids, mask, {*(pair.site(side, i) for i in bridges), len(model.sites) - 1})
+
+    sites = [pair.site("sparse", i) for i in bridges]
+    ids, other, mask = on(pair.sparse)
+    dn = dict(zip(bridges, changed_reads(pair.sparse, ids, other, mask, sites), strict=True))
+    dz = {i: sparse_delta(pair, i, change) for i, change in dn.items()}
+    return PromptRun(batch.rows, pairs, streams("dense"), streams("sparse"), dn, dz)
+
+
+def last_token(ids: Int[Tensor, "b s"]) -> Int[Tensor, " 1"]:
+    """The index of the last token, after which the answer stands."""
+    return torch.tensor([ids.shape[1] - 1])
+
+
+def unedited_last_logits(model: ResidualModel, streams: Streams) -> Float[Tensor, "b vocab"]:
+    """The logits after the last token."""
+    final = Ending(streams.residuals[len(model.sites) - 1])
+    return ending_logits(model, final, streams.context, last_token(streams.context.input_ids))[:, 0]
+
+
+def edited_last_logits(
+    model: ResidualModel, streams: Streams, site: int, addend: Float[Tensor, "b s d"], at: EntryPoint
+) -> Float[Tensor, "b vocab"]:
+    """The logits after the last token with `addend` added at a site."""
+    return edited_logits(model, streams, site, addend, at, last_token(streams.context.input_ids))[:, 0]
+
+
+def edit_addend(pair: ModelPair, run: PromptRun, chosen: Channels, side: Side = "dense") -> Float[Tensor, "b s d"]:
+    """What the counterfactual edit of the channels adds to one model's read or stream, at strength 1."""
+    i = pair.bridge_set.index(chosen.site)
+    if side == "sparse":
+        return mask_channels(run.delta(i, chosen.at), chosen.channels)
+    return dense_addend(pair, i, mask_channels(run.dz[i], chosen.channels), chosen.at)
+
+
+def ending_under_edit(pair: ModelPair, run: PromptRun, chosen: Channels) -> Ending:
+    """The dense model's pass under the counterfactual edit, up to the head."""
+    site = pair.site("dense", pair.bridge_set.index(chosen.site))
+    return edited_ending(pair.dense, run.dense, site, edit_addend(pair, run, chosen), chosen.at)
+
+
+def logits_under_edit(
+    pair: ModelPair, run: PromptRun, chosen: Channels, strength: float = 1.0, side: Side = "dense"
+) -> Float[Tensor, "b vocab"]:
+    """One model's logits after the last token of the original prompts, under the counterfactual edit."""
+    site = pair.site(side, pair.bridge_set.index(chosen.site))
+    addend = strength * edit_addend(pair, run, chosen, side)
+    return edited_last_logits(pair.model(side), run.side(side), site, addend, chosen.at)
+
+
+def p_target_unedited(pair: ModelPair, prompts: Prompts, side: Side = "dense") -> Float[Tensor, " n"]:
+    """P(target) of every prompt without an edit."""
+    model = pair.model(side)
+    return prompts.gather(
+        [
+            (run.rows, probability(unedited_last_logits(model, run.side(side)), run.pairs.target_sets))
+            for run in prompts.runs(())
+        ]
+    )
+
+
+def p_target_under_edits(
+    pair: ModelPair,
+    prompts: Prompts,
+    edits: Sequence[Channels],
+    side: Side = "dense",
+    strength: float = 1.0,
+    bar: Bar | None = None,
+) -> Float[Tensor, "edits n"]:
+    """P(target) of every prompt under each counterfactual edit; all edits run on one batch before the next."""
+    parts = []
+    for run in prompts.runs({pair.bridge_set.index(chosen.site) for chosen in edits}):
+        of_batch = []
+        for chosen in edits:
+            logits = logits_under_edit(pair, run, chosen, strength, side)
+            of_batch.append(probability(logits, run.pairs.target_sets))
+            if bar is not None:
+                bar.advance(len(run.rows))
+        parts.append((run.rows, torch.stack(of_batch)))
+    return prompts.gather(parts)
+
+
+def p_target_under_edit(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, strength: float = 1.0, side: Side = "dense"
+) -> Float[Tensor, " n"]:
+    """P(target) of every prompt under the counterfactual edit of the channels."""
+    return p_target_under_edits(pair, prompts, [chosen], side, strength)[0]
