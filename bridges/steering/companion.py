@@ -17,6 +17,7 @@ from bridges.steering.model_call import (
     ModelCall,
     check_counts_tokens,
     check_keeps_tokens,
+    not_followed,
     returned_caches,
 )
 
@@ -58,6 +59,8 @@ class Companion:
         own = None if call.n_past == 0 else self._cache_of(call)
         output = self.model(**inputs, use_cache=True, past_key_values=own)
         own = next(returned_caches(output), None) if own is None else own
+        if own is None and call.cache is not None:
+            raise not_followed(self.model, "returns no cache")
         if own is not None:
             check_counts_tokens(self.model, own, call.n_past + call.input_ids.shape[1])
         return own

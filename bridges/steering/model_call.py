@@ -93,7 +93,7 @@ def check_keeps_tokens(model: nn.Module) -> None:
     """ValueError if a model keeps its state elsewhere than in `past_key_values` (`cache_params`, `state`)."""
     names = _parameter_names(type(model).forward)
     if "use_cache" in names and "past_key_values" not in names:
-        raise _not_followed(model, "has no past_key_values")
+        raise not_followed(model, "has no past_key_values")
 
 
 def cached_tokens(model: nn.Module, cache: Any) -> int:
@@ -101,7 +101,7 @@ def cached_tokens(model: nn.Module, cache: Any) -> int:
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values={type(cache).__name__} must be a Cache of transformers")
     if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        raise _not_followed(model, f"has no layer in its {type(cache).__name__} that counts tokens")
+        raise not_followed(model, f"has no layer in its {type(cache).__name__} that counts tokens")
     if cache.layers and cache.is_compileable:
         raise ValueError(
             "past_key_values: steer cannot follow the tokens in a static cache; use the default (dynamic) cache, or "
@@ -113,10 +113,11 @@ def cached_tokens(model: nn.Module, cache: Any) -> int:
 def check_counts_tokens(model: nn.Module, cache: Cache, n_tokens: int) -> None:
     """ValueError unless a cache holds `n_tokens` after a call, as one does that counts the tokens of every call."""
     if (found := cached_tokens(model, cache)) != n_tokens:
-        raise _not_followed(model, f"counts {found} tokens in its {type(cache).__name__} after {n_tokens}")
+        raise not_followed(model, f"counts {found} tokens in its {type(cache).__name__} after {n_tokens}")
 
 
-def _not_followed(model: nn.Module, why: str) -> ValueError:
+def not_followed(model: nn.Module, why: str) -> ValueError:
+    """The error for a model whose cache cannot be followed."""
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return ValueError(
         f"use_cache=True: model={name!r} {why}, so that steer cannot tell where in a row a token stands; pass "
