@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +24,8 @@ from bridges.io.tensors import check_tensors, read_keys, read_safetensors
 from bridges.models.residual import ResidualModel
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_SINCE_FORMAT_3 = ("median_dense", "median_sparse", "norm_limit_dense", "norm_limit_sparse")
 
 
 class Bridge(nn.Module):
@@ -34,8 +35,8 @@ class Bridge(nn.Module):
         d_dense: width of the dense model's residual stream.
         d_sparse: width of the sparse model's.
         k: how many entries of the encoder's output are kept per token; ValueError unless 1 <= k <= d_sparse.
-        dtype: of the weights, which start at zero. `rms_dense` and `rms_sparse` are always
-            float64, `gain_sparse` is at least float32.
+        dtype: of the weights, which start at zero. What `fit` measures besides is float64 where it is one number, at
+            least float32 where it is one per channel.
 
     >>> bridge = Bridge(d_dense=3, d_sparse=4, k=2)
     >>> bridge.randomize(torch.Generator().manual_seed(0))
@@ -56,6 +57,14 @@ class Bridge(nn.Module):
     """R, the mean RMS, of the sparse stream."""
     gain_sparse: Float[Tensor, " d_sparse"]
     """The gain of the sparse model's norm at this site: with `rms_sparse`, the unit of a read without that model."""
+    median_dense: Float[Tensor, " d_dense"]
+    """Each dense channel's median, which centred norms are measured from (method.md, section 3)."""
+    median_sparse: Float[Tensor, " d_sparse"]
+    """The sparse channels' medians."""
+    norm_limit_dense: Float[Tensor, ""]
+    """Tokens of a larger centred norm in the dense stream are massive; infinite where none is left out."""
+    norm_limit_sparse: Float[Tensor, ""]
+    """The same in the sparse stream."""
 
     def __init__(self, d_dense: int, d_sparse: int, k: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -68,15 +77,19 @@ class Bridge(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(d_dense, dtype=dtype))
         self.register_buffer("rms_dense", torch.tensor(float("nan"), dtype=torch.float64))
         self.register_buffer("rms_sparse", torch.tensor(float("nan"), dtype=torch.float64))
-        self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=_at_least_float32(dtype)))
+        wide = _at_least_float32(dtype)
+        self.register_buffer("gain_sparse", torch.full((d_sparse,), float("nan"), dtype=wide))
+        for side, width in (("dense", d_dense), ("sparse", d_sparse)):
+            self.register_buffer(f"median_{side}", torch.zeros(width, dtype=wide))
+            self.register_buffer(f"norm_limit_{side}", torch.tensor(float("inf"), dtype=torch.float64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bridge:
-        """What `.to`, `.half` and `.cuda` call: mean RMS and gain change device with the weights, but stay exact."""
+        """What `.to`, `.half` and `.cuda` call: what was measured changes device with the weights, but stays exact."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             moved = self._buffers[name]
-            dtype = _at_least_float32(self.encoder_weight.dtype) if name == "gain_sparse" else torch.float64
+            dtype = _at_least_float32(self.encoder_weight.dtype) if moved is not None and moved.ndim else torch.float64
             if buffer is not None and moved is not None and moved.dtype != dtype:
                 self._buffers[name] = buffer.to(moved.device, dtype)
         return self
@@ -109,6 +122,22 @@ class Bridge(nn.Module):
         More exact than decode(z + dz) - decode(z), where most digits cancel.
         """
         return F.linear(dz.to(self.decoder_weight), self.decoder_weight)
+
+    @torch.no_grad()
+    def is_usual(
+        self, h_dense: Float[Tensor, "*batch d_dense"], h_sparse: Float[Tensor, "*batch d_sparse"]
+    ) -> Bool[Tensor, "*batch"]:
+        """True at the tokens that are massive in neither stream; a token that is not finite counts as usual.
+
+        A token is massive where its centred norm, |h - median|, is over the limit that `fit` measured: many times the
+        norm's median. Source: method.md, section 3.
+        """
+        sides = (
+            (h_dense, self.median_dense, self.norm_limit_dense),
+            (h_sparse, self.median_sparse, self.norm_limit_sparse),
+        )
+        massive = [(h.to(median) - median).norm(dim=-1) > limit.to(median) for h, median, limit in sides]
+        return ~(massive[0] | massive[1])
 
     def read_columns(self, channels: Sequence[int]) -> Float[Tensor, "n d_dense"]:
         """W_dec[:, c] R_s / gain_s, one read unit of each channel c in the dense stream; R_s is `rms_sparse`.
@@ -254,7 +283,7 @@ class BridgeSet(nn.Module):
             raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no config.json")
         config = read_keys(folder / "config.json")
         bridge_set = cls._from_config(config, folder)
-        bridge_set._load(folder / "bridges.safetensors")
+        bridge_set._load(folder / "bridges.safetensors", config["format_version"])
         if (folder / "report.json").is_file():
             bridge_set.report = BridgeReport.load(folder / "report.json")
         if (folder / "history.json").is_file():
@@ -294,9 +323,11 @@ class BridgeSet(nn.Module):
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], folder: Path) -> BridgeSet:
-        if config.get("format_version") != FORMAT_VERSION:
+        if config.get("format_version") not in (2, FORMAT_VERSION):
             found = f"format_version={config.get('format_version')!r}"
-            raise ValueError(f"{folder / 'config.json'}: {found}, but this version of bridges reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"{folder / 'config.json'}: {found}, but this version of bridges reads 2 and {FORMAT_VERSION}"
+            )
         own = ("format_version", "pairs", "d_dense", "d_sparse", "k", "dtype")
         if missing := [key for key in own if key not in config]:
             raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}, which every bridge folder has")
@@ -312,8 +343,10 @@ class BridgeSet(nn.Module):
         provenance = {key: value for key, value in config.items() if key not in own}
         return cls(pairs, [Bridge(d_dense, d_sparse, k, dtype) for _ in pairs], provenance)
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, format_version: int) -> None:
         stored, wanted = read_safetensors(path), self.tensors()
+        if format_version == 2:  # left out no massive token
+            stored = {name: t for name, t in wanted.items() if name.rpartition(".")[2] in _SINCE_FORMAT_3} | stored
         check_tensors(stored, wanted, path)
         for name, tensor in wanted.items():
             tensor.data.copy_(stored[name])

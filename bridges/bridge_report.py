@@ -42,9 +42,20 @@ class SiteFigures:
     """Cross-entropy recovered between mean ablation (0) and the dense model (1)."""
     ce_recovered_sparse_to_dense: float
     """The same from the sparse model to the dense one."""
+    massive_share: float = math.nan
+    """Part of the tokens that the NMSEs leave out, because their norm is many times the median (method, section 3)."""
+    nmse_encode_all_tokens: float = math.nan
+    """nmse_encode with those tokens counted."""
+    nmse_decode_all_tokens: float = math.nan
+    """nmse_decode with those tokens counted."""
+    kl_dense_to_sparse_se: float = math.nan
+    """Standard error of kl_dense_to_sparse, over rows; NaN for a single row."""
+    kl_sparse_to_dense_se: float = math.nan
+    """Standard error of kl_sparse_to_dense."""
 
 
 FIGURES = tuple(f.name for f in fields(SiteFigures) if f.name != "name")
+STANDARD_ERRORS = ("kl_dense_to_sparse_se", "kl_sparse_to_dense_se")
 MODEL_FIGURES = ("dense_ce", "sparse_ce", "kl_sparse_alone")
 """The figures of a report that are not of a site."""
 COLUMNS = {
@@ -55,9 +66,13 @@ COLUMNS = {
     "CE recovered, to sparse / to dense": "{ce_recovered_dense_to_sparse:.2f} / {ce_recovered_sparse_to_dense:.2f}",
 }
 """The columns of a printed report; a control is in brackets behind the figure it belongs to."""
+MASSIVE_COLUMN = {
+    "massive tokens: NMSE with them": "{massive_share:.2%}: {nmse_encode_all_tokens:.2f} / {nmse_decode_all_tokens:.2f}"
+}
+"""Shown where a site leaves massive tokens out of its NMSEs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BridgeReport:
     """Held-out figures of a bridge set, per site and over all sites; `evaluate` and `fit` make it.
 
@@ -85,11 +100,21 @@ class BridgeReport:
     """The settings of the fit."""
     versions: dict[str, str] = field(default_factory=dict)
     """The versions of the libraries that figures depend on."""
+    nmse_tokens: int | None = None
+    """Held-out tokens that the NMSEs are over, massive ones included; None in reports of earlier versions."""
+    selection: dict[str, float | int] | None = None
+    """The state of a fit that this is: its `step`, its `objective` on training rows that were set aside, and
+    `objective_at_start`. None without gradient steps, and where the sparse model trained."""
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all figures are equal; undefined ones, which are NaN, equal one another."""
+        return isinstance(other, BridgeReport) and repr(self) == repr(other)
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each figure's mean over sites; NaN if it is undefined at one of them."""
-        return {name: math.fsum(getattr(site, name) for site in self.sites) / len(self.sites) for name in FIGURES}
+        """Each figure's mean over sites, standard errors left out; NaN if it is undefined at one of them."""
+        names = (name for name in FIGURES if name not in STANDARD_ERRORS)
+        return {name: math.fsum(getattr(site, name) for site in self.sites) / len(self.sites) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`, undefined figures as NaN."""
@@ -116,10 +141,11 @@ class BridgeReport:
             raise ValueError(f"{path} is not a report of bridges: {error}") from None
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
-        """Every figure under its metric name, `eval/FIGURE/SITE`, `eval/mean/FIGURE` and `eval/FIGURE`."""
+        """Every figure that is defined, by metric name: `eval/FIGURE/SITE`, `eval/mean/FIGURE`, `eval/FIGURE`."""
         rows = {f"{prefix}/{name}/{site.name}": getattr(site, name) for site in self.sites for name in FIGURES}
         rows |= {f"{prefix}/mean/{name}": value for name, value in self.mean.items()}
-        return rows | {f"{prefix}/{name}": getattr(self, name) for name in MODEL_FIGURES}
+        rows |= {f"{prefix}/{name}": getattr(self, name) for name in MODEL_FIGURES}
+        return {name: value for name, value in rows.items() if not math.isnan(value)}
 
     def markdown(self) -> str:
         """The table as Markdown, a row per site and one of means."""
@@ -137,14 +163,31 @@ class BridgeReport:
 
     def _table(self) -> list[list[str]]:
         """The printed cells: the columns' names, a row per site, the means."""
+        columns = COLUMNS | (MASSIVE_COLUMN if any(site.massive_share > 0 for site in self.sites) else {})
         rows = [(site.name, asdict(site)) for site in self.sites] + [("mean", self.mean)]
-        return [["site", *COLUMNS], *([name, *(cell.format(**f) for cell in COLUMNS.values())] for name, f in rows)]
+        return [["site", *columns], *([name, *(cell.format(**f) for cell in columns.values())] for name, f in rows)]
 
     def _caption(self) -> str:
-        return (
-            f"{self.tokens} held-out tokens; KL in nats per token. Cross-entropy: dense {self.dense_ce:.3f}, "
+        measured = f"{self.tokens} held-out tokens"
+        if self.nmse_tokens is not None and self.nmse_tokens > self.tokens:
+            measured += f" (NMSE: {self.nmse_tokens})"
+        errors = [getattr(site, name) for site in self.sites for name in STANDARD_ERRORS]
+        if known := [error for error in errors if not math.isnan(error)]:
+            measured += f"; KL in nats per token, standard error at most {max(known):.2g}"
+        else:
+            measured += "; KL in nats per token"
+        text = (
+            f"{measured}. Cross-entropy: dense {self.dense_ce:.3f}, "
             f"sparse {self.sparse_ce:.3f}; KL of the sparse model alone {self.kl_sparse_alone:.3f}."
         )
+        return text if self.selection is None else f"{text} {self._selected()}"
+
+    def _selected(self) -> str:
+        """Which step of the fit this is."""
+        assert self.selection is not None
+        step, best, start = (self.selection[name] for name in ("step", "objective", "objective_at_start"))
+        where = "before the first step" if step == 0 else f"after step {step}"
+        return f"The state {where}: objective {best:.4g} on training rows set aside, {start:.4g} before the first step."
 
 
 def _null_as_nan(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

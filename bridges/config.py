@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,10 @@ from bridges.io.files import read_toml, write_text
 
 DEFAULT_SEQ_LEN = 128
 """Tokens per row of text that is cut or sampled where no other width is given; a shorter context limits it."""
+
+
+T = TypeVar("T")
+Auto = T | Literal["auto"]
 
 
 class FitConfig(BaseModel):
@@ -48,10 +52,14 @@ class FitConfig(BaseModel):
     """Entries that AbsTopK keeps. None: as many as the sparse model keeps at its attention input, else d_sparse / 4."""
     closed_form: bool = True
     """Start from the least-squares solution; False: from random maps."""
-    closed_form_tokens: int = Field(default=200_000, ge=1)
-    """Tokens that the closed form is solved from."""
-    ridge: float = Field(default=1e-4, ge=0)
-    """Ridge penalty of the closed form, in units of the mean variance per input channel."""
+    closed_form_tokens: Auto[Annotated[int, Field(ge=1)]] = "auto"
+    """Tokens that the closed form is solved from. "auto": 64 per channel of the wider model, at most 200,000."""
+    ridge: Auto[Annotated[float, Field(ge=0)]] = "auto"
+    """Ridge penalty of the closed form, on inputs of variance 1. "auto": chosen for each site and direction by the
+    error on training rows that are set aside."""
+    massive_threshold: Annotated[float, Field(gt=1)] | Literal["off"] = 20.0
+    """A token whose centred norm at a site is over this many times the median there counts in no moment, scale or NMSE
+    of that site. "off": every token counts."""
     moments_gib: float = Field(default=4.0, gt=0)
     """Memory for the moments of the closed form, GiB. Sites that exceed it are solved in groups, one pass each."""
 
@@ -95,12 +103,14 @@ class FitConfig(BaseModel):
     """Autocast of both models' forward passes, by accelerate."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. None: one, at the end."""
-    eval_tokens: int = Field(default=16_384, ge=1)
-    """Held-out tokens of an evaluation, at most, rounded up to whole rows."""
+    eval_tokens: Auto[Annotated[int, Field(ge=1)]] = "auto"
+    """Held-out tokens of an evaluation, at most, rounded up to whole rows. "auto": 16,384 for the NMSEs, and as many of
+    them for the KLs as a budget of computation allows; the report gives the KLs' standard error."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
-    sampled_rows: int = Field(default=1024, ge=2)
-    """Sequences sampled from the dense model where `data` is None."""
+    sampled_rows: Auto[Annotated[int, Field(ge=2)]] = "auto"
+    """Sequences sampled from the dense model where `data` is None. "auto": as many as the closed form and the steps
+    need, at most 1,024 for the steps."""
     output_dir: Path | None = None
     """The run folder. None: nothing is written."""
     resume: bool = False
@@ -129,6 +139,24 @@ class FitConfig(BaseModel):
             raise ValueError(f"{name} is solved in the closed form: pass closed_form=True and an nmse_weight over 0")
         if self.train_sparse:
             raise ValueError(f"{name} needs a frozen sparse model; train it first, then fit with train_sparse=False")
+
+    def step_rows(self, world_size: int = 1) -> int:
+        """Rows that all steps take together, each counted as often as it is taken."""
+        return self.steps * self.batch_size * self.gradient_accumulation_steps * world_size
+
+    def closed_form_tokens_for(self, width: int) -> int:
+        """`closed_form_tokens`, for a wider model of this width."""
+        return min(200_000, 64 * width) if self.closed_form_tokens == "auto" else self.closed_form_tokens
+
+    @property
+    def moments_bytes(self) -> float:
+        """`moments_gib` in bytes."""
+        return self.moments_gib * 2**30
+
+    @property
+    def heldout_tokens(self) -> int:
+        """Held-out tokens that the NMSEs are measured on, at most."""
+        return 16_384 if self.eval_tokens == "auto" else self.eval_tokens
 
     def recorded(self) -> dict[str, Any]:
         """Plain values of the settings that a result depends on: all but folder, `resume`, `report_to`, `progress`."""
@@ -168,4 +196,8 @@ def _one_line(error: ValidationError, known: list[str]) -> str:
         return f"{name}={first['input']!r} is not a setting of fit; the settings are {', '.join(known)}"
     if not name:
         return str(first["msg"]).removeprefix("Value error, ")
-    return f"{name}={first['input']!r} is invalid: {first['msg']}"
+    of_setting = (other for other in error.errors() if other["loc"][:1] == first["loc"][:1])
+    words = "".join(
+        f", or {other.get('ctx', {})['expected']}" for other in of_setting if other["type"] == "literal_error"
+    )
+    return f"{name}={first['input']!r} is invalid: {first['msg']}{words if first['type'] != 'literal_error' else ''}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,35 @@ from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import FitData, prepare
-from bridges.evaluate import measure, versions
+from bridges.evaluate import affordable_kl_rows, measure, versions
 from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
-from bridges.fitting.closed_form import measure_read_scales, solve_bridges
+from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
 from bridges.fitting.gradients import trained_parameters
+from bridges.fitting.guards import warn_of_poor_sites
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.fitting.interchange import PerturbationBatch
-from bridges.fitting.plan import describe
-from bridges.fitting.progress import show_plan, step_bar
+from bridges.fitting.massive import SAMPLED_TOKENS, set_norm_limits
+from bridges.fitting.plan import Work, describe, estimate_seconds
+from bridges.fitting.progress import summary
+from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
+from bridges.fitting.selection import BestState, Selection
+from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import REPORT_SENT_FILE, Tracker
 from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, train
+from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
 from bridges.models.pairing import pair_sites
 from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.sparsity.support import use_sparse_kernels
 
-READ_SCALE_TOKENS = 65_536
-"""Tokens over which R, the mean RMS that edits are scaled by, is measured."""
+READ_SCALE_TOKENS = 16_384
+"""Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
+STANDARDIZATION_TOKENS = 8192
+"""Tokens that the streams' means and standard deviations come from where there is no closed form."""
 
 
 @torch.inference_mode(False)
@@ -125,6 +133,13 @@ class _Run:
     config: FitConfig
     processes: ProcessGroup
     data: FitData
+    selected: list[BestState] = field(default_factory=list)
+    """The state that is returned, once the steps are done; empty where that is the last."""
+
+    @property
+    def _shown(self) -> bool:
+        """Whether this process shows plan and progress."""
+        return self.config.progress and self.processes.is_main
 
     def finish(self) -> BridgeSet:
         """Do what is left of the run; the bridge set with its report and history."""
@@ -169,40 +184,102 @@ class _Run:
 
     def _train(self, tracker: Tracker, checkpoint: Checkpoint | None, identity: RunIdentity) -> None:
         config, processes = self.config, self.processes
-        shown = config.progress and processes.is_main
-        if shown:
-            rows, heldout = self.data.train, self.data.heldout
-            show_plan(describe(self.pair, config, len(rows), rows.seq_len, len(heldout), processes.world_size))
-        start = self._start() if checkpoint is None else start_from_checkpoint(self.pair, checkpoint)
+        if self._shown:
+            announce(self._plan(checkpoint is not None))
+        provenance = self.pair.bridge_set.provenance
+        if checkpoint is None:
+            start = self._start()
+        else:
+            start = start_from_checkpoint(self.pair, checkpoint)
+            provenance |= checkpoint.state.get("start", {})
         processes.broadcast(trained_parameters(self.pair, config.train_sparse))
         trainer = Trainer(self.pair, config, processes, start)
+        selection = self._selection(trainer, start)
         folder = None if config.output_dir is None else config.output_dir / "checkpoints"
-        save = checkpoint_saver(trainer, folder, identity.to_dict())
+        # What `_start` has noted of the closed form goes with every checkpoint.
+        save = checkpoint_saver(trainer, folder, {**identity.to_dict(), "start": dict(provenance)}, selection)
         if checkpoint is None:
             save()
-        with step_bar(config.steps, trainer.step, shown and config.steps > 0) as advance:
-            train(trainer, self._step_batches, tracker, save, self._evaluate, advance)
+        with progress_bar("gradient steps", config.steps, self._shown and config.steps > 0, trainer.step) as bar:
+            train(
+                trainer,
+                self._step_batches,
+                tracker,
+                save,
+                self._evaluate,
+                lambda losses: bar.advance(note=summary(losses)),
+                selection,
+            )
+        if selection is not None and selection.best is not None:
+            self.selected.append(selection.best)
+
+    def _plan(self, resumed: bool) -> str:
+        """What the run will do and how long it takes, by timing a small part of it."""
+        config, rows = self.config, self.data.fitted
+        tokens = 0
+        if config.closed_form and not resumed:
+            most = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
+            parts = (rows, self.data.selection) if config.ridge == "auto" else (rows,)
+            tokens = sum(min(most, len(part) * part.seq_len) for part in parts)
+        evaluations = 1 + (config.steps // config.eval_every if config.eval_every else 0)
+        work = Work(len(rows), rows.seq_len, *self._heldout_rows(), tokens, evaluations, self.processes.world_size)
+        seconds = estimate_seconds(self.pair, config, work, rows.batch(0, config.batch_size), self.processes.autocast)
+        return describe(self.pair, config, work, seconds)
+
+    def _selection(self, trainer: Trainer, start: StartState) -> Selection | None:
+        """None without steps, and where the sparse model trains: an earlier state of it is not what was asked for."""
+        if not self.config.steps or self.config.train_sparse:
+            return None
+        batches = self._selection_batches(SELECTION_TOKENS)
+        return Selection(self.pair, batches, trainer.objective, start.best)
 
     def _start(self) -> StartState:
         """Set the bridges to the closed form, or to random maps drawn by the seed."""
         config, processes = self.config, self.processes
-        if not config.closed_form:
-            generator = torch.Generator().manual_seed(config.seed)
-            for bridge in self.pair.bridge_set:
-                bridge.randomize(generator)
-            return StartState()
-        batches = self._train_batches(config.closed_form_tokens)
         with processes.autocast():
-            interchange = solve_bridges(
-                self.pair,
-                batches,
-                config.ridge,
-                config.moments_gib * 2**30,
-                processes.all_reduce,
-                self._perturbations(),
-                config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
-            )
-        return StartState(interchange=interchange)
+            self._set_norm_limits(("dense",) if config.train_sparse else SIDES)
+            if not config.closed_form:
+                return self._random_start()
+            tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
+            batches, selection = self._train_batches(tokens), self._selection_batches(tokens)
+            scales = None if config.train_sparse else ReadScales(self.pair)
+            groups = len(list(site_groups(self.pair, config.moments_bytes)))
+            total = groups * (len(batches) + (len(selection) if config.ridge == "auto" else 0))
+            with progress_bar("closed form, batches and sites", total + len(self.pair.bridge_set), self._shown) as bar:
+                found = solve_bridges(
+                    self.pair,
+                    batches,
+                    config.ridge,
+                    config.moments_bytes,
+                    processes.all_reduce,
+                    self._perturbations(),
+                    config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
+                    selection=selection,
+                    read_scales=scales,
+                    advance=bar.advance,
+                )
+            if scales is not None:
+                scales.store(processes.all_reduce)
+        self.pair.bridge_set.provenance["ridge"] = {
+            site: list(ridges) for site, ridges in zip(self.pair.bridge_set.sites, found.ridges, strict=True)
+        }
+        return StartState(interchange=found.interchange, standardizations=found.standardizations)
+
+    def _random_start(self) -> StartState:
+        """Random maps between standardised streams."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for bridge in self.pair.bridge_set:
+            bridge.randomize(generator)
+        batches = self._train_batches(STANDARDIZATION_TOKENS)
+        found = standardize(self.pair, batches, self.config.moments_bytes, self.processes.all_reduce)
+        StandardizedBridges(self.pair.bridge_set, found, standardized=True).fold()
+        return StartState(standardizations=found)
+
+    def _set_norm_limits(self, sides: Sequence[Side]) -> None:
+        """Find where massive tokens begin, on the first training rows; the main process's medians count."""
+        threshold = None if self.config.massive_threshold == "off" else self.config.massive_threshold
+        rows = self.data.train_batches(SAMPLED_TOKENS, self.config.batch_size, 0, 1)
+        set_norm_limits(self.pair, rows, threshold, sides, self.processes.broadcast)
 
     def _perturbations(self) -> list[PerturbationBatch]:
         """This process's rows for the interchange loss; none where that is off."""
@@ -218,16 +295,45 @@ class _Run:
         processes = self.processes
         return self.data.train_batches(n_tokens, self.config.batch_size, processes.rank, processes.world_size)
 
+    def _selection_batches(self, n_tokens: int) -> list[Batch]:
+        """This process's part of the rows that ridge penalties and the best state are chosen on."""
+        processes = self.processes
+        return self.data.selection_batches(n_tokens, self.config.batch_size, processes.rank, processes.world_size)
+
+    def _heldout_rows(self) -> tuple[int, int]:
+        """How many held-out rows NMSEs are measured on, and how many KLs."""
+        rows = self.data.heldout_rows(self.config)
+        if self.config.eval_tokens != "auto":
+            return rows, rows
+        return rows, affordable_kl_rows(self.pair, rows, self.data.heldout.seq_len)
+
     def _evaluate(self) -> BridgeReport:
-        batches = self.data.heldout_batches(self.config, self.processes.rank, self.processes.world_size)
-        return measure(self.pair, batches, self.processes.all_reduce, self.config.recorded())
+        config, processes = self.config, self.processes
+        parts = [
+            self.data.heldout_batches(rows, config.batch_size, processes.rank, processes.world_size)
+            for rows in self._heldout_rows()
+        ]
+        return measure(
+            self.pair,
+            parts[0],
+            processes.all_reduce,
+            config.recorded(),
+            kl_batches=parts[1],
+            progress=self._shown,
+            selection=self.selected[-1].summary() if self.selected else None,
+        )
 
     def _measure(self, identity: RunIdentity) -> None:
         """What a finished set carries: R on both sides, provenance, the held-out report."""
-        bridge_set = self.pair.bridge_set
+        bridge_set, processes = self.pair.bridge_set, self.processes
         with frozen(self.pair.sparse.model):
-            measure_read_scales(self.pair, self._train_batches(READ_SCALE_TOKENS), self.processes.all_reduce)
+            if self.config.train_sparse:
+                self._set_norm_limits(SIDES)
+            if self.config.train_sparse or not self.config.closed_form:
+                measure_read_scales(self.pair, self._train_batches(READ_SCALE_TOKENS), processes.all_reduce)
             bridge_set.report = self._evaluate()
+        if processes.is_main:
+            warn_of_poor_sites(bridge_set.report)
         bridge_set.record_models(self.pair.dense.model, self.pair.sparse.model)
         bridge_set.provenance |= {"fit": self.config.recorded(), "versions": identity.versions}
 

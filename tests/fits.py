@@ -8,7 +8,7 @@ from pairs import gpt2, sparse_model, tokens
 from bridges.fit import fit
 
 DATA = tokens(12, 8, seed=21)
-BASE = {"steps": 3, "batch_size": 4, "closed_form_tokens": 100, "lr": 1e-2, "progress": False}
+BASE = {"steps": 3, "batch_size": 4, "closed_form_tokens": 100, "lr": 1e-3, "progress": False}
 SPARSE = {"train_sparse": True, "target_density": 0.5}
 
 
@@ -23,8 +23,8 @@ def run(data=DATA, dense=None, sparse=None, **settings):
 
 
 def outcome(bridge_set):
-    """Every parameter, R and figure in one row of numbers."""
-    figures = torch.tensor(list(bridge_set.report.flat().values()), dtype=torch.float64)
+    """Every parameter, R and figure in one row of numbers; an undefined figure as -1."""
+    figures = torch.tensor(list(bridge_set.report.flat().values()), dtype=torch.float64).nan_to_num(nan=-1)
     return torch.cat([*(tensor.double().flatten() for tensor in bridge_set.tensors().values()), figures])
 
 

@@ -202,7 +202,7 @@ def test_the_content_of_a_bridge_folder(bridge_set, tmp_path):
     bridge_set.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {
-        "format_version": 2,
+        "format_version": 3,
         "pairs": [["0.attn", "0.attn"], ["1.block", "2.attn"], ["final", "final"]],
         "d_dense": 5,
         "d_sparse": 7,
@@ -220,6 +220,10 @@ def test_the_content_of_a_bridge_folder(bridge_set, tmp_path):
         "rms_dense",
         "rms_sparse",
         "gain_sparse",
+        "median_dense",
+        "median_sparse",
+        "norm_limit_dense",
+        "norm_limit_sparse",
     ]
     assert set(stored) == {f"{site}.{part}" for site in bridge_set.sites for part in parts}
     assert stored["2.attn.rms_dense"].item() == 2.5

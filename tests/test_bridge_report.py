@@ -27,7 +27,11 @@ KEYS = {
     "nmse_decode_shuffled",
     "ce_recovered_dense_to_sparse",
     "ce_recovered_sparse_to_dense",
+    "massive_share",
+    "nmse_encode_all_tokens",
+    "nmse_decode_all_tokens",
 }
+ERRORS = {"kl_dense_to_sparse_se", "kl_sparse_to_dense_se"}
 
 
 def test_the_dict_has_the_documented_keys(report):
@@ -41,8 +45,11 @@ def test_the_dict_has_the_documented_keys(report):
         "tokens",
         "settings",
         "versions",
+        "nmse_tokens",
+        "selection",
     }
-    assert set(FIGURES) == KEYS == set(values["mean"]) and set(values["sites"][0]) == KEYS | {"name"}
+    assert set(values["mean"]) == KEYS and set(values["sites"][0]) == KEYS | ERRORS | {"name"}
+    assert set(FIGURES) == KEYS | ERRORS
     assert values["sites"][1]["kl_sparse_to_dense"] == 4.0 and values["tokens"] == 1234
 
 
@@ -94,7 +101,7 @@ def test_an_undefined_figure_is_nan_here_and_null_in_the_file(report, tmp_path):
 
 def test_metric_names(report):
     flat = report.flat()
-    assert len(flat) == 2 * 10 + 10 + 3
+    assert len(flat) == 2 * 10 + 10 + 3  # those of massive tokens and errors are not known, so left out
     assert flat["eval/kl_sparse_to_dense/final"] == 4.0 and flat["eval/nmse_encode/0.attn"] == 0.25
     assert flat["eval/mean/nmse_decode"] == 0.75
     assert (flat["eval/dense_ce"], flat["eval/sparse_ce"], flat["eval/kl_sparse_alone"]) == (2.5, 2.75, 0.375)
@@ -145,3 +152,25 @@ def test_a_card_without_figures_or_names_says_so():
 
 def test_the_same_input_gives_the_same_card():
     assert model_card(CONFIG, CARD_REPORT) == model_card(dict(CONFIG), CARD_REPORT)
+
+
+def test_a_site_with_massive_tokens_has_a_column_of_them(report):
+    assert "massive" not in str(report)
+    site = replace(report.sites[0], massive_share=0.0012, nmse_encode_all_tokens=0.9, nmse_decode_all_tokens=3.25)
+    lines = str(replace(report, sites=(site, report.sites[1]))).splitlines()
+    assert lines[0].endswith("massive tokens: NMSE with them") and lines[1].endswith("0.12%: 0.90 / 3.25")
+
+
+def test_the_caption_says_how_many_tokens_with_what_error_and_which_step(report):
+    site = replace(report.sites[0], kl_dense_to_sparse_se=0.0125, kl_sparse_to_dense_se=0.05)
+    text = str(replace(report, sites=(site, report.sites[1]), nmse_tokens=9999))
+    assert "1234 held-out tokens (NMSE: 9999); KL in nats per token, standard error at most 0.05." in text
+    chosen = {"step": 200, "objective": 1.25, "objective_at_start": 2.5}
+    end = "The state after step 200: objective 1.25 on training rows set aside, 2.5 before the first step."
+    assert str(replace(report, selection=chosen)).endswith(end)
+    assert "The state before the first step: " in str(replace(report, selection={**chosen, "step": 0}))
+
+
+def test_reports_with_the_same_undefined_figures_are_equal(report):
+    one = replace(report, sparse_ce=float("nan"))
+    assert one == replace(report, sparse_ce=float("nan")) != report

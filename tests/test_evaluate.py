@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from pairs import (
 
 import bridges
 from bridges.bridge_report import FIGURES
-from bridges.evaluate import evaluate, measure
+from bridges.evaluate import affordable_kl_rows, evaluate, measure
 from bridges.models import loading
+from bridges.objective.figures import SpreadSums
 
+evaluate_module = sys.modules["bridges.evaluate"]  # `bridges.evaluate` is the function
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
     "block": lambda: join(neox(), sparse_model(layers=3)),
@@ -63,6 +66,14 @@ def naive_report(pair):
             worst = naive_ce(ablated, ids, mask)
             return (worst - naive_ce(bridged, ids, mask)) / (worst - dense_ce)
 
+        def standard_error(logits):
+            """Of the ratio of the sums over rows of KL and of tokens."""
+            per_row = [[place for place in real if place[0] == row] for row in range(len(ids))]
+            n = torch.tensor([len(places) for places in per_row]).double()
+            kl = torch.stack([naive_kl(y_dense, logits, places) * len(places) for places in per_row])
+            squares = (kl - kl.sum() / n.sum() * n).square().sum()
+            return (len(ids) / (len(ids) - 1) * squares).sqrt() / n.sum()
+
         sites.append(
             {
                 "nmse_encode": encode[i],
@@ -75,6 +86,11 @@ def naive_report(pair):
                 "kl_sparse_to_dense_mean_ablation": naive_kl(y_dense, ablated_dense, real),
                 "ce_recovered_dense_to_sparse": recovered(bridged_sparse, ablated_sparse),
                 "ce_recovered_sparse_to_dense": recovered(bridged_dense, ablated_dense),
+                "massive_share": torch.tensor(0.0),
+                "nmse_encode_all_tokens": encode[i],
+                "nmse_decode_all_tokens": decode[i],
+                "kl_dense_to_sparse_se": standard_error(bridged_sparse),
+                "kl_sparse_to_dense_se": standard_error(bridged_dense),
             }
         )
     return sites, dense_ce, sparse_ce, naive_kl(y_dense, y_sparse, real)
@@ -251,4 +267,41 @@ def test_two_processes_measure_what_one_does_also_where_one_has_no_batch():
     from_other = iter(noted)
     shared = measure(pair, [], lambda sums: sums + next(from_other))
     assert shared.flat() == whole.flat() and shared.tokens == whole.tokens == 17
-    assert len(noted) == 3, "one reduction of means, one of squares, one of all figures"
+    assert next(from_other, None) is None
+
+
+def test_kls_are_measured_on_the_first_rows_and_nmses_on_all():
+    pair, ids = PAIRS["equal depth"](), tokens(12, 8)
+    found = evaluate(*pair, ids, kl_tokens=20, progress=False)  # three rows of 8
+    few, every = (evaluate(*pair, rows, kl_tokens=1000, progress=False) for rows in (ids[:3], ids))
+    assert (found.tokens, found.nmse_tokens) == (24, 12 * 7) and every.tokens == 96
+    for one, other, whole in zip(found.sites, few.sites, every.sites, strict=True):
+        assert math.isclose(one.kl_dense_to_sparse, other.kl_dense_to_sparse, rel_tol=1e-10)
+        assert math.isclose(one.nmse_decode, whole.nmse_decode, rel_tol=1e-10)
+        assert one.kl_dense_to_sparse_se > whole.kl_dense_to_sparse_se
+    with pytest.raises(ValueError, match="kl_tokens=0 must be a whole number of tokens, at least 1, or 'auto'"):
+        evaluate(*pair, ids, kl_tokens=0)
+
+
+def test_a_budget_of_computation_says_how_many_rows_the_kls_take(monkeypatch):
+    pair = PAIRS["equal depth"]()
+    assert affordable_kl_rows(pair, 1000, 100) == 1000  # two tiny models
+    cost = 0.0  # two tails of each model at every site: twice a weight for each, half of them on average
+    for model in (pair.dense, pair.sparse):
+        head = model.d_model * model.vocab_size
+        body = sum(p.numel() for p in model.model.parameters()) - head
+        cost += sum(2 * 2 * (body * left + head) for left in (1, 0.75, 0.5, 0.25, 0))
+    monkeypatch.setitem(evaluate_module.KL_FLOP, "cpu", 7.5 * 100 * cost)
+    assert affordable_kl_rows(pair, 1000, 100) == 7
+    assert affordable_kl_rows(pair, 5, 100) == 5
+    monkeypatch.setitem(evaluate_module.KL_FLOP, "cpu", 1.0)
+    assert affordable_kl_rows(pair, 1000, 100) == 4 and affordable_kl_rows(pair, 2, 100) == 2
+
+
+def test_a_stream_that_does_not_vary_has_no_nmse_in_any_dtype():
+    """In float64 sums of equal rows leave rounding errors, which are no variance."""
+    sums = SpreadSums.zeros(1, 3)
+    sums.add(0, torch.tensor([[0.1, -7.3, 1e5]]).expand(1001, 3))
+    assert sums.variance().tolist() == [0]
+    sums.add(0, torch.tensor([[0.1, -7.3, 1.001e5]]))
+    assert sums.variance().item() == pytest.approx(1001 / 1002 * 100**2, rel=1e-6)

@@ -20,6 +20,11 @@ from bridges.models.residual import Batch, ResidualModel, check_tokens, context_
 
 HELDOUT_FRACTION = 0.05
 """Of the rows, held out where there is no `eval_data`."""
+SELECTION_FRACTION = 0.05
+"""Of the other rows, set aside to choose ridge penalties and the best state on."""
+TRAIN_FRACTION = (1 - HELDOUT_FRACTION) * (1 - SELECTION_FRACTION)
+MAX_SAMPLED_ROWS = 1024
+"""Sampled rows for gradient steps, at most; they are taken more than once where the steps take more."""
 
 
 def share(n_rows: int, batch_size: int, rank: int, world_size: int) -> list[range]:
@@ -33,41 +38,74 @@ def share(n_rows: int, batch_size: int, rank: int, world_size: int) -> list[rang
 
 
 class FitData(NamedTuple):
-    """The training and the held-out rows of a fit, and which of them each process sees."""
+    """The rows of a fit, and which of them each process sees."""
 
     train: Rows
+    """All rows but the held-out ones."""
     heldout: Rows
+    """What is reported is measured on these."""
+
+    @property
+    def fitted(self) -> Rows:
+        """The training rows that the closed form and the gradient steps see."""
+        return self._parts()[0]
+
+    @property
+    def selection(self) -> Rows:
+        """The last 5 % of the training rows, on which ridge penalties and the best state are chosen.
+
+        Of a single training row, that row itself.
+        """
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[Rows, Rows]:
+        if len(self.train) < 2:
+            return self.train, self.train
+        return self.train.split(max(1, round(SELECTION_FRACTION * len(self.train))))
 
     def fingerprint(self) -> str:
-        """A hash of each."""
+        """A hash of the training and the held-out rows."""
         return f"{self.train.fingerprint()} {self.heldout.fingerprint()}"
 
     def step_batches(self, config: FitConfig, step: int, rank: int, world_size: int) -> list[Batch]:
         """One process's micro-batches of a step (from 1); all processes' together are the step's global batch."""
         micro = config.gradient_accumulation_steps
         start = ((step - 1) * world_size + rank) * micro * config.batch_size
-        return [self.train.take(start + i * config.batch_size, config.batch_size) for i in range(micro)]
+        fitted = self.fitted
+        return [fitted.take(start + i * config.batch_size, config.batch_size) for i in range(micro)]
 
     def train_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
         """One process's part of the first shuffled training rows, as many as hold `n_tokens`, each row once."""
-        n_rows = min(len(self.train), math.ceil(n_tokens / self.train.seq_len))
-        return [self.train.take(rows.start, len(rows)) for rows in share(n_rows, batch_size, rank, world_size)]
+        fitted = self.fitted
+        n_rows = min(len(fitted), math.ceil(n_tokens / fitted.seq_len))
+        return [fitted.take(rows.start, len(rows)) for rows in share(n_rows, batch_size, rank, world_size)]
 
     def pair_batches(
         self, config: FitConfig, rank: int, world_size: int
     ) -> list[tuple[Tensor, Tensor | None, Float[Tensor, "rows 2"]]]:
         """One process's part of the rows for the interchange loss, with two random numbers per row."""
-        n_rows = min(len(self.train), config.interchange_pairs)
+        fitted = self.fitted
+        n_rows = min(len(fitted), config.interchange_pairs)
         draws = torch.rand(n_rows, 2, generator=torch.Generator().manual_seed(config.seed))
         parts = share(n_rows, config.batch_size, rank, world_size)
-        return [(*self.train.take(rows.start, len(rows)), draws[rows.start : rows.stop]) for rows in parts]
+        return [(*fitted.take(rows.start, len(rows)), draws[rows.start : rows.stop]) for rows in parts]
 
-    def heldout_batches(self, config: FitConfig, rank: int, world_size: int) -> list[Batch]:
-        """One process's part of the first held-out rows, as many as hold `eval_tokens`."""
-        n_rows = min(len(self.heldout), math.ceil(config.eval_tokens / self.heldout.seq_len))
-        return [
-            self.heldout.batch(rows.start, rows.stop) for rows in share(n_rows, config.batch_size, rank, world_size)
-        ]
+    def selection_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+        """One process's part of the first rows of the selection, as many as hold `n_tokens`."""
+        n_rows = min(len(self.selection), math.ceil(n_tokens / self.selection.seq_len))
+        return _part(self.selection, n_rows, batch_size, rank, world_size)
+
+    def heldout_rows(self, config: FitConfig) -> int:
+        """How many of the held-out rows the NMSEs are measured on."""
+        return min(len(self.heldout), math.ceil(config.heldout_tokens / self.heldout.seq_len))
+
+    def heldout_batches(self, n_rows: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+        """One process's part of the first held-out rows."""
+        return _part(self.heldout, n_rows, batch_size, rank, world_size)
+
+
+def _part(rows: Rows, n_rows: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+    return [rows.batch(part.start, part.stop) for part in share(n_rows, batch_size, rank, world_size)]
 
 
 def prepare(
@@ -92,15 +130,16 @@ def prepare(
     if seq_len is not None and context is not None and seq_len > context:
         raise ValueError(f"seq_len={seq_len} is over the models' context of {context} tokens; pass {context} or less")
     if data is None:
+        width = max(dense.d_model, sparse.d_model)
+        n_rows = sampled_rows(config, width, seq_len or default_seq_len(context), world_size)
         shared = SharedTokens(vocab_size, frozenset(one_sided))
-        prepared = _sampled(dense, shared, seq_len or default_seq_len(context), eval_data, tokenizer, config)
+        prepared = _sampled(dense, shared, n_rows, seq_len or default_seq_len(context), eval_data, tokenizer, config)
     else:
         if isinstance(data, str | PathLike):
             seq_len = seq_len or default_seq_len(context)
-        n_rows = config.steps * config.batch_size * config.gradient_accumulation_steps * world_size
-        n_rows = max(n_rows, config.interchange_pairs if config.interchange_weight else 0)
-        n_tokens = math.ceil(config.closed_form_tokens / (1 - HELDOUT_FRACTION))
-        enough = ReadLimit(math.ceil(n_rows / (1 - HELDOUT_FRACTION)) + 1, n_tokens)
+        n_rows = max(config.step_rows(world_size), config.interchange_pairs if config.interchange_weight else 0)
+        n_tokens = config.closed_form_tokens_for(max(dense.d_model, sparse.d_model))
+        enough = ReadLimit(math.ceil(n_rows / TRAIN_FRACTION) + 2, math.ceil(n_tokens / TRAIN_FRACTION))
         rows = load_rows(data, tokenizer, seq_len, enough, config.seed)
         prepared = _with_heldout(rows, eval_data, tokenizer, seq_len, config)
     return FitData(
@@ -146,7 +185,7 @@ def default_seq_len(context: int | None) -> int:
 
 def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | None, config: FitConfig) -> FitData:
     if eval_data is not None:
-        enough = ReadLimit(1, config.eval_tokens)
+        enough = ReadLimit(1, config.heldout_tokens)
         seq_len = seq_len or (rows.seq_len if isinstance(eval_data, str | PathLike) else None)
         return FitData(rows, load_rows(eval_data, tokenizer, seq_len, enough, config.seed, name="eval_data"))
     if len(rows) < 2:
@@ -154,17 +193,37 @@ def _with_heldout(rows: Rows, eval_data: Any, tokenizer: Any, seq_len: int | Non
     return FitData(*rows.split(max(1, round(HELDOUT_FRACTION * len(rows)))))
 
 
+def sampled_rows(config: FitConfig, width: int, seq_len: int, world_size: int = 1) -> int:
+    """Training rows to sample, the selection among them: `sampled_rows`, or as many as the run needs."""
+    if config.sampled_rows != "auto":
+        return config.sampled_rows
+    for_steps = min(config.step_rows(world_size), MAX_SAMPLED_ROWS)
+    for_closed_form = math.ceil(config.closed_form_tokens_for(width) / seq_len) if config.closed_form else 0
+    pairs = config.interchange_pairs if config.interchange_weight else 0
+    return math.ceil(max(for_steps, for_closed_form, pairs, 2) / (1 - SELECTION_FRACTION))
+
+
+def sampled_heldout_rows(config: FitConfig, n_rows: int, seq_len: int) -> int:
+    """Held-out rows to sample beside so many for training."""
+    return max(1, min(round(HELDOUT_FRACTION * n_rows), math.ceil(config.heldout_tokens / seq_len)))
+
+
 def _sampled(
-    dense: ResidualModel, shared: SharedTokens, seq_len: int, eval_data: Any, tokenizer: Any, config: FitConfig
+    dense: ResidualModel,
+    shared: SharedTokens,
+    n_rows: int,
+    seq_len: int,
+    eval_data: Any,
+    tokenizer: Any,
+    config: FitConfig,
 ) -> FitData:
     def rows(n: int, seed: int) -> Rows:
-        return Rows(sampled_text(dense, n, seq_len, seed, shared), seed=config.seed)
+        return Rows(sampled_text(dense, n, seq_len, seed, shared, config.progress), seed=config.seed)
 
-    train = rows(config.sampled_rows, 2 * config.seed)
+    train = rows(n_rows, 2 * config.seed)
     if eval_data is not None:
         return _with_heldout(train, eval_data, tokenizer, seq_len, config)
-    n_heldout = max(1, min(round(HELDOUT_FRACTION * config.sampled_rows), math.ceil(config.eval_tokens / seq_len)))
-    return FitData(train, rows(n_heldout, 2 * config.seed + 1))
+    return FitData(train, rows(sampled_heldout_rows(config, n_rows, seq_len), 2 * config.seed + 1))
 
 
 def _saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bridges.data.random_state import preserve_random_state
+from bridges.io.progress import tracked
 from bridges.models.residual import ResidualModel, input_device
 
 BATCH_SIZE = 64
@@ -35,7 +36,13 @@ class SharedTokens(NamedTuple):
 
 @torch.no_grad()
 def sample_rows(
-    model: nn.Module, n_rows: int, seq_len: int, bos_token_id: int | None, shared: SharedTokens | int, seed: int
+    model: nn.Module,
+    n_rows: int,
+    seq_len: int,
+    bos_token_id: int | None,
+    shared: SharedTokens | int,
+    seed: int,
+    progress: bool = False,
 ) -> Int[Tensor, "n seq"]:
     """Sequences [n_rows, seq_len] from the model at temperature 1, from BOS or, without one, from a uniform token.
 
@@ -48,7 +55,8 @@ def sample_rows(
     rows = []
     with _default_generation(model), preserve_random_state():
         torch.manual_seed(seed)
-        for start in range(0, n_rows, BATCH_SIZE):
+        starts = range(0, n_rows, BATCH_SIZE)
+        for start in tracked(starts, "sampling rows from the dense model, batches", shown=progress):
             n = min(BATCH_SIZE, n_rows - start)
             first = tokens[torch.randint(len(tokens), (n, 1), generator=generator)]
             if bos_token_id is not None:
@@ -58,12 +66,17 @@ def sample_rows(
 
 
 def sampled_text(
-    dense: ResidualModel, n_rows: int, seq_len: int, seed: int, shared: SharedTokens | None = None
+    dense: ResidualModel,
+    n_rows: int,
+    seq_len: int,
+    seed: int,
+    shared: SharedTokens | None = None,
+    progress: bool = False,
 ) -> Int[Tensor, "n seq"]:
     """`sample_rows` of `shared` tokens (None: all), from the BOS of the model's configuration where that is one."""
     shared = SharedTokens(dense.vocab_size) if shared is None else shared
     bos = getattr(dense.model.config.get_text_config(), "bos_token_id", None)  # pyright: ignore
-    return sample_rows(dense.model, n_rows, seq_len, bos if bos in shared else None, shared, seed)
+    return sample_rows(dense.model, n_rows, seq_len, bos if bos in shared else None, shared, seed, progress)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ The ridge regression itself is in `bridges.fitting.ridge`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,54 +15,102 @@ from torch import Tensor
 
 from bridges.bridge import Bridge
 from bridges.fitting.interchange import PerturbationBatch, QuadraticTerm, gather_quadratic_terms
-from bridges.fitting.ridge import Affine, Penalty, gather
+from bridges.fitting.ridge import Affine, Moments, Penalty, Standardization, gather
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import SIDES, ModelPair, residuals_at, trace_pair
-from bridges.objective.normalizers import counted_tokens
+from bridges.objective.hybrid import SIDES, ModelPair, counted_at, residuals_at, trace_pair
 from bridges.objective.sums import Reduce, Sums, no_reduce
+
+DEFAULT_RIDGE = 1e-4
+"""The penalty where there are no rows to choose it on."""
 
 
 @torch.no_grad()
 def solve_bridges(
     pair: ModelPair,
     batches: Sequence[Batch],
-    ridge: float,
+    ridge: float | Literal["auto"],
     memory_bytes: float,
     reduce: Reduce = no_reduce,
     perturbations: Sequence[PerturbationBatch] = (),
     interchange_weight: float = 0.0,
-) -> list[QuadraticTerm]:
+    *,
+    selection: Sequence[Batch] = (),
+    read_scales: ReadScales | None = None,
+    advance: Callable[[], Any] = lambda: None,
+) -> ClosedForm:
     """Set every bridge to its least-squares solution (method, section 3); the encoder is fitted without AbsTopK.
 
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
-    moments fit into `memory_bytes`. Where `interchange_weight` is over 0, the decoders found choose the channels of the
-    interchange loss on the `perturbations`, and are then solved again for NMSE + interchange_weight * interchange.
-    Returns that loss for every site, or nothing where it is off. Raises FloatingPointError, naming the site, if a
-    stream is not finite.
+    moments fit into `memory_bytes`. With `ridge="auto"` the penalty of every site and direction is chosen on the
+    `selection`, this process's part of other rows. Where `interchange_weight` is over 0, the decoders found choose the
+    channels of the interchange loss on the `perturbations`, and are then solved again for
+    NMSE + interchange_weight * interchange. `read_scales` are measured in the same pass. `advance` is called after
+    every batch, and after every site that is solved.
+
+    Raises FloatingPointError, naming the site, if a stream is not finite.
     """
-    terms: list[QuadraticTerm] = []
+    found = ClosedForm([], [], [])
     for sites in site_groups(pair, memory_bytes):
-        moments = gather(_chunks(pair, batches, sites), reduce)
-        for i, found in zip(sites, moments, strict=True):
-            if not all(tensor.isfinite().all() for tensor in found.tensors()):
+        moments = gather(_chunks(pair, batches, sites, advance, read_scales), reduce)
+        heldout = gather(_chunks(pair, selection, sites, advance), reduce) if ridge == "auto" else []
+        for i, one in zip(sites, moments, strict=True):
+            if not all(tensor.isfinite().all() for tensor in one.tensors()):
                 raise FloatingPointError(
                     f"closed form: a residual stream at site {pair.bridge_set.sites[i]} is not finite; "
                     "look for weights that are NaN, or for a dtype that overflows"
                 )
-            _set_encoder(pair.bridge_set[i], found.solve(ridge))
-            _set_decoder(pair.bridge_set[i], found.solve(ridge, reverse=True))
+        for j, (i, one) in enumerate(zip(sites, moments, strict=True)):
+            ridges = _ridges(one, heldout[j]) if ridge == "auto" else (ridge, ridge)
+            _set_encoder(pair.bridge_set[i], one.solve(ridges[0]))
+            _set_decoder(pair.bridge_set[i], one.solve(ridges[1], reverse=True))
+            found.ridges.append(ridges)
+            found.standardizations.append(one.standardization())
+            advance()
         if interchange_weight > 0:
-            terms += gather_quadratic_terms(pair, perturbations, sites, reduce)
-            for i, found in zip(sites, moments, strict=True):
-                penalty = Penalty(terms[i].squares, terms[i].products, interchange_weight)
-                _set_decoder(pair.bridge_set[i], found.solve(ridge, reverse=True, penalty=penalty))
-    return terms
+            found.interchange.extend(gather_quadratic_terms(pair, perturbations, sites, reduce))
+            for i, one in zip(sites, moments, strict=True):
+                term = found.interchange[i]
+                penalty = Penalty(term.squares, term.products, interchange_weight)
+                solution = one.solve(found.ridges[i][1], reverse=True, penalty=penalty)
+                _set_decoder(pair.bridge_set[i], solution)
+    return found
+
+
+class ClosedForm(NamedTuple):
+    """What `solve_bridges` has found besides the bridges' weights, one entry per bridge."""
+
+    ridges: list[tuple[float, float]]
+    """The ridge penalties of encoder and decoder."""
+    standardizations: list[tuple[Standardization, Standardization]]
+    """Mean and standard deviation of every channel of the dense and of the sparse stream."""
+    interchange: list[QuadraticTerm]
+    """The interchange loss; empty where that is off."""
+
+
+def _ridges(moments: Moments, heldout: Moments) -> tuple[float, float]:
+    """The penalties of encoder and decoder."""
+    if not heldout.n:
+        return DEFAULT_RIDGE, DEFAULT_RIDGE
+    return moments.choose_ridge(heldout), moments.choose_ridge(heldout, reverse=True)
+
+
+@torch.no_grad()
+def standardize(
+    pair: ModelPair, batches: Sequence[Batch], memory_bytes: float, reduce: Reduce = no_reduce
+) -> list[tuple[Standardization, Standardization]]:
+    """Mean and standard deviation of every channel of both streams, per bridge; as `solve_bridges` finds them."""
+    return [
+        moments.standardization()
+        for sites in site_groups(pair, memory_bytes)
+        for moments in gather(_chunks(pair, batches, sites, lambda: None), reduce)
+    ]
 
 
 def site_groups(pair: ModelPair, memory_bytes: float) -> Iterator[list[int]]:
     """The bridged sites in order, in groups whose moments fit into the memory, at least one site in each."""
     d_dense, d_sparse = pair.dense.d_model, pair.sparse.d_model
-    bytes_per_site = 8 * (d_dense**2 + d_sparse**2 + d_dense * d_sparse)
+    # Two sets of moments: of the tokens that are solved from, and of those that the penalty is chosen on.
+    bytes_per_site = 2 * 8 * (d_dense**2 + d_sparse**2 + d_dense * d_sparse)
     size = max(1, int(memory_bytes // bytes_per_site))
     for start in range(0, len(pair.bridge_set), size):
         yield list(range(start, min(start + size, len(pair.bridge_set))))
@@ -72,48 +121,85 @@ class _ReadScaleSums(Sums):
     rms_dense: Float[Tensor, " n_sites"]
     """Per-token RMS of C(h), summed over counted tokens."""
     rms_sparse: Float[Tensor, " n_sites"]
-    tokens: Float[Tensor, ""]
+    tokens: Float[Tensor, " n_sites"]
+
+
+class ReadScales:
+    """Measures rms_dense, rms_sparse (R, the mean RMS) and gain_sparse, the sparse norm's gain, of every bridge.
+
+    R is the mean over counted tokens of the per-token RMS of C(h); 1 where the read has no norm before it (method,
+    section 4).
+    """
+
+    def __init__(self, pair: ModelPair):
+        n = len(pair.bridge_set)
+        self.pair = pair
+        self.norms = {side: [pair.model(side).norm(pair.site(side, i)) for i in range(n)] for side in SIDES}
+        self.sums = _ReadScaleSums(*(torch.zeros(n, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, bridge: int, h_dense: Float[Tensor, "n d_dense"], h_sparse: Float[Tensor, "n d_sparse"]) -> None:
+        """Add counted tokens of one bridged site."""
+        sums = (self.sums.rms_dense, self.sums.rms_sparse)
+        for side, rms, h in zip(SIDES, sums, (h_dense, h_sparse), strict=True):
+            h = h.double()
+            h = h - h.mean(-1, keepdim=True) if self.norms[side][bridge].centred else h
+            rms[bridge] += h.square().mean(-1).sqrt().sum().cpu()
+        self.sums.tokens[bridge] += len(h_dense)
+
+    @torch.no_grad()
+    def store(self, reduce: Reduce = no_reduce) -> None:
+        """Set the bridges' figures to those of the tokens that all processes have added."""
+        sums = self.sums.reduced(reduce)
+        for i, bridge in enumerate(self.pair.bridge_set):
+            dense, sparse = (self.norms[side][i] for side in SIDES)
+            bridge.rms_dense.fill_(sums.rms_dense[i] / sums.tokens[i] if dense.present else 1.0)
+            bridge.rms_sparse.fill_(sums.rms_sparse[i] / sums.tokens[i] if sparse.present else 1.0)
+            bridge.gain_sparse.copy_(sparse.gain)
 
 
 @torch.no_grad()
-def measure_read_scales(pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> None:
-    """Set rms_dense, rms_sparse (R, the mean RMS) and gain_sparse, the sparse norm's gain, of every bridge.
-
-    R is the mean over counted tokens of the per-token RMS of C(h); 1 where the read has no norm before it (method,
-    section 4). `batches` are this process's part of the tokens, which may be none.
-    """
-    n = len(pair.bridge_set)
-    norms = {side: [pair.model(side).norm(pair.site(side, i)) for i in range(n)] for side in SIDES}
-    sums = _ReadScaleSums(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), ())))
+def measure_read_scales(
+    pair: ModelPair, batches: Sequence[Batch], reduce: Reduce = no_reduce, advance: Callable[[], Any] = lambda: None
+) -> None:
+    """`ReadScales` of `batches`, this process's part of the tokens, which may be none."""
+    scales = ReadScales(pair)
     for batch in batches:
-        for i, streams in enumerate(_counted_streams(pair, batch, range(n))):
-            for side, rms, h in zip(SIDES, (sums.rms_dense, sums.rms_sparse), streams, strict=True):
-                h = h.double()
-                h = h - h.mean(-1, keepdim=True) if norms[side][i].centred else h
-                rms[i] += h.square().mean(-1).sqrt().sum().cpu()
-        sums.tokens += int(counted_tokens(*batch).sum())
-    sums = sums.reduced(reduce)
-    for i, bridge in enumerate(pair.bridge_set):
-        bridge.rms_dense.fill_(sums.rms_dense[i] / sums.tokens if norms["dense"][i].present else 1.0)
-        bridge.rms_sparse.fill_(sums.rms_sparse[i] / sums.tokens if norms["sparse"][i].present else 1.0)
-        bridge.gain_sparse.copy_(norms["sparse"][i].gain)
+        for i, streams in enumerate(counted_streams(pair, batch, range(len(pair.bridge_set)))):
+            scales.add(i, *streams)
+        advance()
+    scales.store(reduce)
 
 
-def _chunks(pair: ModelPair, batches: Sequence[Batch], sites: Sequence[int]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _chunks(
+    pair: ModelPair,
+    batches: Sequence[Batch],
+    sites: Sequence[int],
+    advance: Callable[[], Any],
+    read_scales: ReadScales | None = None,
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """The counted streams of every batch; without batches, one chunk of no tokens, so that shapes are known."""
+
+    def measured(streams: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (h_dense, h_sparse) in zip(sites, streams, strict=True):
+            if read_scales is not None:
+                read_scales.add(i, h_dense, h_sparse)
+            yield h_dense, h_sparse
+
     for batch in batches:
-        yield _counted_streams(pair, batch, sites)
+        yield measured(counted_streams(pair, batch, sites))
+        advance()
     if not batches:
         weights = [pair.bridge_set[i].encoder_weight for i in sites]
-        yield [(w.new_zeros(0, pair.dense.d_model), w.new_zeros(0, pair.sparse.d_model)) for w in weights]
+        yield iter([(w.new_zeros(0, pair.dense.d_model), w.new_zeros(0, pair.sparse.d_model)) for w in weights])
 
 
-def _counted_streams(pair: ModelPair, batch: Batch, sites: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """The (dense, sparse) streams [n, d_model] at some bridged sites, over counted tokens."""
-    traces = trace_pair(pair, *batch)
-    counted = counted_tokens(*batch)
-    streams = [residuals_at(pair, traces, i) for i in sites]
-    return [(d[counted.to(d.device)], s[counted.to(s.device)]) for d, s in streams]
+def counted_streams(pair: ModelPair, batch: Batch, sites: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The (dense, sparse) streams [n, d_model] at some bridged sites, one after the other, over counted tokens."""
+    traces = trace_pair(pair, *batch, with_logits=False)
+    for i in sites:
+        counted = counted_at(pair, traces, i)
+        h_dense, h_sparse = residuals_at(pair, traces, i)
+        yield h_dense[counted], h_sparse[counted]
 
 
 def _set_encoder(bridge: Bridge, solution: Affine) -> None:

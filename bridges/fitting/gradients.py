@@ -237,8 +237,8 @@ def _losses(
     )
     # Means over all sites, or all sampled ones: a site whose target does not vary counts as 0.
     losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n
-    losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / len(sampled)
-    losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / len(sampled)
+    losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / max(len(sampled), 1)
+    losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / max(len(sampled), 1)
     losses.loss += weights.interchange * sum(losses.interchange.values()) / n
     losses.loss += weights.ce * (losses.ce or 0.0)
     return losses

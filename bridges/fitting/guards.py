@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridges.bridge_report import BridgeReport
 from bridges.fitting.gradients import SITE_LOSSES, StepLosses
 
 
@@ -37,6 +39,24 @@ def refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None
             f"step {step}: a gradient is not finite though the losses are; the last checkpoint is kept. "
             "Lower lr (or sparse_lr), or use mixed_precision='bf16' in place of 'fp16'"
         )
+
+
+def warn_of_poor_sites(report: BridgeReport) -> None:
+    """Warn of every site where a map is worse than predicting the mean, with the likely reason."""
+    for site in report.sites:
+        for name, floor in (("nmse_encode", site.nmse_encode_floor), ("nmse_decode", 0.0)):
+            value = getattr(site, name)
+            if value > 1:
+                reason = (
+                    f"AbsTopK alone loses {floor:.3g} of the sparse stream there: pass a larger k"
+                    if floor > value / 2
+                    else "too few or too different training tokens for its width: pass more data, "
+                    "or leave the site out with sites="
+                )
+                warnings.warn(
+                    f"{name} is {value:.3g} at site {site.name}, worse than predicting the mean (1); {reason}",
+                    stacklevel=2,
+                )
 
 
 @contextmanager

@@ -1,53 +1,265 @@
-"""What a fit is about to do and roughly what it costs, as text that is shown before it starts."""
+"""What a fit is about to do and what it costs, as text that is shown before it starts."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
-from bridges.objective.hybrid import ModelPair
+from bridges.data.random_state import preserve_random_state
+from bridges.fitting.closed_form import site_groups
+from bridges.fitting.gradients import Objective, Weights, step_gradients, trained_parameters
+from bridges.fitting.massive import SAMPLED_TOKENS
+from bridges.fitting.ridge import Moments
+from bridges.fitting.selection import KL_SITES, TIMES
+from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
+from bridges.fitting.standardized import StandardizedBridges
+from bridges.models.modes import eval_mode
+from bridges.models.residual import Batch
+from bridges.objective.figures import Hybrids, Reconstruction
+from bridges.objective.hybrid import ModelPair, residuals_at, trace_pair
+
+MOST_NAMED = 12
+"""Pairs of sites that the plan names; of more it names the first and the last."""
+TIMED_TOKENS = 512
+"""Tokens that every part is timed on."""
+TIMED_WIDTH = 1024
+"""The largest matrix whose eigendecomposition is timed; larger ones take the cube of the width's ratio as long."""
 
 
-def describe(pair: ModelPair, config: FitConfig, rows: int, seq_len: int, heldout_rows: int, world_size: int) -> str:
-    """Sites, parameters, tokens, memory and cost of a fit, one line each; memory and cost to an order of magnitude."""
+class Work(NamedTuple):
+    """How much a fit will do, in this process."""
+
+    train_rows: int
+    seq_len: int
+    heldout_rows: int
+    """Rows that the NMSEs are measured on."""
+    kl_rows: int
+    """Rows that the KLs are measured on."""
+    start_tokens: int
+    """Tokens of the closed form, with those that ridge penalties are chosen on."""
+    evaluations: int
+    """Held-out evaluations, the last one included."""
+    world_size: int = 1
+
+
+def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, float]) -> str:
+    """Sites, parameters, data, memory and time of a fit, one line each; memory to an order of magnitude."""
     n = len(pair.bridge_set)
     n_bridge = sum(p.numel() for p in pair.bridge_set.parameters())
     n_sparse = sum(p.numel() for p in pair.sparse.model.parameters())
     n_dense = sum(p.numel() for p in pair.dense.model.parameters())
-    batch = config.batch_size * config.gradient_accumulation_steps * world_size
-    sampled = n if config.sites_per_step == "all" else min(config.sites_per_step, n)
-    tokens = config.steps * batch * seq_len
+    batch = config.batch_size * config.gradient_accumulation_steps * work.world_size
+    sampled = sampled_sites(config, n)
     trains = config.train_sparse
-    # 2 FLOPs per parameter and token forward, 4 backward. A tail is on average half a model, and its backward runs
-    # through the activations alone (2) unless the weights train too (4).
-    tails = sampled / 2 * (4 * n_dense + (6 if trains else 4) * n_sparse)
-    per_token = 2 * n_dense + (6 if trains else 2) * n_sparse + 6 * n_bridge + tails
-    start_tokens = min(config.closed_form_tokens, rows * seq_len) if config.closed_form else 0
-    closed = start_tokens * (2 * (n_dense + n_sparse) + n * 2 * _moment_size(pair))
-    pairs_of_rows = min(config.interchange_pairs, rows) if config.interchange_weight else 0
-    closed += pairs_of_rows * seq_len * 6 * (n_dense + n_sparse)  # both rows forward, one of them backward
     width = pair.dense.d_model + pair.sparse.d_model
-    streams = 4 * config.batch_size * seq_len * (n * width + 4 * pair.dense.vocab_size)
-    state = 4 * (4 * n_bridge + (4 * n_sparse if trains else 0))
-    pairs = ", ".join(
-        sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in pair.bridge_set.site_pairs
-    )
-    start = f"closed form from {_si(start_tokens)} tokens" if config.closed_form else "random start"
-    start += f" and {pairs_of_rows} pairs of rows" if pairs_of_rows else ""
+    streams = 4 * config.batch_size * work.seq_len * (n * width + 4 * pair.dense.vocab_size)
+    state = 4 * (7 * n_bridge + (4 * n_sparse if trains else 0))
+    moments = min(config.moments_bytes, 2 * 8 * n * _moment_size(pair)) if config.closed_form else 0
+    start = f"closed form from {_si(work.start_tokens)} tokens" if config.closed_form else "random start"
+    if config.interchange_weight:
+        start += f" and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
+    tokens = config.steps * batch * work.seq_len
     lines = [
-        f"bridges: {n} sites ({pairs}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
+        f"bridges: {n} sites ({_site_names(pair.bridge_set)}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
         f"k = {pair.bridge_set[0].k}",
         f"parameters: {_si(n_bridge)} in bridges; models {_si(n_dense)} dense (frozen), {_si(n_sparse)} sparse "
         f"({'training' if trains else 'frozen'})",
-        f"data: {rows} rows of {seq_len} tokens, {heldout_rows} more held out",
+        f"data: {work.train_rows} rows of {work.seq_len} tokens, {work.heldout_rows} more held out, {work.kl_rows} of "
+        "them for the KLs",
         f"{start}, then {config.steps} steps of {batch} rows = {_si(tokens)} tokens, {sampled} of {n} sites a step",
-        f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams, logits",
-        f"cost: about {_si(closed + tokens * per_token)}FLOP over {world_size} process(es)",
+        f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams and "
+        f"logits, {_bytes(moments)} for moments",
+        f"time: about {_duration(sum(seconds.values()))} on this machine ("
+        + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+        + ")",
     ]
     return "\n".join(lines)
+
+
+def estimate_seconds(
+    pair: ModelPair,
+    config: FitConfig,
+    work: Work,
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, float]:
+    """Seconds of every part of a fit, from timing a small piece of each on a `batch` of its rows.
+
+    Nothing is changed: the bridges may hold anything, and gradients are cleared.
+    """
+    n = len(pair.bridge_set)
+    ids, mask = batch
+    rows = max(1, TIMED_TOKENS // ids.shape[1])
+    small: Batch = (ids[:rows], None if mask is None else mask[:rows])
+    with autocast(), preserve_random_state():
+        part = _Timings.measure(pair, config, small)
+    per_token = 1 / small[0].numel()
+    found: dict[str, float] = {}
+    if config.closed_form:
+        groups = len(list(site_groups(pair, config.moments_bytes)))
+        tokens = work.start_tokens / work.world_size
+        found["closed form"] = (
+            (groups * tokens + SAMPLED_TOKENS) * per_token * part.streams
+            + tokens * per_token * n * part.moments
+            + n * part.solve
+        )
+        if config.interchange_weight:
+            pairs = min(config.interchange_pairs, work.train_rows) * work.seq_len / work.world_size
+            # Both rows forward, one of them backward.
+            found["closed form"] += pairs * per_token * (4 * part.streams + n * part.reconstruction)
+    if config.steps:
+        sites = sampled_sites(config, n)
+        batch_tokens = config.batch_size * config.gradient_accumulation_steps * work.seq_len
+        step = batch_tokens * per_token * (part.step_base + sites * part.step_site) + n * part.update
+        found["steps"] = config.steps * step
+        if not config.train_sparse:
+            tokens = min(SELECTION_TOKENS, work.train_rows * work.seq_len) / work.world_size
+            once = part.streams + n * part.reconstruction + min(KL_SITES, n) * part.hybrids / 2
+            found["choosing the best state"] = (TIMES + 1) * tokens * per_token * once
+    nmse_tokens, kl_tokens = (rows * work.seq_len / work.world_size for rows in (work.heldout_rows, work.kl_rows))
+    found["evaluation"] = work.evaluations * (
+        nmse_tokens * per_token * (part.streams + n * part.reconstruction)
+        + kl_tokens * per_token * (part.streams + n * part.hybrids)
+    )
+    return found
+
+
+def sampled_sites(config: FitConfig, n_sites: int) -> int:
+    """Sites whose KLs are computed in a step."""
+    return n_sites if config.sites_per_step == "all" else min(config.sites_per_step, n_sites)
+
+
+class _Timings(NamedTuple):
+    """Seconds on the timed batch."""
+
+    streams: float
+    """Both models' streams, without their heads."""
+    moments: float
+    """One site's moments."""
+    solve: float
+    """One site's regressions, whatever the tokens."""
+    reconstruction: float
+    """One site's NMSEs."""
+    hybrids: float
+    """One site's two hybrid passes and two ablated ones."""
+    step_base: float
+    """A step without KLs."""
+    step_site: float
+    """What the KLs of one more site add to it."""
+    update: float
+    """One bridge's optimiser step, whatever the tokens."""
+
+    @classmethod
+    def measure(cls, pair: ModelPair, config: FitConfig, batch: Batch) -> _Timings:
+        """Time each part once, after a first run that compiles and allocates."""
+        n = len(pair.bridge_set)
+        middle = n // 2
+        one_site = ModelPair(
+            pair.dense, pair.sparse, BridgeSet([pair.bridge_set.site_pairs[middle]], [pair.bridge_set[middle]])
+        )
+        with eval_mode(pair.dense.model), eval_mode(pair.sparse.model), torch.no_grad():
+            streams = _time(lambda: trace_pair(pair, *batch, with_logits=False), pair)
+            traces = trace_pair(pair, *batch)
+            h_dense, h_sparse = (h.flatten(0, 1) for h in residuals_at(pair, traces, middle))
+            found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
+            moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0
+            solve = _solve_seconds(pair, config) if config.closed_form else 0.0
+            reconstruction = _time(lambda: Reconstruction(one_site).add(traces), pair)
+            means = Reconstruction(one_site).means()
+            hybrids = _time(lambda: list(Hybrids(one_site, means).add(traces)), pair)
+        if not config.steps:
+            return cls(streams, moments, solve, reconstruction, hybrids, 0.0, 0.0, 0.0)
+        objective = Objective(Weights(), config.train_sparse)
+        base, with_site = (
+            _time(lambda sites=sites: step_gradients(pair, [batch], sites, objective), pair)
+            for sites in ([middle] * 0, [middle])
+        )
+        update = _update_seconds(pair)
+        for parameter in trained_parameters(pair, config.train_sparse):
+            parameter.grad = None
+        return cls(streams, moments, solve, reconstruction, hybrids, base, max(with_site - base, 0.0), update)
+
+
+def _time(run: Callable[[], object], pair: ModelPair) -> float:
+    """Seconds of the faster of two runs."""
+    seconds = []
+    for _ in range(2):
+        _wait(pair.dense.device)
+        started = time.perf_counter()
+        run()
+        _wait(pair.dense.device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for what was started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _solve_seconds(pair: ModelPair, config: FitConfig) -> float:
+    """Both regressions of one site: two eigendecompositions, or two factorisations, in float64."""
+    total = 0.0
+    for width in (pair.dense.d_model, pair.sparse.d_model):
+        timed = min(width, TIMED_WIDTH)
+        matrix = torch.eye(timed, dtype=torch.float64, device=pair.bridge_set[0].encoder_weight.device)
+        # Not diagonal, which would be too easy.
+        matrix = matrix + torch.rand(timed, timed, dtype=torch.float64).to(matrix).cov() / timed
+
+        def solve(matrix: Tensor = matrix) -> None:
+            torch.cholesky_solve(matrix, torch.linalg.cholesky(matrix))
+            if config.ridge == "auto":
+                values, product = torch.linalg.eigh(matrix)
+                for _ in range(4):  # as many products as choosing takes
+                    product = product.T @ matrix * values
+
+        total += _time(solve, pair) * (width / timed) ** 3
+    return total
+
+
+def _update_seconds(pair: ModelPair) -> float:
+    """One bridge's part of an optimiser step."""
+    one = BridgeSet([pair.bridge_set.site_pairs[0]], [pair.bridge_set[0]])
+    for parameter in one.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    maps = StandardizedBridges(one)
+    optimizer = torch.optim.AdamW(maps.parameter_groups(0.0), weight_decay=0.0)
+    plain = [parameter.detach().clone() for parameter in one.parameters()]
+
+    def step() -> None:
+        maps.pull_gradients()
+        optimizer.step()
+        maps.fold()
+
+    seconds = _time(step, pair)
+    with torch.no_grad():  # folding may round
+        for parameter, before in zip(one.parameters(), plain, strict=True):
+            parameter.copy_(before)
+    return seconds
+
+
+def _site_names(bridge_set: BridgeSet) -> str:
+    names = [sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in bridge_set.site_pairs]
+    return ", ".join(names) if len(names) <= MOST_NAMED else f"{', '.join(names[:3])}, ..., {names[-1]}"
 
 
 def _moment_size(pair: ModelPair) -> int:
     d, s = pair.dense.d_model, pair.sparse.d_model
     return d * d + s * s + d * s
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _si(value: int | float) -> str:

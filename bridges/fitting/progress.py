@@ -1,34 +1,12 @@
-"""What a run shows while it works, on standard error."""
+"""What a run shows of its losses while it works."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import nan
 from statistics import fmean
 
 from bridges.fitting.gradients import StepLosses
-
-
-def show_plan(text: str) -> None:
-    """Print the plan of a run."""
-    from rich.console import Console
-
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def step_bar(steps: int, done: int, shown: bool) -> Iterator[Callable[[StepLosses], None]]:
-    """Show a bar over a run's steps, unless it is not to be `shown`; yields what each step's losses are given to."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[losses]}"), console=Console(stderr=True), disable=not shown
-    ) as progress:
-        task = progress.add_task("fit", total=steps, completed=done, losses="")
-        yield lambda losses: progress.update(task, advance=1, losses=summary(losses))
 
 
 def summary(losses: StepLosses) -> str:

@@ -1,8 +1,12 @@
-"""The closed form: ridge regression between two streams from moments gathered in one pass (method, section 3)."""
+"""The closed form: ridge regression between two standardised streams, from moments gathered in one pass.
+
+Source: method, section 3. Both streams are standardised channel by channel, so that the penalty means the same for a
+channel of any scale; the solutions are given as plain weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.objective.sums import Reduce, no_reduce, reduce_together
+
+RIDGES = tuple(10.0**exponent for exponent in range(-9, 2))
+"""The penalties that `Moments.choose_ridge` chooses from."""
+STD_FLOOR = 1e-3
+"""The least standard deviation that a channel is divided by, in units of the RMS over channels of all of them."""
 
 
 class Affine(NamedTuple):
@@ -79,28 +88,108 @@ class Moments:
     def solve(self, ridge: float, reverse: bool = False, penalty: Penalty | None = None) -> Affine:
         """Ridge regression of y on x, or of x on y when `reverse`, in float64.
 
-        The ridge is `ridge` times the mean variance of the input's channels; the intercept is not penalised. `penalty`
-        is added to the NMSE. Raises ValueError if there are fewer than two rows.
+        It minimises the mean square error of each output plus `ridge` times the square of its weights on the
+        standardised input (an input channel has variance 1); the intercept is not penalised. `penalty` is added to the
+        NMSE. Raises ValueError if there are fewer than two rows.
         """
+        mean, cov = self._mean(), self._covariances()
+        if reverse:
+            mean, cov = mean.reversed(), cov.reversed()
+        std = standard_deviations(cov.xx)
+        penalised, cross = cov.xx, cov.xy
+        if penalty is not None:
+            scale = penalty.weight * cov.yy.trace()  # the covariances are those of the NMSE times the target's variance
+            penalised = penalised + scale * penalty.diagonal.to(cov.xx).diag()
+            cross = cross + scale * penalty.cross.to(cov.xx).T
+        penalised = penalised / torch.outer(std, std) + ridge * torch.eye(len(std)).to(std)
+        weight = (_solve(penalised, cross / std[:, None]) / std[:, None]).T
+        return Affine(weight, mean.y - weight @ mean.x)
+
+    def choose_ridge(self, heldout: Moments, reverse: bool = False) -> float:
+        """The penalty of `RIDGES` whose solution on these rows has the least square error on the `heldout` rows.
+
+        One eigendecomposition gives the errors of all penalties. Raises ValueError if there are fewer than two rows.
+        """
+        mean, cov = self._mean(), self._covariances()
+        other = heldout._covariances(mean)
+        if reverse:
+            cov, other = cov.reversed(), other.reversed()
+        std = standard_deviations(cov.xx)
+        values, vectors = torch.linalg.eigh(cov.xx / torch.outer(std, std))
+        to_eigen = vectors / std[:, None]  # from input channels to the eigenvectors of the standardised inputs
+        onto = to_eigen.T @ cov.xy  # [d_in, d_out], weights are onto / (values + ridge)
+        linear = (onto * (to_eigen.T @ other.xy)).sum(1)
+        quadratic = (to_eigen.T @ other.xx @ to_eigen) * (onto @ onto.T)
+        # Rounding leaves eigenvalues a little under 0 where the inputs span fewer directions than they have channels.
+        shrunk = [1 / (values.clamp(min=0) + ridge) for ridge in RIDGES]
+        errors = [(one @ quadratic @ one - 2 * one @ linear).item() for one in shrunk]
+        return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+
+    def _mean(self) -> _Mean:
         if self.n < 2:
             raise ValueError(f"the closed form needs at least 2 tokens, got {int(self.n)}; pass more data")
-        mean_x, mean_y = self.x / self.n, self.y / self.n
-        cov_xx = self.xx / self.n - torch.outer(mean_x, mean_x)
-        cov_yy = self.yy / self.n - torch.outer(mean_y, mean_y)
-        cov_xy = self.xy / self.n - torch.outer(mean_x, mean_y)
-        mean_x, mean_y = mean_x + self.shift_x, mean_y + self.shift_y
-        if reverse:
-            cov_xx, cov_xy, cov_yy, mean_x, mean_y = cov_yy, cov_xy.T, cov_xx, mean_y, mean_x
-        penalised = cov_xx + ridge * cov_xx.trace() / len(cov_xx) * torch.eye(len(cov_xx)).to(cov_xx)
-        if penalty is not None:
-            scale = penalty.weight * cov_yy.trace()  # the covariances are those of the NMSE times the target's variance
-            penalised += scale * penalty.diagonal.to(cov_xx).diag()
-            cov_xy = cov_xy + scale * penalty.cross.to(cov_xx).T
-        weight = _solve(penalised, cov_xy).T
-        return Affine(weight, mean_y - weight @ mean_x)
+        return _Mean(self.x / self.n + self.shift_x, self.y / self.n + self.shift_y)
+
+    def standardization(self) -> tuple[Standardization, Standardization]:
+        """Mean and standard deviation of every channel of x, and of y."""
+        mean, cov = self._mean(), self._covariances()
+        return (
+            Standardization(mean.x, standard_deviations(cov.xx)),
+            Standardization(mean.y, standard_deviations(cov.yy)),
+        )
+
+    def _covariances(self, mean: _Mean | None = None) -> _Covariances:
+        """Mean products of the deviations from `mean`, which is these rows' own by default."""
+        n = self.n.clamp(min=1)
+        own_x, own_y = self.x / n, self.y / n
+        # E (a - m)(b - m)' = cov(a, b) + (mean a - m)(mean b - m)'
+        off_x = off_y = None
+        if mean is not None:
+            off_x, off_y = own_x + self.shift_x - mean.x, own_y + self.shift_y - mean.y
+        return _Covariances(
+            _covariance(self.xx / n, own_x, own_x, off_x, off_x),
+            _covariance(self.xy / n, own_x, own_y, off_x, off_y),
+            _covariance(self.yy / n, own_y, own_y, off_y, off_y),
+        )
 
 
-def gather(chunks: Iterable[Sequence[tuple[Tensor, Tensor]]], reduce: Reduce = no_reduce) -> list[Moments]:
+class Standardization(NamedTuple):
+    """What a stream is standardised by: (h - mean) / std, per channel, in float64."""
+
+    mean: Float[Tensor, " d"]
+    std: Float[Tensor, " d"]
+
+
+class _Mean(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+    def reversed(self) -> _Mean:
+        return _Mean(self.y, self.x)
+
+
+class _Covariances(NamedTuple):
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    def reversed(self) -> _Covariances:
+        return _Covariances(self.yy, self.xy.T, self.xx)
+
+
+def _covariance(product: Tensor, a: Tensor, b: Tensor, off_a: Tensor | None, off_b: Tensor | None) -> Tensor:
+    cov = product - torch.outer(a, b)
+    return cov if off_a is None or off_b is None else cov + torch.outer(off_a, off_b)
+
+
+def standard_deviations(cov: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
+    """The standard deviation of every channel, at least `STD_FLOOR` of their RMS; 1 where no channel varies."""
+    variances = cov.diagonal().clamp(min=0)
+    std = variances.sqrt().clamp(min=(STD_FLOOR * variances.mean().sqrt()).item())
+    return torch.where(std > 0, std, 1.0)
+
+
+def gather(chunks: Iterable[Iterable[tuple[Tensor, Tensor]]], reduce: Reduce = no_reduce) -> list[Moments]:
     """The moments of each site over all processes, from chunks that hold one (x, y) per site.
 
     A chunk may have no rows, but every process needs at least one chunk. The shift, which all processes must share, is
@@ -108,10 +197,10 @@ def gather(chunks: Iterable[Sequence[tuple[Tensor, Tensor]]], reduce: Reduce = n
     """
     moments: list[Moments] = []
     for chunk in chunks:
-        if not moments:
-            moments = [Moments(*_shared_means(x, y, reduce)) for x, y in chunk]
-        for site, (x, y) in zip(moments, chunk, strict=True):
-            site.update(x, y)
+        for i, (x, y) in enumerate(chunk):
+            if i == len(moments):
+                moments.append(Moments(*_shared_means(x, y, reduce)))
+            moments[i].update(x, y)
     for site in moments:
         site.reduce(reduce)
     return moments

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from bridges.fitting.checkpoint import Checkpoint
 from bridges.fitting.interchange import QuadraticTerm, terms_from_tensors
+from bridges.fitting.selection import BestState
+from bridges.fitting.standardized import Standardizations, standardizations_from
 from bridges.objective.hybrid import ModelPair
 
 INTERCHANGE_FILE = "carried"
 """The file of the interchange loss in a checkpoint, under its first name, so that older checkpoints resume."""
+STANDARDIZED_FILE = "standardized"
+BEST_FILE = "best"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class StartState:
     """Steps done."""
     interchange: Sequence[QuadraticTerm] = ()
     """The interchange loss of every site; empty without that loss."""
+    standardizations: Standardizations = ()
+    """Mean and standard deviation of the streams at every site; the gradient steps run between standardised streams."""
+    standardized: Mapping[str, Tensor] = field(default_factory=dict)
+    """The standardised maps, bit for bit as they were; empty at the start: those of the bridges."""
+    best: BestState | None = None
+    """The best state so far; None before the first measurement."""
     supports: Mapping[str, Tensor] | None = None
     """Masks of the entries that train in a sparse model whose zeros stay; None: those that are not zero now."""
     bridge_optimizer: Mapping[str, Tensor] = field(default_factory=dict)
@@ -35,18 +45,33 @@ class StartState:
 def start_from_checkpoint(pair: ModelPair, checkpoint: Checkpoint) -> StartState:
     """Copy a checkpoint's tensors into the bridges, and into the sparse model if it trains; returns the rest."""
     tensors = checkpoint.tensors
+    stored = tensors["bridges"]
     for name, tensor in pair.bridge_set.tensors().items():
-        tensor.copy_(tensors["bridges"][name])
+        if name in stored:  # runs of earlier versions know no massive tokens
+            tensor.copy_(stored[name])
     if "sparse" in tensors:
         for name, parameter in pair.sparse.model.named_parameters():
             parameter.copy_(tensors["sparse"][name])
     interchange = []
     if INTERCHANGE_FILE in tensors:
         interchange = terms_from_tensors(pair.bridge_set.sites, tensors[INTERCHANGE_FILE], pair.dense.device)
+    standardized = tensors.get(STANDARDIZED_FILE, {})
     return StartState(
         checkpoint.step,
         interchange,
+        standardizations_from(standardized, len(pair.bridge_set), pair.dense.device) if standardized else (),
+        standardized,
+        _best(checkpoint),
         tensors.get("supports"),
         tensors.get("bridge_optimizer", {}),
         tensors.get("sparse_optimizer", {}),
     )
+
+
+def _best(checkpoint: Checkpoint) -> BestState | None:
+    """The best state that a checkpoint holds."""
+    stored = checkpoint.state.get("best")
+    if stored is None:
+        return None
+    step, objective, at_start = stored
+    return BestState(step, objective, at_start, checkpoint.tensors.get(BEST_FILE))

@@ -19,7 +19,9 @@ from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_op
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.fitting.interchange import terms_to_tensors
-from bridges.fitting.start import INTERCHANGE_FILE, StartState
+from bridges.fitting.selection import Selection, interval
+from bridges.fitting.standardized import StandardizedBridges
+from bridges.fitting.start import BEST_FILE, INTERCHANGE_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
@@ -107,7 +109,12 @@ class Trainer:
         self.interchange = start.interchange
         self.support = _support(pair, config, start)
         """The nonzeros that alone train, where the zeros of the start are kept."""
-        self.bridge_optimizer = torch.optim.AdamW(pair.bridge_set.parameters(), lr=config.lr, weight_decay=0.0)
+        self.maps = StandardizedBridges(pair.bridge_set, start.standardizations)
+        """What the bridges' optimiser steps on."""
+        if start.standardized:
+            self.maps.load(start.standardized)
+        self.bridge_optimizer = torch.optim.AdamW(self.maps.parameter_groups(config.lr), weight_decay=0.0)
+        self._rates = [group["lr"] for group in self.bridge_optimizer.param_groups]
         restore_optimizer(self.bridge_optimizer, start.bridge_optimizer)
         self.sparse_optimizer = _sparse_optimizer(pair, config, self.support)
         """None where the sparse model is frozen."""
@@ -135,12 +142,19 @@ class Trainer:
             self.support.gather_gradients()
         self._sum_gradients()
         refuse_not_finite_gradients(self._parameters(), step)
-        self.bridge_optimizer.param_groups[0]["lr"] = self.config.lr * (1 - self.step / self.config.steps)
+        for group, rate in zip(self.bridge_optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.lr(step) / self.config.lr
+        self.maps.pull_gradients()
         self.bridge_optimizer.step()
+        self.maps.fold()
         if self.sparse_optimizer is not None:
             self._sparse_step(self.sparse_optimizer, step)
         self.step = step
         return losses
+
+    def lr(self, step: int) -> float:
+        """The bridges' learning rate at a step, counted from 1."""
+        return self.config.lr * (1 - (step - 1) / self.config.steps)
 
     def kept_fraction(self, step: int) -> float:
         """Part of the sparse model's weights kept after a step."""
@@ -154,6 +168,7 @@ class Trainer:
         tensors = {
             "bridges": self.pair.bridge_set.tensors(),
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
+            STANDARDIZED_FILE: self.maps.tensors(),
         }
         if self.interchange:
             tensors[INTERCHANGE_FILE] = terms_to_tensors(self.pair.bridge_set.sites, self.interchange)
@@ -164,9 +179,10 @@ class Trainer:
         return Checkpoint(self.step, {}, {name: values for name, values in tensors.items() if values})
 
     def _parameters(self) -> Iterator[Tensor]:
-        for optimizer in (self.bridge_optimizer, self.sparse_optimizer):
-            if optimizer is not None:
-                yield from optimizer.param_groups[0]["params"]
+        """What losses are backpropagated to: the bridges' plain weights, and what trains of the sparse model."""
+        yield from self.pair.bridge_set.parameters()
+        if self.sparse_optimizer is not None:
+            yield from self.sparse_optimizer.param_groups[0]["params"]
 
     def _zero_grad(self) -> None:
         for parameter in self._parameters():
@@ -239,22 +255,32 @@ def train(
     save: Callable[[], Any],
     evaluate: Callable[[], BridgeReport],
     advance: Callable[[StepLosses], Any] = lambda losses: None,
+    selection: Selection | None = None,
 ) -> None:
     """Run the steps that are left. `batches(step)` gives this process's micro-batches, steps counted from 1.
+
+    With a `selection` the bridges end in the best state that it has seen.
 
     Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
     Global random state is left as it was.
     """
     config, processes = trainer.config, trainer.processes
     with interruptible() as interrupted, preserve_random_state():
+        if selection is not None and selection.best is None and config.steps:
+            selection.observe(0)
         while trainer.step < config.steps:
             started = time.perf_counter()
+            if selection is not None:
+                selection.keep()
             losses = trainer.train_step(batches(trainer.step + 1))
             row: dict[str, Any] = {"step": trainer.step, **losses.row()}
             row["tokens_per_second"] = round(losses.tokens / (time.perf_counter() - started), 1)
-            row["lr"] = trainer.bridge_optimizer.param_groups[0]["lr"]
+            row["lr"] = trainer.lr(trainer.step)
             if config.train_sparse:
                 row["kept_fraction"] = trainer.kept_fraction(trainer.step)
+            measured = trainer.step % interval(config.steps) == 0 or trainer.step == config.steps
+            if selection is not None and measured:
+                row["selection/objective"] = selection.observe(trainer.step)
             if config.eval_every and trainer.step % config.eval_every == 0:
                 row |= evaluate().flat()
             if tracker is not None:
@@ -265,14 +291,31 @@ def train(
                 save()
             if stop:
                 raise KeyboardInterrupt
+    if selection is not None:
+        selection.restore()
 
 
-def checkpoint_saver(trainer: Trainer, folder: Path | None, state: dict[str, Any]) -> Callable[[], None]:
+def checkpoint_saver(
+    trainer: Trainer, folder: Path | None, state: dict[str, Any], selection: Selection | None = None
+) -> Callable[[], None]:
     """A function that saves the trainer's present state from the main process while the others wait."""
 
     def save() -> None:
         if folder is not None and trainer.processes.is_main:
-            save_checkpoint(folder, trainer.checkpoint()._replace(state=state))
+            save_checkpoint(folder, _with_best(trainer.checkpoint()._replace(state=state), selection))
         trainer.processes.barrier()
 
     return save
+
+
+def _with_best(checkpoint: Checkpoint, selection: Selection | None) -> Checkpoint:
+    """The checkpoint together with the best state so far."""
+    if selection is None or selection.best is None:
+        return checkpoint
+    step, objective, start, tensors = selection.best
+    # The state may be that of this very step: its tensors are then those of the bridges.
+    tensors = checkpoint.tensors["bridges"] if tensors is None else tensors
+    return checkpoint._replace(
+        state={**checkpoint.state, "best": [step, objective, start]},
+        tensors={**checkpoint.tensors, BEST_FILE: dict(tensors)},
+    )

@@ -8,7 +8,7 @@ encoder, g_i the decoder, y^d the dense model's logits, and a tail the rest of a
     kl_dense_to_sparse[i] = KL(y^d || sparse tail from f_i(h_i^d))
     kl_sparse_to_dense[i] = KL(y^d || dense  tail from g_i(h_i^s))
 
-    NMSE(p, t) = sum |p - t|^2 / sum |t - mean(t)|^2       sums over the tokens of `counted_tokens`
+    NMSE(p, t) = sum |p - t|^2 / sum |t - mean(t)|^2       sums over the tokens of `counted_at`
     KL         = mean over real tokens, in nats, exact over the vocabulary
 
 `bridges.fitting.gradients` minimises their weighted mean over sites. The hybrid passes of both KLs are paths that
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,7 +88,7 @@ def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ..
 def squared_errors(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The numerators of nmse_encode and nmse_decode at one site: sum |p - t|^2 over counted tokens and channels."""
     h_dense, h_sparse = residuals_at(pair, traces, bridge)
-    counted = counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask)
+    counted = counted_at(pair, traces, bridge)
     maps = pair.bridge_set[bridge]
     # The encoder's target gets no gradient: the sparse model would learn to be easy to predict.
     return (
@@ -230,13 +230,17 @@ class Traces(NamedTuple):
 
 
 def trace_pair(
-    pair: ModelPair, input_ids: Tensor, attention_mask: Tensor | None = None, differentiable: bool = False
+    pair: ModelPair,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    differentiable: bool = False,
+    with_logits: bool = True,
 ) -> Traces:
-    """Run both models on one batch, each on its own device; `differentiable` as in `ResidualModel.trace`."""
+    """Run both models on one batch, each on its own device; options as in `ResidualModel.trace`."""
 
     def on(model: ResidualModel) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        return model.trace(input_ids.to(model.device), mask, differentiable)
+        return model.trace(input_ids.to(model.device), mask, differentiable, with_logits)
 
     return Traces(on(pair.dense), on(pair.sparse))
 
@@ -248,10 +252,19 @@ def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, 
     return dense, sparse
 
 
+def counted_at(pair: ModelPair, traces: Traces, bridge: int) -> Bool[Tensor, "b s"]:
+    """True at the tokens that NMSE, moments and RMS count at one bridged site: those of `counted_tokens` that are
+    massive in neither stream.
+    """
+    usual = pair.bridge_set[bridge].is_usual(*residuals_at(pair, traces, bridge))
+    return usual & counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask).to(usual.device)
+
+
 def batch_moments(pair: ModelPair, traces: Traces) -> BatchMoments:
     """One batch's part of what the losses are divided by."""
     streams = [residuals_at(pair, traces, i) for i in range(len(pair.bridge_set))]
-    return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask)
+    counted = [counted_at(pair, traces, i) for i in range(len(pair.bridge_set))]
+    return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask, counted)
 
 
 def empty_moments(pair: ModelPair) -> BatchMoments:

@@ -45,8 +45,8 @@ class BatchMoments(NamedTuple):
 
     tokens: int
     predictions: int
-    counted: int
-    """Tokens that the means and squares are over."""
+    counted: Float[Tensor, " n_sites"]
+    """Tokens that each site's means and squares are over."""
     mean_dense: Float[Tensor, "n_sites d_dense"]
     mean_sparse: Float[Tensor, "n_sites d_sparse"]
     squares_dense: Float[Tensor, " n_sites"]
@@ -56,16 +56,17 @@ class BatchMoments(NamedTuple):
     @classmethod
     def empty(cls, n_sites: int, d_dense: int, d_sparse: int, device: torch.device) -> BatchMoments:
         """The moments of no tokens, for a process that has no batch."""
-        shapes = ((n_sites, d_dense), (n_sites, d_sparse), (n_sites,), (n_sites,))
-        return cls(0, 0, 0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        shapes = ((n_sites,), (n_sites, d_dense), (n_sites, d_sparse), (n_sites,), (n_sites,))
+        return cls(0, 0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 def counted_tokens(
     input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
 ) -> Bool[Tensor, "b s"]:
-    """True at the tokens that NMSE, moments and RMS count: real tokens, without each row's first.
+    """True at the tokens that NMSE, moments and RMS may count: real tokens, without each row's first.
 
-    The first real token is where attention sinks are; its norm, tens of times the others', would dominate.
+    The first real token is where attention sinks are; its norm, tens of times the others', would dominate. Each site
+    leaves out its massive tokens too (`Bridge.is_usual`).
     """
     if attention_mask is None:
         counted = torch.ones_like(input_ids, dtype=torch.bool)
@@ -89,16 +90,20 @@ def stream_moments(
     streams: Sequence[tuple[Tensor, Tensor]],
     input_ids: Int[Tensor, "b s"],
     attention_mask: Int[Tensor, "b s"] | None,
+    counted: Sequence[Bool[Tensor, "b s"]] | None = None,
 ) -> BatchMoments:
-    """The moments of one batch, from its (dense, sparse) streams [batch, seq, d_model] at every bridged site."""
-    counted = counted_tokens(input_ids, attention_mask)
+    """The moments of one batch, from its (dense, sparse) streams [batch, seq, d_model] at every bridged site.
+
+    `counted`: the tokens that each site counts; by default those of `counted_tokens`.
+    """
+    counted = [counted_tokens(input_ids, attention_mask)] * len(streams) if counted is None else counted
     (mean_dense, squares_dense), (mean_sparse, squares_sparse) = (
         _means_and_squares(side, counted) for side in zip(*streams, strict=True)
     )
     return BatchMoments(
         tokens=input_ids.numel() if attention_mask is None else int(attention_mask.sum()),
         predictions=int(predicting_tokens(input_ids, attention_mask).sum()),
-        counted=int(counted.sum()),
+        counted=torch.stack([tokens.sum().to(mean_dense) for tokens in counted]),
         mean_dense=mean_dense,
         mean_sparse=mean_sparse,
         squares_dense=squares_dense,
@@ -109,7 +114,7 @@ def stream_moments(
 def combine_moments(moments: Sequence[BatchMoments], reduce: Reduce = no_reduce) -> Normalizers:
     """The normalizers of several batches together, over all processes: one reduction of means, then one of squares."""
     totals = add_up(_TokenSums.of(one) for one in moments).reduced(reduce)
-    counted = totals.counted.clamp(min=1)
+    counted = totals.counted.clamp(min=1)[:, None]
     mean_dense, mean_sparse = totals.streams_dense / counted, totals.streams_sparse / counted
     squares = add_up(_Squares.about(mean_dense, mean_sparse, one) for one in moments).reduced(reduce)
     return Normalizers(totals.tokens, totals.predictions, squares.dense, squares.sparse, mean_dense, mean_sparse)
@@ -119,14 +124,15 @@ def combine_moments(moments: Sequence[BatchMoments], reduce: Reduce = no_reduce)
 class _TokenSums(Sums):
     tokens: Float[Tensor, ""]
     predictions: Float[Tensor, ""]
-    counted: Float[Tensor, ""]
+    counted: Float[Tensor, " n_sites"]
     streams_dense: Float[Tensor, "n_sites d_dense"]
     streams_sparse: Float[Tensor, "n_sites d_sparse"]
 
     @classmethod
     def of(cls, one: BatchMoments) -> _TokenSums:
-        tokens, predictions, counted = torch.tensor([one.tokens, one.predictions, one.counted]).to(one.mean_dense)
-        return cls(tokens, predictions, counted, counted * one.mean_dense, counted * one.mean_sparse)
+        tokens, predictions = torch.tensor([one.tokens, one.predictions]).to(one.mean_dense)
+        weight = one.counted[:, None]
+        return cls(tokens, predictions, one.counted, weight * one.mean_dense, weight * one.mean_sparse)
 
 
 @dataclass
@@ -147,11 +153,11 @@ class _Squares(Sums):
         )
 
 
-def _means_and_squares(streams: Sequence[Tensor], counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [n_sites, d_model] and sum of squares about it [n_sites] over counted tokens."""
+def _means_and_squares(streams: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean [n_sites, d_model] and sum of squares about it [n_sites] over each site's counted tokens."""
     means, squares = [], []
-    for h in streams:
-        rows = h.detach()[counted.to(h.device)].double()
+    for h, tokens in zip(streams, counted, strict=True):
+        rows = h.detach()[tokens.to(h.device)].double()
         mean = rows.sum(0) / max(len(rows), 1)  # a batch whose rows have one real token each counts none
         means.append(mean.to(streams[0].device))
         squares.append((rows - mean).square().sum().to(streams[0].device))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = 128
-"""Rows converted to float32 at a time: their probabilities fit in the processor's cache and take little memory."""
+"""Rows converted to float32 at a time: their probabilities take little memory."""
 
 
 def kl_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> Float[Tensor, ""]:
@@ -36,6 +37,37 @@ def _promote(*tensors: Tensor) -> list[Tensor]:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+class RowDivergence(NamedTuple):
+    """What `row_divergence` gives, per row and in nats; in the widest of the logits' dtypes and float32."""
+
+    kl: Float[Tensor, " n"]
+    """KL(softmax(target_logits) || softmax(logits))."""
+    log_normalizer: Float[Tensor, " n"]
+    """logsumexp(logits): minus a label's logit it is the cross-entropy."""
+
+
+@torch.no_grad()
+def row_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> RowDivergence:
+    """The summands of `kl_divergence`, without a gradient, with what a cross-entropy of the same logits needs."""
+    parts = [_chunk_divergence(target_logits[rows], logits[rows]) for rows in _chunks(logits)]
+    if not parts:
+        empty = _promote(target_logits, logits)[0].new_zeros(0)
+        return RowDivergence(empty, empty)
+    return RowDivergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunks(logits: Float[Tensor, "n v"]) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, len(logits), _CHUNK))
+
+
+def _chunk_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> RowDivergence:
+    """The figures of a few rows; no softmax of `logits` is computed."""
+    target, predicted = _promote(target_logits, logits)
+    log_normalizer = predicted.logsumexp(-1)
+    log_p, log_q = target.log_softmax(-1), predicted - log_normalizer[:, None]
+    return RowDivergence(_summands(log_p.exp(), log_p, log_q).sum(-1), log_normalizer)
 
 
 def _kl_and_gradient(
@@ -65,12 +97,12 @@ class _KLDivergence(torch.autograd.Function):
     def forward(ctx: Any, target: Tensor, logits: Tensor, wants_grad: bool) -> Tensor:
         gradient = torch.empty_like(logits) if wants_grad else None
         totals = _promote(target.new_zeros(()), logits.new_zeros(()))[:1]
-        for start in range(0, len(logits), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            total, chunk_grad = _kl_and_gradient(target[rows], logits[rows])
-            totals.append(total)
-            if gradient is not None:
-                gradient[rows] = chunk_grad
+        for rows in _chunks(logits):
+            if gradient is None:
+                totals.append(_chunk_divergence(target[rows], logits[rows]).kl.sum())
+            else:
+                total, gradient[rows] = _kl_and_gradient(target[rows], logits[rows])
+                totals.append(total)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return torch.stack(totals).sum()

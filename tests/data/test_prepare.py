@@ -1,3 +1,4 @@
+import math
 from itertools import chain
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from bridges.config import FitConfig
-from bridges.data.prepare import FitData, heldout_rows, prepare, share
+from bridges.data.prepare import FitData, heldout_rows, prepare, sampled_rows, share
 from bridges.data.rows import Rows
 from bridges.models.loading import as_residual
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
@@ -73,12 +74,12 @@ def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
     one, two = [], []
     settings = {"steps": 10, "batch_size": 3, "closed_form_tokens": 1, "gradient_accumulation_steps": 2}
     prepared = ready(endless(one), **settings)
-    assert len(prepared.train) >= 60 and len(one) <= 17  # 10 x 3 x 2 rows and a twentieth of them more
+    assert len(prepared.train) >= 60 and len(one) <= 18  # 10 x 3 x 2 rows and a tenth of them more
     assert len(ready(endless(two), world_size=2, **settings).train) >= 120 and len(two) > len(one)
     asked = {"steps": 0, "closed_form_tokens": 1, "interchange_pairs": 50}
     assert len(ready(endless([]), interchange_weight=0.1, **asked).train) >= 50 > len(ready(endless([]), **asked).train)
     tokens = ready(endless([]), steps=0, closed_form_tokens=600).train
-    assert 600 <= tokens.input_ids.numel() <= 660
+    assert 600 <= tokens.input_ids.numel() <= 690
 
 
 def test_sampled_rows_come_from_the_dense_model_by_seed(ready, dense):
@@ -220,8 +221,8 @@ def test_two_processes_with_half_the_batch_take_the_same_rows(micro):
         shared = [which(prepared.step_batches(two, step, rank, 2)) for rank in range(2)]
         assert alone == shared[0] + shared[1] and len(alone) == 8 * micro
         taken += alone
-    assert sorted(taken[:21]) == list(range(21))
-    assert taken == which([prepared.train.take(0, len(taken))])
+    assert sorted(taken[:20]) == list(range(20))  # the last row of 21 is set aside
+    assert taken == which([prepared.fitted.take(0, len(taken))])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -237,14 +238,37 @@ def test_shared_rows_are_each_on_one_process_in_batches_of_at_most_the_size(n_ro
 def test_the_first_shuffled_rows_are_shared_out_once_each(world_size):
     prepared = FitData(Rows(data(21)), Rows(data(2)))
     parts = [prepared.train_batches(65, 4, rank, world_size) for rank in range(world_size)]  # 6 tokens a row: 11 rows
-    assert sorted(chain.from_iterable(map(which, parts))) == sorted(which([prepared.train.take(0, 11)]))
+    assert sorted(chain.from_iterable(map(which, parts))) == sorted(which([prepared.fitted.take(0, 11)]))
     whole = [prepared.train_batches(10_000, 4, rank, world_size) for rank in range(world_size)]
-    assert sorted(chain.from_iterable(map(which, whole))) == list(range(21))
+    assert sorted(chain.from_iterable(map(which, whole))) == list(range(20))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_heldout_rows_are_shared_out_once_each(world_size):
     prepared = FitData(Rows(data(21)), Rows(data(9)))
     config = FitConfig(batch_size=3, eval_tokens=40)  # 7 rows
-    parts = [prepared.heldout_batches(config, rank, world_size) for rank in range(world_size)]
+    n_rows = prepared.heldout_rows(config)
+    parts = [prepared.heldout_batches(n_rows, 3, rank, world_size) for rank in range(world_size)]
     assert sorted(chain.from_iterable(map(which, parts))) == list(range(7))
+
+
+@pytest.mark.parametrize(("n", "aside"), [(1, [0]), (2, [1]), (19, [18]), (60, [57, 58, 59])])
+def test_a_twentieth_of_the_training_rows_is_set_aside_and_never_fitted(n, aside):
+    prepared = FitData(Rows(data(n)), Rows(data(2)))
+    assert which(prepared.selection_batches(10_000, 2, 0, 1)) == aside
+    shared = [row for rank in range(2) for row in which(prepared.selection_batches(10_000, 2, rank, 2))]
+    assert sorted(shared) == aside
+    if n > 1:
+        fitted = which(prepared.train_batches(10_000, 4, 0, 1))
+        assert sorted(fitted + aside) == list(range(n))
+        assert not set(which(prepared.step_batches(FitConfig(batch_size=8), 2, 0, 1))) & set(aside)
+
+
+def test_as_many_rows_are_sampled_as_the_run_needs():
+    tokens = {"closed_form_tokens": 1000}
+    assert sampled_rows(FitConfig(steps=0, **tokens), 64, 10) == math.ceil(100 / 0.95)
+    assert sampled_rows(FitConfig(steps=0), 100, 64) == math.ceil(100 / 0.95)  # 64 tokens a channel
+    assert sampled_rows(FitConfig(steps=0), 100_000, 100) == math.ceil(2000 / 0.95)  # 200,000 tokens at most
+    assert sampled_rows(FitConfig(steps=30, batch_size=8, **tokens), 64, 10) == math.ceil(240 / 0.95)
+    assert sampled_rows(FitConfig(steps=3000, **tokens), 64, 10) == math.ceil(1024 / 0.95)
+    assert sampled_rows(FitConfig(sampled_rows=7), 64, 10) == 7

@@ -79,7 +79,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_mistake_is_refused_before_anything_is_computed_or_written(what, tmp_path, monkeypatch):
     build, message = REFUSED[what]
-    for name in ("solve_bridges", "measure", "show_plan"):
+    for name in ("solve_bridges", "measure", "announce"):
         monkeypatch.setattr(fit_module, name, raiser(AssertionError("the run began")))
     settings = {"output_dir": tmp_path / "run"} | build(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -99,7 +99,7 @@ def test_a_resume_with_other_settings_data_or_models_is_refused(tmp_path):
     run(steps=1, output_dir=tmp_path)
     before = files(tmp_path), rows(tmp_path)
     for settings, message in (
-        ({"lr": 5e-2}, "lr=0.05, but the run was started with lr=0.01"),
+        ({"lr": 5e-2}, "lr=0.05, but the run was started with lr=0.001"),
         ({"data": DATA.flip(0)}, "other data"),
         ({"eval_data": DATA[:3]}, "other data"),
         ({"sparse": shallow(sparse_model, seed=99)}, "another sparse model"),

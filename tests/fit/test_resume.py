@@ -101,7 +101,7 @@ def test_a_resume_without_a_checkpoint_starts_the_run(tmp_path):
 
 def test_a_run_killed_after_its_last_step_is_measured_without_another_step(tmp_path, monkeypatch):
     run(output_dir=tmp_path / "whole")
-    monkeypatch.setattr(fit_module, "measure_read_scales", raiser(SystemExit))
+    monkeypatch.setattr(fit_module, "measure", raiser(SystemExit))
     with pytest.raises(SystemExit):
         run(output_dir=tmp_path / "run")
     monkeypatch.undo()
@@ -127,17 +127,17 @@ def test_checkpoints_keep_the_names_of_their_files_and_tensors(tmp_path, monkeyp
     """So that a run of an earlier version resumes."""
     settings = {"checkpoint_every": 1, "interchange_weight": 0.5}
     stop = raiser(SystemExit)
-    monkeypatch.setattr(fit_module, "measure_read_scales", stop)
+    monkeypatch.setattr(fit_module, "measure", stop)
     with pytest.raises(SystemExit):
         run(**settings, output_dir=tmp_path / "frozen")
     with pytest.raises(SystemExit):
         run(train_sparse=True, output_dir=tmp_path / "trained")
     frozen, trained = (last_checkpoint(tmp_path / name / "checkpoints").tensors for name in ("frozen", "trained"))
-    assert frozen.keys() == {"bridges", "bridge_optimizer", "carried"}
+    assert frozen.keys() == {"bridges", "bridge_optimizer", "carried", "standardized", "best"}
     assert frozen["carried"].keys() == {
         f"{site}.{name}" for site in ("0.attn", "0.mlp", "final") for name in ("squares", "products")
     }
     assert {"0.exp_avg", "0.exp_avg_sq", "0.step"} <= frozen["bridge_optimizer"].keys()
     assert {"0.attn.encoder_weight", "final.decoder_bias"} <= frozen["bridges"].keys()
-    assert trained.keys() == {"bridges", "bridge_optimizer", "sparse", "sparse_optimizer", "supports"}
+    assert trained.keys() == {"bridges", "bridge_optimizer", "standardized", "sparse", "sparse_optimizer", "supports"}
     assert "transformer.wte.weight" in trained["sparse"].keys() & trained["supports"].keys()

@@ -2,7 +2,8 @@ import pytest
 import torch
 from pairs import MASK, at, counted_places, gpt2, join, neox, sparse_model, tokens
 
-from bridges.fitting.closed_form import measure_read_scales, site_groups, solve_bridges
+from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
+from bridges.fitting.ridge import RIDGES
 
 
 @pytest.fixture
@@ -32,11 +33,11 @@ def rows_at(pair, i):
 
 
 def ridge_regression(x, y, ridge):
-    """Ridge by stacking sqrt(penalty) rows under the centred design, then QR."""
-    penalty = ridge * x.var(0, unbiased=False).mean() * len(x)
-    design = torch.cat([x - x.mean(0), penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    """Ridge by stacking sqrt(penalty) rows under the standardised design, then QR; in plain weights."""
+    std = x.std(0, unbiased=False)
+    design = torch.cat([(x - x.mean(0)) / std, (ridge * len(x)) ** 0.5 * torch.eye(x.shape[1], dtype=x.dtype)])
     target = torch.cat([y - y.mean(0), torch.zeros(x.shape[1], y.shape[1], dtype=y.dtype)])
-    weight = torch.linalg.lstsq(design, target).solution.T
+    weight = torch.linalg.lstsq(design, target).solution.T / std
     return weight, y.mean(0) - weight @ x.mean(0)
 
 
@@ -66,7 +67,7 @@ def test_groups_of_sites_give_what_one_group_gives_at_a_pass_each(pair):
     whole = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}
     for tensor in pair.bridge_set.parameters():
         tensor.data.zero_()
-    solve_bridges(pair, grouped, ridge=1e-4, memory_bytes=2.5 * 8 * (8**2 + 12**2 + 8 * 12))
+    solve_bridges(pair, grouped, ridge=1e-4, memory_bytes=2.5 * 16 * (8**2 + 12**2 + 8 * 12))
     assert (once.count, grouped.count) == (1, 3)
     for name, tensor in pair.bridge_set.tensors().items():
         if "rms" not in name and "gain" not in name:  # measured by measure_read_scales
@@ -74,7 +75,7 @@ def test_groups_of_sites_give_what_one_group_gives_at_a_pass_each(pair):
 
 
 def test_groups_are_as_large_as_memory_allows_and_never_empty(pair):
-    per_site = 8 * (8**2 + 12**2 + 8 * 12)
+    per_site = 16 * (8**2 + 12**2 + 8 * 12)
     assert list(site_groups(pair, 3.5 * per_site)) == [[0, 1, 2], [3, 4]]
     assert list(site_groups(pair, 1.0)) == [[0], [1], [2], [3], [4]]
 
@@ -136,11 +137,54 @@ def test_a_process_without_batches_ends_with_the_sums_of_the_others(pair, what):
     }
     runs[what](batches(), other.record)
     whole = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}
-    for tensor in pair.bridge_set.tensors().values():
-        tensor.data.zero_()
+    for name, tensor in pair.bridge_set.tensors().items():
+        if "norm_limit" not in name:
+            tensor.data.zero_()
     runs[what]([], other.add)
     assert not other.sums
     measured = ("rms_dense", "rms_sparse", "gain_sparse")
     for name, tensor in pair.bridge_set.tensors().items():
         if name.endswith(measured) == (what == "read scales"):
             torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-14)
+
+
+def test_read_scales_measured_in_the_pass_over_the_moments_are_those_of_a_pass_of_their_own(pair):
+    scales = ReadScales(pair)
+    solve_bridges(pair, batches(), 1e-3, 1.0, read_scales=scales)  # one site a group
+    scales.store()
+    found = {name: t.clone() for name, t in pair.bridge_set.tensors().items()}
+    measure_read_scales(pair, batches())
+    for name, tensor in pair.bridge_set.tensors().items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-14, atol=0)
+
+
+def test_the_ridge_of_every_site_and_direction_is_chosen_on_the_selection(pair):
+    selection = [(tokens(5, 9, seed=8), None)]
+    found = solve_bridges(pair, batches(), "auto", 1e9, selection=selection)
+    with torch.no_grad():
+        for i, bridge in enumerate(pair.bridge_set):
+            dense, sparse = rows_at(pair, i)
+            other_dense, other_sparse = (
+                model.residuals(selection[0][0])[0][model.sites.index(site)][:, 1:].flatten(0, 1)
+                for model, site in zip((pair.dense, pair.sparse), pair.bridge_set.site_pairs[i], strict=True)
+            )
+            for ridge, weight, (x, y, other_x, other_y) in (
+                (found.ridges[i][0], bridge.encoder_weight, (dense, sparse, other_dense, other_sparse)),
+                (found.ridges[i][1], bridge.decoder_weight, (sparse, dense, other_sparse, other_dense)),
+            ):
+                errors = {}
+                for candidate in RIDGES:
+                    w, b = ridge_regression(x, y, candidate)
+                    errors[candidate] = (other_x @ w.T + b - other_y).square().sum().item()
+                assert errors[ridge] <= min(errors.values()) * (1 + 1e-6)
+                torch.testing.assert_close(weight, ridge_regression(x, y, ridge)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_streams_are_standardised_by_their_mean_and_deviation(pair):
+    found = solve_bridges(pair, batches(), 1e-3, 1e9).standardizations
+    again = standardize(pair, batches(), 1.0)
+    for i, sides in enumerate(found):
+        for side, twin, x in zip(sides, again[i], rows_at(pair, i), strict=True):
+            torch.testing.assert_close(side.mean, x.mean(0), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(side.std, x.std(0, unbiased=False), rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(side.std, twin.std, rtol=1e-12, atol=0)

@@ -186,20 +186,20 @@ def test_the_closed_form_minimises_reconstruction_and_interchange_together():
     encoders = [bridge.encoder_weight.detach().clone() for bridge in pair.bridge_set]
     terms = gather_quadratic_terms(pair, pairs, range(5))
     interchange = {"perturbations": pairs, "interchange_weight": weight}
-    found = solve_bridges(pair, batches, ridge, 1e9, **interchange)
+    found = solve_bridges(pair, batches, ridge, 1e9, **interchange).interchange
     grouped = join(gpt2(), sparse_model())
-    again = solve_bridges(grouped, batches, ridge, 1.0, **interchange)
+    again = solve_bridges(grouped, batches, ridge, 1.0, **interchange).interchange
     with torch.no_grad():
         dense, sparse = (model.residuals(ids)[0] for model in (pair.dense, pair.sparse))
     for i, bridge in enumerate(pair.bridge_set):
         assert torch.equal(found[i].products, terms[i].products) and torch.equal(found[i].squares, again[i].squares)
         assert relative(grouped.bridge_set[i].decoder_weight.detach(), bridge.decoder_weight.detach()) < 1e-12
         h, z = (streams[i][:, 1:].flatten(0, 1) for streams in (dense, sparse))
-        penalty = ridge * z.var(0, unbiased=False).mean() / (h - h.mean(0)).square().sum(1).mean()
+        penalty = ridge * z.var(0, unbiased=False) / (h - h.mean(0)).square().sum(1).mean()
 
         def objective(bridge=bridge, one=found[i], h=h, z=z, penalty=penalty):
             nmse = (bridge.decode(z) - h).square().sum() / (h - h.mean(0)).square().sum()
-            return nmse + weight * one.loss(bridge.decoder_weight) + penalty * bridge.decoder_weight.square().sum()
+            return nmse + weight * one.loss(bridge.decoder_weight) + (penalty * bridge.decoder_weight.square()).sum()
 
         slopes = torch.autograd.grad(objective(), [bridge.decoder_weight, bridge.decoder_bias])
         assert max(slope.abs().max() for slope in slopes) < 1e-10
@@ -236,7 +236,7 @@ def test_terms_come_back_from_the_tensors_of_a_checkpoint():
 
 
 def test_every_row_has_its_draws_however_they_are_shared():
-    data = FitData(Rows(tokens(23, 6), seed=3), Rows(tokens(2, 6)))
+    data = FitData(Rows(tokens(24, 6), seed=3), Rows(tokens(2, 6)))  # one row is set aside
     whole = data.pair_batches(FitConfig(interchange_pairs=19, batch_size=19), 0, 1)
     assert len(whole) == 1 and whole[0][0].shape == (19, 6) and whole[0][2].shape == (19, 2)
     config = FitConfig(interchange_pairs=19, batch_size=3)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bridges.fitting.ridge import Moments, Penalty, gather
+from bridges.fitting.ridge import RIDGES, STD_FLOOR, Moments, Penalty, gather, standard_deviations
 
 
 def rows(n, d, seed, dtype=torch.float64, offset=0.0, condition=1.0):
@@ -70,7 +70,7 @@ def test_float32_rows_far_from_zero_and_badly_conditioned_match_float64(offset):
 
 
 def test_the_ridge_by_hand():
-    """x = -1, 0, 1, y = 5 + 2x: variance 2/3 in one channel, so the slope is 2 (2/3) / (2/3 + 0.5 * 2/3) = 4/3."""
+    """x = -1, 0, 1, y = 5 + 2x: standardised, the slope is divided by 1 + 0.5, so it is 2 / 1.5 = 4/3."""
     x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64) + 7
     found = moments_of((x, 5 + 2 * (x - 7))).solve(0.5)
     torch.testing.assert_close(found.weight, torch.tensor([[4 / 3]], dtype=torch.float64))
@@ -78,17 +78,68 @@ def test_the_ridge_by_hand():
     torch.testing.assert_close(found.bias, torch.tensor([5 - 7 * 4 / 3], dtype=torch.float64))
 
 
-def test_the_ridge_is_a_fraction_of_the_mean_variance_and_leaves_the_intercept_free():
+def augmented_ridge(x, y, ridge):
+    """Ridge regression of y on the standardised x, as least squares with extra rows; in plain weights."""
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    root = (ridge * len(x)) ** 0.5 * torch.eye(x.shape[1], dtype=torch.float64)
+    augmented = torch.cat([(x - mean) / std, root]), torch.cat([y - y.mean(0), root.new_zeros(len(root), y.shape[1])])
+    weight = torch.linalg.lstsq(*augmented).solution.T / std
+    return weight, y.mean(0) - weight @ mean
+
+
+def test_the_ridge_penalises_standardised_inputs_and_leaves_the_intercept_free():
     x, y = rows(100, 5, 7, offset=6.0, condition=50.0), rows(100, 3, 8, offset=-2.0)
-    ridge = 0.3
-    found = moments_of((x, y)).solve(ridge)
-    penalty = ridge * x.var(0, unbiased=False).mean() * len(x)
-    root = penalty.sqrt() * torch.eye(5, dtype=torch.float64)
-    centred, target = x - x.mean(0), y - y.mean(0)
-    augmented = torch.cat([centred, root]), torch.cat([target, torch.zeros(5, 3, dtype=torch.float64)])
-    weight = torch.linalg.lstsq(*augmented).solution.T
-    torch.testing.assert_close(found.weight, weight, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found.bias, y.mean(0) - weight @ x.mean(0), rtol=1e-10, atol=1e-12)
+    x = x * torch.tensor([1.0, 5.0, 1.0, 0.2, 1.0], dtype=torch.float64)
+    found = moments_of((x, y)).solve(0.3)
+    weight, bias = augmented_ridge(x, y, 0.3)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.bias, bias, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_a_channels_scale_does_not_change_what_is_predicted(scale):
+    x, y = rows(100, 5, 7, offset=6.0), rows(100, 3, 8)
+    scaled = x * torch.tensor([scale, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    one, two = (moments_of((inputs, y)).solve(0.1) for inputs in (x, scaled))
+    torch.testing.assert_close(x @ one.weight.T + one.bias, scaled @ two.weight.T + two.bias, rtol=1e-9, atol=1e-9)
+
+
+def test_a_channel_that_hardly_varies_is_not_blown_up():
+    x = rows(100, 3, 7) * torch.tensor([1.0, 1.0, 1e-9], dtype=torch.float64)
+    std = standard_deviations(x.T.cov(correction=0))
+    torch.testing.assert_close(std[:2], x.std(0, unbiased=False)[:2])
+    assert std[2] == pytest.approx(STD_FLOOR * x.var(0, unbiased=False).mean().sqrt().item())
+    assert standard_deviations(torch.zeros(2, 2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("noise", "n"), [(0.0, 300), (3.0, 25), (0.3, 60)])
+def test_the_chosen_ridge_has_the_least_error_on_held_out_rows(reverse, noise, n):
+    x, y = rows(n, 12, 40, offset=3.0, condition=1e3), rows(n, 9, 41, offset=-1.0)
+    y = x[:, :9] * 2 + noise * y
+    other_x, other_y = rows(80, 12, 42, offset=3.2, condition=1e3), rows(80, 9, 43, offset=-1.0)
+    other_y = other_x[:, :9] * 2 + noise * other_y
+    train, heldout = moments_of((x, y)), moments_of((other_x, other_y))
+    pairs = [(y, x), (other_y, other_x)] if reverse else [(x, y), (other_x, other_y)]
+
+    def heldout_error(ridge):
+        weight, bias = augmented_ridge(*pairs[0], ridge)
+        return (pairs[1][0] @ weight.T + bias - pairs[1][1]).square().sum().item()
+
+    errors = {ridge: heldout_error(ridge) for ridge in RIDGES}
+    chosen = train.choose_ridge(heldout, reverse)
+    assert errors[chosen] <= min(errors.values()) * (1 + 1e-6)
+    if noise == 3.0 and not reverse:
+        assert chosen > 1e-3  # of so few noisy rows, hardly a penalty at all would be far worse
+        assert errors[1e-9] > 1.2 * errors[chosen]
+
+
+def test_a_ridge_can_be_chosen_where_inputs_repeat():
+    x, y = rows(60, 4, 9), rows(60, 2, 10)
+    x = torch.cat([x, x[:, :2], torch.full((60, 1), 3.0, dtype=torch.float64)], 1)
+    moments = moments_of((x, y))
+    solution = moments.solve(moments.choose_ridge(moments))
+    assert solution.weight.isfinite().all() and not solution.weight[:, 6].any()
 
 
 def test_channels_that_repeat_or_never_change_give_the_smallest_of_the_solutions():
@@ -168,7 +219,7 @@ def test_a_penalty_is_minimised_together_with_the_nmse(reverse):
     found = moments_of((x, y)).solve(0.2, reverse, Penalty(diagonal, cross, 0.7))
     weight, bias = (tensor.clone().requires_grad_() for tensor in found)
     variance = (target - target.mean(0)).square().sum()
-    ridge = 0.2 * source.var(0, unbiased=False).mean() * len(source) * weight.square().sum() / variance
+    ridge = 0.2 * len(source) * (weight.square() * source.var(0, unbiased=False)).sum() / variance
     penalty = 0.7 * ((weight.square() * diagonal).sum() - 2 * (weight * cross).sum())
     loss = (source @ weight.T + bias - target).square().sum() / variance + ridge + penalty
     assert max(slope.abs().max() for slope in torch.autograd.grad(loss, [weight, bias])) < 1e-12

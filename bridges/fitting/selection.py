@@ -1,0 +1,127 @@
+"""The best state of a run: the objective on a slice of the training rows, at the start and at intervals.
+
+Gradient steps may make bridges worse: a learning rate too large for a pair of models, or too few tokens. `fit` returns
+the state of the least objective on rows that it did not train on, its start included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridges.fitting.gradients import Objective
+from bridges.models.modes import eval_mode
+from bridges.models.residual import Batch
+from bridges.objective.hybrid import (
+    SIDES,
+    ModelPair,
+    batch_moments,
+    empty_moments,
+    kl_sum,
+    squared_errors,
+    trace_pair,
+)
+from bridges.objective.normalizers import combine_moments, nmse
+
+TOKENS = 2048
+"""Tokens of the slice, at most."""
+KL_SITES = 8
+"""Sites whose KLs are measured, at most: evenly spaced, the first and the last among them."""
+TIMES = 10
+"""Measurements during a run, besides the one at the start."""
+
+
+class BestState(NamedTuple):
+    """The state of the least objective so far."""
+
+    step: int
+    objective: float
+    start: float
+    """The objective before the first step."""
+    tensors: Mapping[str, Tensor] | None = None
+    """The bridges' tensors; None where they are the present ones."""
+
+    def summary(self) -> dict[str, float | int]:
+        """What the report says of it."""
+        return {"step": self.step, "objective": self.objective, "objective_at_start": self.start}
+
+
+class Selection:
+    """Measures the objective of a pair on this process's part of the slice, and keeps the best state."""
+
+    def __init__(self, pair: ModelPair, batches: Sequence[Batch], objective: Objective, best: BestState | None = None):
+        self.pair, self.batches, self.objective = pair, batches, objective
+        self.best = best
+        n = len(pair.bridge_set)
+        count = min(KL_SITES, n)
+        self.kl_sites = sorted({round(i * (n - 1) / max(count - 1, 1)) for i in range(count)})
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The objective: NMSE at every site, both KLs at `kl_sites`, in evaluation mode."""
+        pair, weights, reduce = self.pair, self.objective.weights, self.objective.reduce
+        n = len(pair.bridge_set)
+        sums = torch.zeros(4, n, dtype=torch.float64)
+        moments = []
+        with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
+            for batch in self.batches:
+                with self.objective.autocast():
+                    traces = trace_pair(pair, *batch)
+                moments.append(batch_moments(pair, traces))
+                for i in range(n):
+                    with self.objective.autocast():
+                        errors = squared_errors(pair, traces, i)
+                    sums[:2, i] += torch.stack([error.double().cpu() for error in errors])
+                for i in self.kl_sites:
+                    with self.objective.autocast():
+                        kls = [kl_sum(pair, traces, i, side) for side in SIDES]
+                    sums[2:, i] += torch.stack([kl.double().cpu() for kl in kls])
+        normalizers = combine_moments(moments or [empty_moments(pair)], reduce)
+        encode, decode, to_sparse, to_dense = reduce(sums)
+        encode = nmse(encode, normalizers.variance_sparse.cpu()).nan_to_num(0.0, posinf=torch.inf)
+        decode = nmse(decode, normalizers.variance_dense.cpu()).nan_to_num(0.0, posinf=torch.inf)
+        tokens = normalizers.tokens.cpu() * len(self.kl_sites)
+        total = weights.nmse * (encode + decode).mean()
+        total += weights.kl_dense_to_sparse * to_sparse.sum() / tokens
+        total += weights.kl_sparse_to_dense * to_dense.sum() / tokens
+        return total.item() + self._interchange()
+
+    def observe(self, step: int) -> float:
+        """Measure the present state, and keep it if it is the best so far; returns its objective."""
+        value = self.measure()
+        if self.best is None:
+            self.best = BestState(step, value, value)
+        elif value < self.best.objective or self.best.objective != self.best.objective:
+            self.best = BestState(step, value, self.best.start)
+        return value
+
+    def keep(self) -> None:
+        """Copy the best state's tensors before the next step changes them."""
+        if self.best is not None and self.best.tensors is None:
+            tensors = {name: tensor.detach().clone() for name, tensor in self.pair.bridge_set.tensors().items()}
+            self.best = self.best._replace(tensors=tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the bridges the best state."""
+        if self.best is not None and self.best.tensors is not None:
+            for name, tensor in self.pair.bridge_set.tensors().items():
+                tensor.copy_(self.best.tensors[name])
+
+    def _interchange(self) -> float:
+        """The interchange loss belongs to no batch; the main process alone has its terms."""
+        terms, weight = self.objective.interchange, self.objective.weights.interchange
+        losses = [
+            term.loss(bridge.decoder_weight).double().cpu()
+            for term, bridge in zip(terms, self.pair.bridge_set, strict=False)
+        ]
+        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)
+        return weight * self.objective.reduce(total).item() / len(self.pair.bridge_set)
+
+
+def interval(steps: int) -> int:
+    """Steps between two measurements."""
+    return max(1, -(-steps // TIMES))

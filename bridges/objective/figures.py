@@ -1,0 +1,269 @@
+"""The sums behind the held-out figures of a bridge set (method, section 2), which add up over batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bridges.objective.hybrid import SIDES, ModelPair, Side, Traces, residuals_at, run_path, single_switch_path
+from bridges.objective.normalizers import counted_tokens, predicting_tokens
+from bridges.objective.sums import Reduce, Sums
+from bridges.ops.abs_topk import abs_topk
+from bridges.ops.kl import row_divergence
+
+PASSES = tuple(
+    f"{name}{control}" for name in ("dense_to_sparse", "sparse_to_dense") for control in ("", "_mean_ablation")
+)
+"""The passes whose KL and cross-entropy are measured at every site: both hybrids, and both tails under mean ablation."""
+
+_ZERO = 1e-12
+"""A variance below this part of the mean square is rounding: the stream does not vary."""
+
+
+@dataclass
+class SpreadSums(Sums):
+    """Per site, sums over tokens of a stream's deviation from a fixed point: its mean and variance about it."""
+
+    tokens: Float[Tensor, " n_sites"]
+    deviation: Float[Tensor, "n_sites d"]
+    squares: Float[Tensor, " n_sites"]
+
+    @classmethod
+    def zeros(cls, n_sites: int, width: int) -> SpreadSums:
+        """The sums over no token."""
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n_sites,), (n_sites, width), (n_sites,))))
+
+    def add(self, site: int, deviations: Float[Tensor, "n d"]) -> None:
+        """Add the deviations of some tokens at one site."""
+        deviations = deviations.double()
+        self.tokens[site] += len(deviations)
+        self.deviation[site] += deviations.sum(0).cpu()
+        self.squares[site] += deviations.square().sum().cpu()
+
+    def mean(self) -> Float[Tensor, "n_sites d"]:
+        """The mean deviation."""
+        return self.deviation / self.tokens.clamp(min=1)[:, None]
+
+    def squares_about(self, point: Float[Tensor, "n_sites d"]) -> Float[Tensor, " n_sites"]:
+        """sum |deviation - point|^2."""
+        return self.squares - 2 * (self.deviation * point).sum(1) + self.tokens * point.square().sum(1)
+
+    def variance(self) -> Float[Tensor, " n_sites"]:
+        """sum |deviation - its mean|^2, exactly 0 where the stream does not vary."""
+        variance = self.squares - self.tokens * self.mean().square().sum(1)
+        return torch.where(variance > _ZERO * self.squares, variance, torch.where(variance.isnan(), variance, 0.0))
+
+
+@dataclass
+class ErrorSums(Sums):
+    """Per site, squared errors summed over tokens and channels."""
+
+    encode: Float[Tensor, " n_sites"]
+    floor: Float[Tensor, " n_sites"]
+    """Of AbsTopK(h_sparse) from h_sparse."""
+    decode: Float[Tensor, " n_sites"]
+    encode_all: Float[Tensor, " n_sites"]
+    """Over massive tokens too."""
+    decode_all: Float[Tensor, " n_sites"]
+
+
+class Reconstruction:
+    """Every sum over streams: errors, and the spread of what they are held against.
+
+    Streams are measured from their medians at the site, so that float64 sums of squares lose no digits to a mean.
+    """
+
+    def __init__(self, pair: ModelPair):
+        n = len(pair.bridge_set)
+        self.pair = pair
+        self.errors = _zeros(ErrorSums, n)
+        widths = {"dense": pair.dense.d_model, "sparse": pair.sparse.d_model}
+        self.usual = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
+        """Over the counted tokens."""
+        self.all = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
+        """Over massive tokens too."""
+        self.decoded = SpreadSums.zeros(n, widths["dense"])
+        """Of the decoder's output, from the dense stream's median."""
+
+    def add(self, traces: Traces) -> None:
+        """Add one batch."""
+        counted = counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask)
+        for i in range(len(self.pair.bridge_set)):
+            self._add_site(i, *(h[counted.to(h.device)] for h in residuals_at(self.pair, traces, i)))
+
+    def _add_site(self, i: int, h_dense: Tensor, h_sparse: Tensor) -> None:
+        bridge, errors = self.pair.bridge_set[i], self.errors
+        usual = bridge.is_usual(h_dense, h_sparse)
+        medians = {"dense": bridge.median_dense, "sparse": bridge.median_sparse}
+        for side, h in zip(SIDES, (h_dense, h_sparse), strict=True):
+            deviations = h.double() - medians[side].double()
+            self.all[side].add(i, deviations)
+            self.usual[side].add(i, deviations[usual])
+        wide = torch.promote_types(bridge.decoder_weight.dtype, torch.float32)
+        encoded, decoded = bridge.encode(h_dense).to(wide), bridge.decode(h_sparse).to(wide)
+        for found, target, usual_sum, all_sum in (
+            (encoded, h_sparse, errors.encode, errors.encode_all),
+            (decoded, h_dense, errors.decode, errors.decode_all),
+        ):
+            squared = (found - target.to(wide)).square().sum(-1).double()
+            usual_sum[i] += squared[usual].sum().cpu()
+            all_sum[i] += squared.sum().cpu()
+        kept = h_sparse[usual].to(wide)
+        errors.floor[i] += (abs_topk(kept, bridge.k) - kept).square().sum().double().cpu()
+        self.decoded.add(i, decoded[usual].double() - bridge.median_dense.double())
+
+    def reduced(self, reduce: Reduce) -> Reconstruction:
+        """The sums over all processes."""
+        total = Reconstruction(self.pair)
+        total.errors, total.decoded = self.errors.reduced(reduce), self.decoded.reduced(reduce)
+        for name in ("usual", "all"):
+            setattr(total, name, {side: sums.reduced(reduce) for side, sums in getattr(self, name).items()})
+        return total
+
+    def means(self) -> dict[Side, Float[Tensor, "n_sites d"]]:
+        """Each site's mean stream over counted tokens."""
+        bridges = list(self.pair.bridge_set)
+        medians: dict[Side, Tensor] = {
+            "dense": torch.stack([bridge.median_dense.double().cpu() for bridge in bridges]),
+            "sparse": torch.stack([bridge.median_sparse.double().cpu() for bridge in bridges]),
+        }
+        return {side: medians[side] + self.usual[side].mean() for side in SIDES}
+
+
+@dataclass
+class PassSums(Sums):
+    """Sums over the rows of one pass per site; K is a row's summed KL, n its real tokens. In nats."""
+
+    kl: Float[Tensor, " n_sites"]
+    kl_squared: Float[Tensor, " n_sites"]
+    """Of K^2."""
+    kl_times_tokens: Float[Tensor, " n_sites"]
+    """Of K n."""
+    ce: Float[Tensor, " n_sites"]
+    """Next-token cross-entropy over the tokens of `predicting_tokens`."""
+
+
+@dataclass
+class RowSums(Sums):
+    """Sums over rows that every pass shares; entries are one number each."""
+
+    rows: Float[Tensor, ""]
+    tokens: Float[Tensor, ""]
+    tokens_squared: Float[Tensor, ""]
+    predictions: Float[Tensor, ""]
+    dense_ce: Float[Tensor, ""]
+    sparse_ce: Float[Tensor, ""]
+    kl_sparse_alone: Float[Tensor, ""]
+
+
+class Hybrids:
+    """The KL from the dense model and the cross-entropy of every pass at every site."""
+
+    def __init__(self, pair: ModelPair, means: dict[Side, Float[Tensor, "n_sites d"]]):
+        """`means`: each site's mean stream, which mean ablation puts in place of the stream."""
+        self.pair, self.means = pair, means
+        self.passes = {name: _zeros(PassSums, len(pair.bridge_set)) for name in PASSES}
+        self.rows = RowSums(*(torch.zeros((), dtype=torch.float64) for _ in fields(RowSums)))
+
+    def add(self, traces: Traces) -> Iterator[int]:
+        """Add one batch; yields after every site, so that a progress bar can follow."""
+        batch = _Batch(traces)
+        for i in range(len(self.pair.bridge_set)):
+            for name in PASSES:
+                batch.add(self.passes[name], i, self._logits(traces, name, i))
+            yield i
+        batch.add_models(self.rows)
+
+    def _logits(self, traces: Traces, name: str, i: int) -> Float[Tensor, "b s vocab"]:
+        pair = self.pair
+        start: Side = "dense" if name.startswith("dense") else "sparse"
+        if not name.endswith("_mean_ablation"):
+            return run_path(pair, traces, single_switch_path(len(pair.bridge_set), i, start))
+        side: Side = "sparse" if start == "dense" else "dense"
+        model, trace, site = pair.model(side), traces.side(side), pair.site(side, i)
+        stream = trace.residuals[site]
+        return model.tail(site, self.means[side][i].to(stream).expand_as(stream), trace.context)
+
+    def reduced(self, reduce: Reduce) -> Hybrids:
+        """The sums over all processes."""
+        total = Hybrids(self.pair, self.means)
+        total.passes = {name: sums.reduced(reduce) for name, sums in self.passes.items()}
+        total.rows = self.rows.reduced(reduce)
+        return total
+
+    def kl(self, name: str) -> Float[Tensor, " n_sites"]:
+        """Mean KL per real token."""
+        return self.passes[name].kl / self.rows.tokens
+
+    def ce(self, name: str) -> Float[Tensor, " n_sites"]:
+        """Mean cross-entropy per predicted token."""
+        return self.passes[name].ce / self.rows.predictions
+
+    def kl_standard_error(self, name: str) -> Float[Tensor, " n_sites"]:
+        """The standard error of `kl`, as a ratio of two sums over independent rows; NaN for a single row.
+
+        Tokens of one row are not independent, so rows are what is counted (Cochran 1977, Sampling Techniques, 6.3).
+        """
+        sums, rows, mean = self.passes[name], self.rows, self.kl(name)
+        squares = sums.kl_squared - 2 * mean * sums.kl_times_tokens + mean**2 * rows.tokens_squared
+        if rows.rows < 2:
+            return torch.full_like(mean, torch.nan)
+        return (squares.clamp(min=0) * rows.rows / (rows.rows - 1)).sqrt() / rows.tokens
+
+
+class _Batch:
+    """One batch's tokens, and what every pass on it is held against."""
+
+    def __init__(self, traces: Traces):
+        self.traces = traces
+        ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
+        self.real: Bool[Tensor, "b s"] = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.predicting = torch.zeros_like(self.real)
+        self.predicting[:, :-1] = predicting_tokens(ids, mask)
+        self.labels = ids.roll(-1, 1)
+        self.target = traces.dense.logits[self.real]
+
+    def figures(self, logits: Float[Tensor, "b s vocab"]) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
+        """Each row's KL from the dense model, and the cross-entropy, both summed over tokens; float64 on the CPU."""
+        real = self.real.to(logits.device)
+        logits = logits[real]
+        kl, log_normalizer = row_divergence(self.target.to(logits.device), logits)
+        of_label = logits.gather(1, rearrange(self.labels[self.real].to(logits.device), "n -> n 1"))[:, 0]
+        predicting = self.predicting[self.real].to(logits.device)
+        ce = (log_normalizer - of_label.to(log_normalizer))[predicting].double().sum()
+        per_token = torch.zeros(real.shape, dtype=torch.float64, device=logits.device)
+        per_token[real] = kl.double()
+        return per_token.sum(1).cpu(), ce.cpu()
+
+    def add(self, sums: PassSums, site: int, logits: Float[Tensor, "b s vocab"]) -> None:
+        """Add one pass at one site."""
+        kl, ce = self.figures(logits)
+        sums.kl[site] += kl.sum()
+        sums.kl_squared[site] += kl.square().sum()
+        sums.kl_times_tokens[site] += (kl * self.real.sum(1).cpu()).sum()
+        sums.ce[site] += ce
+
+    def add_models(self, sums: RowSums) -> None:
+        """Add the figures of both models by themselves."""
+        tokens = self.real.sum(1).double().cpu()
+        sums.rows += len(tokens)
+        sums.tokens += tokens.sum()
+        sums.tokens_squared += tokens.square().sum()
+        sums.predictions += self.predicting.sum().cpu()
+        sums.dense_ce += self.figures(self.traces.dense.logits)[1]
+        kl, ce = self.figures(self.traces.sparse.logits)
+        sums.sparse_ce += ce
+        sums.kl_sparse_alone += kl.sum()
+
+
+SumsT = TypeVar("SumsT", bound=Sums)
+
+
+def _zeros(kind: type[SumsT], n_sites: int) -> SumsT:
+    return kind(*(torch.zeros(n_sites, dtype=torch.float64) for _ in fields(kind)))
