@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, tra
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
-from bridges.models.pairing import pair_sites
+from bridges.models.pairing import SitePair, pair_sites
 from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side
@@ -355,22 +356,40 @@ class _Run:
 
 def _untrained_pair(dense: ResidualModel, sparse: ResidualModel, config: FitConfig) -> ModelPair:
     """Bridges of zeros between the paired sites, in the promoted dtype of both models, at least float32."""
-    if dense.vocab_size != sparse.vocab_size:
-        raise ValueError(
-            f"dense and sparse have different vocabularies, {dense.vocab_size} and {sparse.vocab_size} tokens; "
-            "bridges need one tokenizer for both"
-        )
-    pairs = pair_sites(dense, sparse, config.site_map, config.sites)
+    pairs = _bridgeable(dense, sparse, pair_sites(dense, sparse, config.site_map, config.sites), config)
     dtype = torch.promote_types(torch.promote_types(dense.dtype, sparse.dtype), torch.float32)
     k = config.k or _default_k(sparse)
     if k > sparse.d_model:
         raise ValueError(f"k={k} is over the sparse model's width {sparse.d_model}; pass {sparse.d_model} or less")
     bridges = [Bridge(dense.d_model, sparse.d_model, k, dtype) for _ in pairs]
-    pair = ModelPair(dense, sparse, BridgeSet([(p.dense, p.sparse) for p in pairs], bridges).to(dense.device))
-    for i in range(len(pairs)):
-        for side in SIDES:  # refuses a norm that R cannot be measured for, before the work
-            pair.model(side).norm(pair.site(side, i))
-    return pair
+    return ModelPair(dense, sparse, BridgeSet([(p.dense, p.sparse) for p in pairs], bridges).to(dense.device))
+
+
+def _bridgeable(
+    dense: ResidualModel, sparse: ResidualModel, pairs: list[SitePair], config: FitConfig
+) -> list[SitePair]:
+    """The pairs whose sites both have a read with a norm that R can be measured for.
+
+    Warns of those that a default pairing leaves out. Raises ValueError for one that the settings name, and where none
+    is left.
+    """
+    reasons: dict[SitePair, str] = {}
+    for pair in pairs:
+        for model, site in ((dense, pair.dense), (sparse, pair.sparse)):
+            try:
+                model.norm(model.index(site))
+            except ValueError as error:  # `norm` measures, so only trying tells
+                reasons.setdefault(pair, str(error))
+    kept = [pair for pair in pairs if pair not in reasons]
+    if reasons:
+        possible = ", ".join(pair.sparse for pair in kept) or "none"
+        named = config.sites is not None or config.site_map is not None
+        first = next(iter(reasons.values()))
+        if named or not kept:
+            raise ValueError(f"{first}; sites of this pair that can be bridged: {possible}")
+        left_out = ", ".join(pair.sparse for pair in reasons)
+        warnings.warn(f"the fit leaves out the sites {left_out}: {first}; it bridges {possible}", stacklevel=2)
+    return kept
 
 
 def _default_k(sparse: ResidualModel) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridges.bridge_report import BridgeReport
+from bridges.bridge_report import BridgeReport, SiteFigures
 from bridges.fitting.gradients import SITE_LOSSES, StepLosses
 
 
@@ -43,20 +43,18 @@ def refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None
 
 def warn_of_poor_sites(report: BridgeReport) -> None:
     """Warn of every site where a map is worse than predicting the mean, with the likely reason."""
-    for site in report.sites:
-        for name, floor in (("nmse_encode", site.nmse_encode_floor), ("nmse_decode", 0.0)):
-            value = getattr(site, name)
-            if value > 1:
-                reason = (
-                    f"AbsTopK alone loses {floor:.3g} of the sparse stream there: pass a larger k"
-                    if floor > value / 2
-                    else "too few or too different training tokens for its width: pass more data, "
-                    "or leave the site out with sites="
-                )
-                warnings.warn(
-                    f"{name} is {value:.3g} at site {site.name}, worse than predicting the mean (1); {reason}",
-                    stacklevel=2,
-                )
+    for name in ("nmse_encode", "nmse_decode"):
+        poor = [site for site in report.sites if getattr(site, name) > 1]
+        by_k = [site for site in poor if name == "nmse_encode" and site.nmse_encode_floor > site.nmse_encode / 2]
+        _warn(name, by_k, "AbsTopK alone loses most of that (see nmse_encode_floor): pass a larger k")
+        few = "there are too few training tokens for the width, or they differ from the held-out ones: pass more data"
+        _warn(name, [site for site in poor if site not in by_k], few)
+
+
+def _warn(name: str, sites: list[SiteFigures], reason: str) -> None:
+    if sites:
+        named = ", ".join(f"{site.name} ({getattr(site, name):.3g})" for site in sites)
+        warnings.warn(f"{name} is over 1, worse than predicting the mean, at {named}; {reason}", stacklevel=4)
 
 
 @contextmanager

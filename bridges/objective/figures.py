@@ -11,7 +11,16 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridges.objective.hybrid import SIDES, ModelPair, Side, Traces, residuals_at, run_path, single_switch_path
+from bridges.objective.hybrid import (
+    SIDES,
+    ModelPair,
+    Side,
+    Traces,
+    common_logits,
+    residuals_at,
+    run_path,
+    single_switch_path,
+)
 from bridges.objective.normalizers import counted_tokens, predicting_tokens
 from bridges.objective.sums import Reduce, Sums
 from bridges.ops.abs_topk import abs_topk
@@ -20,7 +29,7 @@ from bridges.ops.kl import row_divergence
 PASSES = tuple(
     f"{name}{control}" for name in ("dense_to_sparse", "sparse_to_dense") for control in ("", "_mean_ablation")
 )
-"""The passes whose KL and cross-entropy are measured at every site: both hybrids, and both tails under mean ablation."""
+"""The passes that are measured at every site: both hybrids, and both tails under mean ablation."""
 
 _ZERO = 1e-12
 """A variance below this part of the mean square is rounding: the stream does not vary."""
@@ -232,7 +241,7 @@ class _Batch:
     def figures(self, logits: Float[Tensor, "b s vocab"]) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
         """Each row's KL from the dense model, and the cross-entropy, both summed over tokens; float64 on the CPU."""
         real = self.real.to(logits.device)
-        logits = logits[real]
+        logits = common_logits(self.traces, logits)[real]
         kl, log_normalizer = row_divergence(self.target.to(logits.device), logits)
         of_label = logits.gather(1, rearrange(self.labels[self.real].to(logits.device), "n -> n 1"))[:, 0]
         predicting = self.predicting[self.real].to(logits.device)

@@ -102,9 +102,18 @@ def kl_sum(pair: ModelPair, traces: Traces, bridge: int, start: Side) -> Float[T
     return kl_from_dense(traces, run_path(pair, traces, single_switch_path(len(pair.bridge_set), bridge, start)))
 
 
+def common_logits(traces: Traces, logits: Float[Tensor, "*b vocab"]) -> Float[Tensor, "*b common"]:
+    """One model's logits of the tokens that both models have; those of `traces` are of no others."""
+    return logits[..., : traces.dense.logits.shape[-1]]
+
+
 def kl_from_dense(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
-    """The sum over real tokens of KL(y || softmax(logits)), nats, y the dense model's own prediction."""
+    """The sum over real tokens of KL(y || softmax(logits)), nats, y the dense model's own prediction.
+
+    Over the vocabulary that both models have: logits beyond it are of padding, or of tokens that one side alone knows.
+    """
     target = traces.dense.logits.detach().to(logits.device)
+    logits = common_logits(traces, logits)
     mask = traces.dense.context.attention_mask
     if mask is None:
         return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1))
@@ -113,7 +122,11 @@ def kl_from_dense(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[T
 
 
 def ce_sum(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
-    """The sum of next-token cross-entropy over the tokens of `predicting_tokens`, nats, in at least float32."""
+    """The sum of next-token cross-entropy over the tokens of `predicting_tokens`, nats, in at least float32.
+
+    Over the vocabulary that both models have.
+    """
+    logits = common_logits(traces, logits)
     ids, mask = traces.dense.context.input_ids.to(logits.device), traces.dense.context.attention_mask
     predicting = predicting_tokens(ids, mask if mask is None else mask.to(logits.device))
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -236,13 +249,18 @@ def trace_pair(
     differentiable: bool = False,
     with_logits: bool = True,
 ) -> Traces:
-    """Run both models on one batch, each on its own device; options as in `ResidualModel.trace`."""
+    """Run both models on one batch, each on its own device; options as in `ResidualModel.trace`.
+
+    Logits that one model alone has are cut off: its vocabulary may be padded to a round number.
+    """
 
     def on(model: ResidualModel) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
         return model.trace(input_ids.to(model.device), mask, differentiable, with_logits)
 
-    return Traces(on(pair.dense), on(pair.sparse))
+    dense, sparse = on(pair.dense), on(pair.sparse)
+    width = min(dense.logits.shape[-1], sparse.logits.shape[-1])
+    return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
 
 
 def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def test_a_dict_as_config_is_refused(unchecked):
 
 
 REFUSED = {
-    "other vocabulary": (lambda _: {"dense": shallow(vocab=19)}, "19 and 17 tokens"),
+    "other vocabulary": (lambda _: {"dense": shallow(vocab=19)}, "19 and 17 tokens, and no tokenizer"),
     "other tokenizer": (two_tokenizers, "different tokenizers"),
     "seq_len over the context": (lambda _: {"seq_len": 13}, "seq_len=13 is over the models' context of 12"),
     "rows over the context": (

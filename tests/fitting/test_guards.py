@@ -4,12 +4,20 @@ import math
 import os
 import signal
 import threading
+import warnings
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
 
+from bridges.bridge_report import BridgeReport, SiteFigures
 from bridges.fitting.gradients import SITE_LOSSES, StepLosses
-from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
+from bridges.fitting.guards import (
+    interruptible,
+    refuse_not_finite,
+    refuse_not_finite_gradients,
+    warn_of_poor_sites,
+)
 
 
 @pytest.mark.parametrize("name", SITE_LOSSES)
@@ -70,3 +78,24 @@ def test_an_empty_gradient_is_finite():
     empty.grad, one.grad = torch.zeros(0), torch.ones(2)
     refuse_not_finite_gradients([empty, one], 1)
     refuse_not_finite_gradients([empty], 1)
+
+
+def figures(name, encode, decode, floor=0.1):
+    others = dict.fromkeys(f.name for f in fields(SiteFigures) if f.default is MISSING)
+    values = dict.fromkeys(others, 0.5) | {"name": name, "nmse_encode": encode, "nmse_decode": decode}
+    return SiteFigures(**values | {"nmse_encode_floor": floor})
+
+
+def test_sites_worse_than_the_mean_are_named_together_with_the_likely_reason():
+    sites = (figures("0.attn", 1.5, 0.2), figures("0.mlp", 2.5, 3.0, floor=2.0), figures("final", 1.2, 1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_poor_sites(BridgeReport(sites, 1.0, 1.0, 1.0, 10))
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == 3
+    assert "nmse_encode is over 1, worse than predicting the mean, at 0.mlp (2.5); AbsTopK alone" in texts[0]
+    assert "at 0.attn (1.5), final (1.2); there are too few" in texts[1]
+    assert "nmse_decode is over 1, worse than predicting the mean, at 0.mlp (3)" in texts[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_poor_sites(BridgeReport((figures("0.attn", 1.0, math.nan),), 1.0, 1.0, 1.0, 10))
