@@ -98,6 +98,8 @@ def fit(
     with ProcessGroup(config.mixed_precision) as processes:
         models = as_residual(dense, processes.device), as_residual(sparse, processes.device)
         _refuse_untrainable(models[1].model, config)
+        for model in models if config.steps else ():
+            model.check_differentiable()
         with frozen(models[0].model), _sparse_modes(models[1].model, config):
             pair = _untrained_pair(*models, config)
             data = prepare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -34,7 +34,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for parameter in trainable:
-                parameter.requires_grad_(True)
+                # torch sets it back there alone, on a tensor that was made there
+                with torch.inference_mode() if parameter.is_inference() else nullcontext():
+                    parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -155,6 +155,8 @@ class ResidualModel(ABC):
 
     def run(self, start: int, stop: int, residual: Tensor, context: Context) -> Tensor:
         """The stream at site `stop`, from the stream at site `start`."""
+        if residual.requires_grad:
+            self.check_differentiable()
         for index in range(start, stop):
             residual = self.sublayer(index, residual, context)
         return residual
@@ -175,6 +177,8 @@ class ResidualModel(ABC):
         `differentiable`: build a graph from the first stream on, of a frozen model too, so that every stream has a
         gradient with respect to the logits. Without `with_logits` the head is not run, and the logits have width 0.
         """
+        if differentiable:
+            self.check_differentiable()
         context = self.context(input_ids, attention_mask)
         with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
             residuals = [context.embedding.detach().requires_grad_() if differentiable else context.embedding]
@@ -182,6 +186,16 @@ class ResidualModel(ABC):
                 residuals.append(self.sublayer(index, residuals[-1], context))
             logits = self.head(residuals[-1], context) if with_logits else residuals[-1][..., :0]
             return Trace(residuals, logits, context)
+
+    def check_differentiable(self) -> None:
+        """ValueError if no gradient can pass through the model, since its weights are inference tensors."""
+        if torch.is_inference_mode_enabled() or not next(self.model.parameters()).is_inference():
+            return
+        name = getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__)
+        raise ValueError(
+            f"model={name!r} was made under torch.inference_mode(), so that no gradient can pass through its weights; "
+            "load it outside (torch.no_grad() is as good), or fit with steps=0"
+        )
 
     def hooked_module(self, index: int) -> nn.Module:
         """The smallest module that contains the hooks at site `index`, on its stream and on its reads."""

@@ -179,6 +179,8 @@ def hybrid_losses(
     if sites is not None and not len(sites):
         raise ValueError(f"sites={sites!r} names no site; name one or more, or leave it out for all")
     bridges = range(len(bridge_set)) if sites is None else [bridge_set.index(site) for site in sites]
+    for model in (pair.dense, pair.sparse) if torch.is_grad_enabled() else ():
+        model.check_differentiable()
     with frozen(pair.dense.model):  # the dense model is a fixed target: no dropout, no gradient
         return _losses(pair, trace_pair(pair, input_ids, attention_mask), bridges)
 

@@ -47,3 +47,13 @@ def test_eval_mode_restores_the_mode_of_every_module():
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == before
+
+
+def test_frozen_restores_weights_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with modes.frozen(model):
+        assert not model.weight.requires_grad
+        model(torch.ones(1, 2))
+    assert model.weight.requires_grad and not model.bias.requires_grad
