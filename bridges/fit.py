@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridges.bridge import Bridge, BridgeSet
+from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import FitData, prepare
@@ -32,10 +31,10 @@ from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import REPORT_SENT_FILE, Tracker
 from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, train
+from bridges.fitting.untrained import untrained_pair
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
-from bridges.models.pairing import SitePair, pair_sites
 from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side
@@ -101,7 +100,7 @@ def fit(
         for model in models if config.steps else ():
             model.check_differentiable()
         with frozen(models[0].model), _sparse_modes(models[1].model, config):
-            pair = _untrained_pair(*models, config)
+            pair = untrained_pair(*models, config)
             data = prepare(
                 pair.dense, pair.sparse, data, eval_data, tokenizer, (dense, sparse), config, processes.world_size
             )
@@ -354,46 +353,3 @@ class _Run:
                 bridge_set.save_pretrained(out)
             tracker.finish(bridge_set.report, out, plot)
         self.processes.barrier()
-
-
-def _untrained_pair(dense: ResidualModel, sparse: ResidualModel, config: FitConfig) -> ModelPair:
-    """Bridges of zeros between the paired sites, in the promoted dtype of both models, at least float32."""
-    pairs = _bridgeable(dense, sparse, pair_sites(dense, sparse, config.site_map, config.sites), config)
-    dtype = torch.promote_types(torch.promote_types(dense.dtype, sparse.dtype), torch.float32)
-    k = config.k or _default_k(sparse)
-    if k > sparse.d_model:
-        raise ValueError(f"k={k} is over the sparse model's width {sparse.d_model}; pass {sparse.d_model} or less")
-    bridges = [Bridge(dense.d_model, sparse.d_model, k, dtype) for _ in pairs]
-    return ModelPair(dense, sparse, BridgeSet([(p.dense, p.sparse) for p in pairs], bridges).to(dense.device))
-
-
-def _bridgeable(
-    dense: ResidualModel, sparse: ResidualModel, pairs: list[SitePair], config: FitConfig
-) -> list[SitePair]:
-    """The pairs whose sites both have a read with a norm that R can be measured for.
-
-    Warns of those that a default pairing leaves out. Raises ValueError for one that the settings name, and where none
-    is left.
-    """
-    reasons: dict[SitePair, str] = {}
-    for pair in pairs:
-        for model, site in ((dense, pair.dense), (sparse, pair.sparse)):
-            try:
-                model.norm(model.index(site))
-            except ValueError as error:  # `norm` measures, so only trying tells
-                reasons.setdefault(pair, str(error))
-    kept = [pair for pair in pairs if pair not in reasons]
-    if reasons:
-        possible = ", ".join(pair.sparse for pair in kept) or "none"
-        named = config.sites is not None or config.site_map is not None
-        first = next(iter(reasons.values()))
-        if named or not kept:
-            raise ValueError(f"{first}; sites of this pair that can be bridged: {possible}")
-        left_out = ", ".join(pair.sparse for pair in reasons)
-        warnings.warn(f"the fit leaves out the sites {left_out}: {first}; it bridges {possible}", stacklevel=2)
-    return kept
-
-
-def _default_k(sparse: ResidualModel) -> int:
-    kept = sparse.model.config.kept("attn_in") if isinstance(sparse.model, SparseTransformer) else None
-    return min(kept or max(1, sparse.d_model // 4), sparse.d_model)
