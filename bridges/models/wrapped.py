@@ -9,12 +9,25 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The innermost language model of `model`; `model` itself where nothing wraps it.
 
     A wrapper's `generate` may call the model inside it directly, so hooks must stand there. Raises ValueError where a
-    wrapper holds several language models.
+    wrapper holds several language models, for an encoder-decoder, and for a model with virtual tokens.
     """
-    while (inside := _wrapped_model(model)) is not None:
+    while True:
+        _refuse_encoder(model)
+        inside = _wrapped_model(model)
+        if inside is None:
+            return model
         _refuse_virtual_tokens(model)
         model = inside
-    return model
+
+
+def _refuse_encoder(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        kind = getattr(config, "model_type", type(model).__name__)
+        raise ValueError(
+            f"model={kind!r} is an encoder-decoder ({type(model).__name__}); bridges need a decoder-only language "
+            "model, as AutoModelForCausalLM loads it"
+        )
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

@@ -18,7 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.models.huggingface.calls import CallArguments, as_output, output_hidden, replace_calls, split_arguments
-from bridges.models.huggingface.decompose import check_causal, check_chain, decoder_layers, decompose
+from bridges.models.huggingface.decompose import (
+    check_causal,
+    check_chain,
+    check_language_model,
+    decoder_layers,
+    decompose,
+)
 from bridges.models.huggingface.norm_probe import measure_norm, probe_vector, read_in_head, read_in_layer
 from bridges.models.huggingface.recording import base_model, model_inputs, probe_batches, record_forward
 from bridges.models.modes import eval_mode, not_recomputed, replaced_attribute, uncompiled
@@ -52,11 +58,14 @@ class HuggingFaceResidual(ResidualModel):
     def __init__(self, model: nn.Module):
         self.model = model
         self.family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        self.layers = decoder_layers(model)
+        check_language_model(model)
         with eval_mode(model), torch.no_grad():
-            records = [record_forward(model, self.layers, batch) for batch in probe_batches(model)]
+            batches = probe_batches(model)
+            self.layers = decoder_layers(model, batches[0])
+            records = [record_forward(model, self.layers, batch) for batch in batches]
             self.d_model = records[0].layers[0].hidden.shape[-1]
-            self.vocab_size = records[0].logits.shape[-1]
+            n_embedded = len(model.get_input_embeddings().weight)  # pyright: ignore
+            self.vocab_size = min(records[0].logits.shape[-1], n_embedded)
             self.decomposition = decompose(self.layers, records[0])
             self.sites = self.decomposition.sites
             for record in records:

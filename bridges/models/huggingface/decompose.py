@@ -29,9 +29,10 @@ from bridges.models.huggingface.calls import (
     replace_calls,
     split_arguments,
 )
-from bridges.models.huggingface.recording import ForwardRecord, model_inputs
+from bridges.models.huggingface.recording import ForwardRecord, model_inputs, text_config
 from bridges.models.modes import not_recomputed
-from bridges.models.residual import ResidualModel, Site, input_hook
+from bridges.models.residual import Batch, ResidualModel, Site, input_hook
+from bridges.models.wrapped import unembedding
 
 
 class Submodule(NamedTuple):
@@ -85,19 +86,33 @@ def decompose(layers: list[nn.Module], record: ForwardRecord) -> Decomposition:
     )
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The shallowest ModuleList as long as the configuration's number of layers; ValueError without one."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(model, "get_output_embeddings", lambda: None)():
+def check_language_model(model: nn.Module) -> None:
+    """ValueError unless the model has a configuration and an unembedding."""
+    if getattr(model, "config", None) is None or unembedding(model) is None:
         raise ValueError(
             f"model={type(model).__name__} is not a Hugging Face language model with an unembedding; "
             "load it through AutoModelForCausalLM"
         )
-    n_layers = config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+
+
+def decoder_layers(model: nn.Module, batch: Batch) -> list[nn.Module]:
+    """The outermost ModuleList as long as the configuration's number of layers; ValueError without one.
+
+    Where there are several (a vision tower may have as many layers as its text model), the one whose members are called
+    with a stream [batch, seq, d_model] in a pass over the batch.
+    """
+    n_layers = text_config(model).num_hidden_layers
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
-        raise ValueError(f"model={config.model_type!r} has no list of its {n_layers} decoder layers")
-    return [getattr(layer, "_orig_mod", layer) for layer in lists[0]]  # of a layer that torch.compile wraps
+        raise ValueError(f"model={model.config.model_type!r} has no list of its {n_layers} decoder layers")  # pyright: ignore
+    # A layer that torch.compile wraps is the one inside.
+    lists = [[getattr(layer, "_orig_mod", layer) for layer in one] for one in lists]
+    if len(lists) == 1:
+        return lists[0]
+    with record_calls({layer: None for one in lists for layer in one}) as calls:
+        model(**model_inputs(model, *batch))
+    streams = {layer for layer, call in calls.items() if call.hidden.shape[:-1] == batch[0].shape}
+    return max(lists, key=lambda one: len(streams.intersection(one)))  # the first, where several have as many
 
 
 def find_submodules(layer: nn.Module, call: LayerCall) -> dict[nn.Module, Submodule]:

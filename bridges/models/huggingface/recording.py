@@ -55,11 +55,22 @@ def probe_batches(model: nn.Module) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     tokens = torch.randint(vocab, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    while (placeholders := torch.isin(tokens, _placeholders(model))).any():
+        tokens[placeholders] = torch.randint(vocab, (int(placeholders.sum()),), generator=generator)
     tokens = tokens.to(input_device(model))
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     mask[2, -2:] = 0
     return [(tokens, None), (tokens, mask)]
+
+
+def _placeholders(model: nn.Module) -> Tensor:
+    """The token ids in place of which a multimodal model puts images or sound."""
+    config = getattr(model, "config", None)
+    if config is text_config(model):
+        return torch.tensor([])
+    ids = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return torch.tensor([one for one in ids if isinstance(one, int)])
 
 
 def record_forward(model: nn.Module, layers: list[nn.Module], batch: Batch) -> ForwardRecord:
