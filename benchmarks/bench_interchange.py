@@ -21,14 +21,15 @@ from torch import Tensor
 
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import frozen_pair, p_target, p_target_under_edit, run_prompts, run_reference_text
+from bridges.channels.prompts import frozen_pair
+from bridges.channels.runs import Prompts, p_target_under_edit, p_target_unedited, part_solved
 from bridges.channels.search import NoChannelsFoundError
 from bridges.data.prepare import FitData
 from bridges.data.rows import Rows
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, TEXT_ROWS, TRAIN_DOCUMENTS, demo_rows
 from bridges.fitting import interchange
 from bridges.models.bundled import BundledPair
-from bridges.tasks.pairs import TASKS, solved, task_pairs
+from bridges.tasks.pairs import TASKS, task_pairs
 
 COLUMNS = (
     "| nmse_decode | kl_sparse_to_dense | interchange: own, other pairs | over 0.5 | both ways | mean P(target) "
@@ -100,18 +101,17 @@ def searched(pair: BundledPair, bridge_set: bridges.BridgeSet, setting: Setting)
     """The single channel of every task that the dense model solves, on prompts that it was not chosen on."""
     p_dense, p_sparse, both_ways, sites = [], [], 0, []
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        reference = run_reference_text(models, setting.train[:TEXT_ROWS])
+        text = setting.train[:TEXT_ROWS]
         for task in setting.tasks:
             pairs = task_pairs(task, pair.tokenizer, CHOSEN_ON + setting.prompts)
-            reported = run_prompts(models, pairs.rows(CHOSEN_ON))
-            if solved(reported.traces.dense.logits[:, -1], reported.pairs).float().mean() < 0.9:
+            reported = Prompts(models, pairs.rows(CHOSEN_ON))
+            if part_solved(models, reported) < 0.9:
                 continue
             try:
-                chosen = find(models, run_prompts(models, pairs.rows(0, CHOSEN_ON)), reference).best
+                chosen = find(models, Prompts(models, pairs.rows(0, CHOSEN_ON)), text).best
             except NoChannelsFoundError:  # nothing to edit with: the task counts with the unedited models' P(target)
-                traces = reported.traces
-                p_dense.append(p_target(traces.dense.logits, reported.pairs).mean().item())
-                p_sparse.append(p_target(traces.sparse.logits, reported.pairs).mean().item())
+                p_dense.append(p_target_unedited(models, reported).mean().item())
+                p_sparse.append(p_target_unedited(models, reported, "sparse").mean().item())
                 sites.append("none within budget")
                 continue
             p = p_target_under_edit(models, reported, chosen)

@@ -7,14 +7,12 @@ held-out rows are used, so a setting may be chosen by it.
 
 import argparse
 
-import torch
-
 import bridges
 from bridges.channels.find import CHOSEN_ON, find
-from bridges.channels.prompts import edit_addend, frozen_pair, p_target, run_prompts, run_reference_text
+from bridges.channels.prompts import frozen_pair
+from bridges.channels.runs import Prompts, p_target_under_random
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.demo import SETTINGS, TASK, TEXT_ROWS, TRAIN_DOCUMENTS, demo_rows
-from bridges.steering.delta import edited_logits, random_addends
 from bridges.tasks.pairs import task_pairs
 
 DIRECTIONS = 60
@@ -39,16 +37,12 @@ def main() -> None:
         assert bridge_set.report is not None, "fit always reports"
         mean = bridge_set.report.to_dict()["mean"]
         with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-            prompts = run_prompts(models, pairs)
-            found = find(models, prompts, run_reference_text(models, train[:TEXT_ROWS]))
-            site = models.site("dense", bridge_set.index(found.best.site))
-            random = [
-                p_target(edited_logits(models.dense, prompts.traces.dense, site, addend, found.best.at), pairs).mean()
-                for addend in random_addends(edit_addend(models, prompts, found.best), DIRECTIONS, seed=2)
-            ]
+            prompts = Prompts(models, pairs)
+            found = find(models, prompts, train[:TEXT_ROWS])
+            random = p_target_under_random(models, prompts, found.best, DIRECTIONS, seed=2)
         losses = " | ".join(f"{mean[name]:.3f}" for name in ("nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"))
         channel = f"{found.best.channels[0]} at {found.best.site}, {found.best.at}"
-        p, control = found.sets[-1].p_target, torch.stack(random).mean().item()
+        p, control = found.sets[-1].p_target, random.mean().item()
         print(f"| {ridge:g} | {losses} | {channel} | {p:.3f} | {control:.3f} |", flush=True)
 
 

@@ -20,8 +20,12 @@ from bridges.tasks.pairs import TaskPairs, probability
 
 RANDOM_DIRECTIONS = 20
 RESAMPLES = 1000
-PASSES = RANDOM_DIRECTIONS + 5
-"""Addends whose curve `edit_curves` measures."""
+FEWEST_DIRECTIONS = 4
+RANDOM_WORK = 5e12
+"""Parameters times tokens times strengths that random directions may cost. In a large model they would take most of a
+sweep's time, so that there are fewer, `FEWEST_DIRECTIONS` at least."""
+OTHER_ADDENDS = 5
+"""Addends besides random directions whose curve `edit_curves` measures."""
 
 
 class Curve(NamedTuple):
@@ -47,12 +51,13 @@ def edit_curves(
     bridge, at = pair.bridge_set.index(chosen.site), chosen.at
     dense_site, sparse_site = pair.site("dense", bridge), pair.site("sparse", bridge)
     directions = dense_directions(pair, chosen_on, chosen)
+    n_random = n_random_directions(pair.dense, reported, len(strengths))
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     for run in reported.runs([bridge]):
         of_run = {
             name: _mean_curve(pair.dense, run.dense, run.pairs, dense_site, addends, strengths, at, bar)
-            for name, addends in dense_addends(pair, run, chosen, directions).items()
+            for name, addends in dense_addends(pair, run, chosen, directions, n_random).items()
         }
         in_sparse = [edit_addend(pair, run, chosen, "sparse")]
         of_run["p_target_sparse_model"] = _mean_curve(
@@ -61,6 +66,14 @@ def edit_curves(
         for name, values in of_run.items():
             parts.setdefault(name, []).append((run.rows, values))
     return {name: reported.gather(of_batches) for name, of_batches in parts.items()}
+
+
+def n_random_directions(model: ResidualModel, prompts: Prompts, n_strengths: int) -> int:
+    """How many random directions a curve is the mean of."""
+    n_parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    n_tokens = sum(batch.pairs.input_ids.numel() for batch in prompts.batches)
+    affordable = int(RANDOM_WORK / (n_parameters * n_tokens * n_strengths))
+    return min(RANDOM_DIRECTIONS, max(FEWEST_DIRECTIONS, affordable))
 
 
 def mean_difference_curve(
@@ -88,6 +101,7 @@ def dense_addends(
     run: PromptRun,
     chosen: Channels,
     directions: tuple[Float[Tensor, "2 d_dense"], Float[Tensor, "2 d_dense"]],
+    n_random: int = RANDOM_DIRECTIONS,
 ) -> dict[str, Iterable[Float[Tensor, "b s d_dense"]]]:
     """What each curve adds to the dense model where the edit enters, at strength 1; several addends are averaged over.
 
@@ -100,7 +114,7 @@ def dense_addends(
     mean_difference, probe = (one.to(edit)[run.pairs.direction.to(edit.device)][:, None] for one in directions)
     return {
         "p_target": [edit],
-        "p_target_random_direction": random_addends(edit, RANDOM_DIRECTIONS, seed=1),
+        "p_target_random_direction": random_addends(edit, n_random, seed=1),
         "p_target_mean_difference_equal_norm": [mean_difference * norm],
         "p_target_probe": [probe * norm],
         "p_target_all_channels": [dense_addend(pair, bridge, run.dz[bridge], chosen.at)],

@@ -28,10 +28,11 @@ from bridges.steering.delta import (
     edited_logits,
     ending_logits,
     mask_channels,
+    random_addends,
     run_streams,
     sparse_delta,
 )
-from bridges.tasks.pairs import TaskPairs, probability
+from bridges.tasks.pairs import TaskPairs, probability, solved
 
 
 class PromptRun(NamedTuple):
@@ -98,7 +99,7 @@ class Prompts:
         if small:
             self._kept, self._kept_bridges = kept, set(bridges)
 
-    def gather(self, parts: Sequence[tuple[Int[Tensor, " b"], Float[Tensor, "*k b"]]]) -> Float[Tensor, "*k n"]:
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "*k n"]:
         """Values of batches, given with their rows, as one tensor in the order of the pairs."""
         rows = torch.cat([rows for rows, _ in parts])
         values = torch.cat([values for _, values in parts], -1)
@@ -181,6 +182,13 @@ def p_target_unedited(pair: ModelPair, prompts: Prompts, side: Side = "dense") -
     )
 
 
+def part_solved(pair: ModelPair, prompts: Prompts, side: Side = "dense") -> float:
+    """The part of the prompts whose answer an unedited model finds likelier than the target."""
+    model = pair.model(side)
+    right = sum(int(solved(unedited_last_logits(model, r.side(side)), r.pairs).sum()) for r in prompts.runs(()))
+    return right / len(prompts)
+
+
 def p_target_under_edits(
     pair: ModelPair,
     prompts: Prompts,
@@ -207,3 +215,16 @@ def p_target_under_edit(
 ) -> Float[Tensor, " n"]:
     """P(target) of every prompt under the counterfactual edit of the channels."""
     return p_target_under_edits(pair, prompts, [chosen], side, strength)[0]
+
+
+def p_target_under_random(
+    pair: ModelPair, prompts: Prompts, chosen: Channels, n: int, seed: int
+) -> Float[Tensor, "directions n"]:
+    """P(target) of the dense model under `n` random directions with the edit's norm at every token."""
+    bridge = pair.bridge_set.index(chosen.site)
+    site, parts = pair.site("dense", bridge), []
+    for run in prompts.runs([bridge]):
+        addends = random_addends(edit_addend(pair, run, chosen), n, seed)
+        logits = (edited_last_logits(pair.dense, run.dense, site, addend, chosen.at) for addend in addends)
+        parts.append((run.rows, torch.stack([probability(one, run.pairs.target_sets) for one in logits])))
+    return prompts.gather(parts)

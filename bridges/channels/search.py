@@ -7,34 +7,30 @@ A set grows by one channel at a time, at one location. Candidates come from firs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Literal, NamedTuple, NoReturn, get_args
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
+from bridges.channels.attribution import Location, predicted_effects, top_channels
+from bridges.channels.candidates import LOCATIONS_TRIED_IN_FULL, effects_on_both, spread, top_of_each
 from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
-from bridges.channels.runs import Prompts, edit_addend, edited_last_logits, p_target_under_edits, p_target_unedited
+from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_random, p_target_unedited
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sampled import sampled_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.objective.hybrid import SIDES, ModelPair, Side
-from bridges.steering.delta import EntryPoint, random_addends
-from bridges.tasks.pairs import probability
+from bridges.steering.delta import EntryPoint
 
 By = Literal["dense", "both"]
 """Whose answer channels are chosen by: the dense model's, or both models'."""
 CANDIDATES = 16
 """Channels per location whose edit is made, those of largest predicted effect."""
 MIN_CANDIDATES = 8
-LOCATIONS_TRIED_IN_FULL = 10
-"""With more locations (a site's read or its stream), the edits made are not `CANDIDATES` at each, but this many times
-`CANDIDATES` in total, spread over all of them; and sets of several channels are tried at this many locations."""
 MAX_CHANNELS = 8
 """Channels that a set may have."""
 BUDGET = 0.04
@@ -127,10 +123,10 @@ class Search:
             self.effects = self.dense_effects
             sources = [(self.effects, n)]
         else:
-            self.effects = _effects_on_both(*of_sides)
+            self.effects = effects_on_both(*of_sides)
             # Half the candidates are top-ranked by both models, a few by one model only.
             sources = [(self.effects, n // 2), *((effects, n // 8) for effects in of_sides)]
-        self.candidates = {at: _top_of_each(sources, at) for at in self.effects}
+        self.candidates = {at: top_of_each(sources, at) for at in self.effects}
         self.single_edits = self._named(spread(self.candidates, self.effects, LOCATIONS_TRIED_IN_FULL * n))
         self.text = ReferenceText(pair, text, self._channels_per_bridge())
         self._p_target: dict[tuple[Channels, Side], Float[Tensor, " n"]] = {}
@@ -284,7 +280,9 @@ class Search:
     def compare_with_random(self, chosen: Channels) -> ChannelSet:
         """The set with what it does, and with what random directions of the same norm do."""
         dense, sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in SIDES)
-        strongest = p_target_under_random(self.pair, self.prompts, chosen).mean(1).max().item()
+        # Another seed than that of the directions that a sweep reports.
+        random = p_target_under_random(self.pair, self.prompts, chosen, SEARCH_DIRECTIONS, seed=0)
+        strongest = random.mean(1).max().item()
         return ChannelSet(chosen, dense, sparse, strongest, self.ablation_kl(chosen))
 
     def _refuse(self) -> NoReturn:
@@ -306,50 +304,9 @@ class Search:
         )
 
 
-def p_target_under_random(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Float[Tensor, "directions n"]:
-    """P(target) of the dense model under random directions with the edit's norm at every token."""
-    bridge = pair.bridge_set.index(chosen.site)
-    site, parts = pair.site("dense", bridge), []
-    for run in prompts.runs([bridge]):
-        # Another seed than that of the directions that a sweep reports.
-        addends = random_addends(edit_addend(pair, run, chosen), SEARCH_DIRECTIONS, seed=0)
-        logits = (edited_last_logits(pair.dense, run.dense, site, addend, chosen.at) for addend in addends)
-        parts.append((run.rows, torch.stack([probability(one, run.pairs.target_sets) for one in logits])))
-    return prompts.gather(parts)
-
-
-def spread(candidates: Mapping[Location, Sequence[int]], effects: Effects, most: int) -> list[tuple[Location, int]]:
-    """At most `most` of the candidates of all locations: all of them, where there are no more.
-
-    Else half are those of largest predicted effect, wherever they are; the others are the first candidates of every
-    location, then the second, since predictions at one depth may be worse than at another.
-    """
-    everything = [(location, channel) for location, channels in candidates.items() for channel in channels]
-    if len(everything) <= most:
-        return everything
-
-    def predicted(one: tuple[Location, int]) -> float:
-        return effects[one[0]][one[1]].item()
-
-    largest = sorted(everything, key=predicted, reverse=True)
-    rank = {(at, channel): n for at, channels in candidates.items() for n, channel in enumerate(channels)}
-    evenly = sorted(largest, key=rank.__getitem__)
-    return list(dict.fromkeys([*largest[: most // 2], *evenly]))[:most]
-
-
-def _top_of_each(sources: Sequence[tuple[Effects, int]], location: Location) -> list[int]:
-    """The channels of largest effect at a location, so many from each source."""
-    return list(dict.fromkeys(channel for effects, n in sources for channel in top_channels(effects[location], n)))
-
-
 def _geometric_mean(p_per_model: Sequence[Float[Tensor, " b"]]) -> float:
     """Of each model's mean over prompts."""
     return math.prod(p.mean().item() for p in p_per_model) ** (1 / len(p_per_model))
-
-
-def _effects_on_both(dense: Effects, sparse: Effects) -> Effects:
-    """The geometric mean of the effects on both models; 0 where either is negative."""
-    return {at: (effect.clamp(min=0) * sparse[at].clamp(min=0)).sqrt() for at, effect in dense.items()}
 
 
 def smallest_sufficient(grown: Sequence[Sequence[ChannelSet]], by: By) -> list[ChannelSet]:

@@ -191,4 +191,7 @@ def _cross_entropy_sum(
     """Next-token cross-entropy, summed over these tokens of each row but its last."""
     tokens = tokens[tokens < ids.shape[1] - 1]
     targets = ids[:, tokens + 1].flatten().to(logits.device)
-    return F.cross_entropy(logits[:, : len(tokens)].flatten(0, 1).float(), targets, reduction="sum").item()
+    logits = logits[:, : len(tokens)].flatten(0, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # In float64, since what is reported is a small difference of two sums.
+    return F.cross_entropy(logits.to(wide), targets, reduction="none").double().sum().item()

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from bridges.bridge import BridgeSet
 from bridges.channels.agreement import N_CONTROLS, intervention_agreement
 from bridges.channels.baselines import best_mean_difference
-from bridges.channels.curves import PASSES, edit_curves, mean_difference_curve, with_band
+from bridges.channels.curves import (
+    OTHER_ADDENDS,
+    edit_curves,
+    mean_difference_curve,
+    n_random_directions,
+    with_band,
+)
 from bridges.channels.find import CHOSEN_ON, FoundChannels, find
 from bridges.channels.prompts import (
     Channels,
@@ -26,15 +32,15 @@ from bridges.channels.prompts import (
     resolve_task,
     resolve_tokenizer,
 )
-from bridges.channels.runs import Prompts, p_target_under_edit, unedited_last_logits
+from bridges.channels.runs import Prompts, p_target_under_edit, part_solved
 from bridges.channels.search import BUDGET, SAMPLED_ROWS, By, SearchOptions, sample_text
 from bridges.channels.side_effects import other_tasks, side_effects
 from bridges.channels.sweep_result import Sweep
 from bridges.io.progress import announce, progress_bar
 from bridges.models.residual import ResidualModel, context_limit
-from bridges.objective.hybrid import SIDES, ModelPair, Side
+from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.report.curves import CURVES
-from bridges.tasks.pairs import TaskPairs, solved
+from bridges.tasks.pairs import TaskPairs
 
 STRENGTHS = tuple(i / 10 for i in range(11))
 
@@ -160,7 +166,8 @@ def sweep_prompts(
     announce(f"sweep, {pairs.task}: {n} pairs, {what}, {text.numel()} tokens of text", progress)
     with progress_bar("mean difference at each site", len(pair.dense.sites) * len(chosen_on), progress) as bar:
         site, mean_difference = best_mean_difference(pair.dense, chosen_on, bar)
-    with progress_bar("curves of the edit and its baselines", (PASSES + 1) * n, progress) as bar:
+    n_curves = n_random_directions(pair.dense, reported, len(strengths)) + OTHER_ADDENDS + 1
+    with progress_bar("curves of the edit and its baselines", n_curves * n, progress) as bar:
         curves = edit_curves(pair, chosen_on, reported, chosen, strengths, bar)
         curves["p_target_mean_difference"] = mean_difference_curve(
             pair, reported, site, mean_difference, strengths, bar
@@ -170,7 +177,7 @@ def sweep_prompts(
     with progress_bar("side effects", len(text) + sum(map(len, other_pairs)), progress) as bar:
         effects = side_effects(pair, reported, chosen, text, other_pairs, bar)
     at_one = p_target_under_edit(pair, reported, chosen)
-    accuracy_dense, accuracy_sparse = (_accuracy(pair, reported, side) for side in SIDES)
+    accuracy_dense, accuracy_sparse = (part_solved(pair, reported, side) for side in SIDES)
     return Sweep(
         task=pairs.task,
         chosen=chosen,
@@ -185,10 +192,3 @@ def sweep_prompts(
         effects=effects,
         ranking_agreement=ranking_agreement,
     )
-
-
-def _accuracy(pair: ModelPair, prompts: Prompts, side: Side) -> float:
-    """The part of the prompts that an unedited model solves."""
-    model = pair.model(side)
-    right = sum(int(solved(unedited_last_logits(model, r.side(side)), r.pairs).sum()) for r in prompts.runs(()))
-    return right / len(prompts)

@@ -6,8 +6,16 @@ import torch
 from pairs import toy_task
 from whole import whole_run, written_addend, written_logits, written_p
 
+from bridges.channels import curves
 from bridges.channels.baselines import dense_directions
-from bridges.channels.curves import RANDOM_DIRECTIONS, RESAMPLES, dense_addends, edit_curves, with_band
+from bridges.channels.curves import (
+    RANDOM_DIRECTIONS,
+    RESAMPLES,
+    dense_addends,
+    edit_curves,
+    n_random_directions,
+    with_band,
+)
 from bridges.channels.prompts import Channels
 from bridges.channels.runs import Prompts
 from bridges.steering.delta import random_addends
@@ -68,6 +76,19 @@ def test_random_directions_are_averaged_over(pair, prompts):
         each = [written_logits(pair, run, CHOSEN, strength, addend=addend) for addend in addends]
         expected = sum(written_p(logits, run.pairs.targets) for logits in each) / RANDOM_DIRECTIONS
         assert torch.allclose(row, expected, rtol=1e-10)
+
+
+def test_there_are_fewer_random_directions_in_a_large_model(pair, prompts, monkeypatch):
+    model, work = pair.dense, sum(p.numel() for p in pair.dense.model.parameters()) * 42 * 3  # tokens, strengths
+    for affordable, expected in {1: 4, 4: 4, 7: 7, 20: 20, 21: 20}.items():
+        monkeypatch.setattr(curves, "RANDOM_WORK", (affordable + 0.5) * work)
+        assert n_random_directions(model, prompts[1], 3) == expected
+    monkeypatch.setattr(curves, "RANDOM_WORK", 5.5 * work)
+    found = edit_curves(pair, *prompts, CHOSEN, (0.0, 0.5, 1.0))["p_target_random_direction"]
+    run = whole_run(pair, prompts[1].pairs)
+    addends = random_addends(written_addend(pair, run, CHOSEN), 5, seed=1)
+    each = [written_p(written_logits(pair, run, CHOSEN, addend=addend), run.pairs.targets) for addend in addends]
+    assert torch.allclose(found[2], sum(each) / 5, rtol=1e-10)
 
 
 def test_a_band_is_the_middle_of_resampled_means():

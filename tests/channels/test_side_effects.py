@@ -64,9 +64,7 @@ def test_the_edits_effect_before_the_answer_is_the_mean_over_real_tokens_but_the
     tokens_before = [(row, t) for row in range(6) for t in range(6) if mask[row, t]]
     expected = sum(kl[row, t].item() for row, t in tokens_before) / len(tokens_before)
     found = side_effects(pair, Prompts(pair, padded), CHOSEN, tokens(2, 6))
-    assert found.kl_before_answer == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert found.kl_before_answer == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_other_tasks_nothing_is_said_of_them(pair, prompts):
