@@ -66,8 +66,11 @@ class Prompts:
 
     def __init__(self, pair: ModelPair, pairs: TaskPairs):
         name = f"task={pairs.task!r} with this tokenizer"
-        for ids in (pairs.input_ids, pairs.counterfactual_ids):
-            check_tokens(name, ids, None, pair.dense, pair.sparse, least=1)
+        ids, other = (
+            check_tokens(name, ids, pairs.attention_mask, pair.dense, pair.sparse, least=1)[0]
+            for ids in (pairs.input_ids, pairs.counterfactual_ids)
+        )
+        pairs = pairs.replaced(input_ids=ids, counterfactual_ids=other)
         for sets in (pairs.answer_sets, pairs.target_sets):
             check_vocabulary(name, sets.distinct.clamp(min=0), pair.dense, pair.sparse)
         self.pair, self.pairs = pair, pairs.to(pair.dense.device)

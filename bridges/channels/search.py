@@ -21,8 +21,9 @@ from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
 from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_random, p_target_unedited
 from bridges.config import DEFAULT_SEQ_LEN
-from bridges.data.sampled import sampled_text
+from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.io.progress import Bar, progress_bar
+from bridges.models.residual import context_limit
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.steering.delta import EntryPoint
 
@@ -98,8 +99,9 @@ def check_search(most: int, by: str, budget: float = BUDGET, name: str = "most")
 
 def sample_text(pair: ModelPair, seed: int, for_search: bool = True) -> Int[Tensor, "rows seq"]:
     """Sample reference text from the dense model: other rows for a search than for what is reported of its result."""
-    width = min(DEFAULT_SEQ_LEN, pair.dense.context_length or DEFAULT_SEQ_LEN)
-    return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search)
+    width = min(DEFAULT_SEQ_LEN, context_limit(pair.dense, pair.sparse) or DEFAULT_SEQ_LEN)
+    shared = SharedTokens(min(pair.dense.vocab_size, pair.sparse.vocab_size))
+    return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search, shared)
 
 
 class Search:

@@ -175,7 +175,7 @@ def hybrid_losses(
     pair = ModelPair(as_residual(dense), as_residual(sparse), bridge_set)
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    check_tokens("input_ids", input_ids, attention_mask, pair.dense, pair.sparse)
+    input_ids, attention_mask = check_tokens("input_ids", input_ids, attention_mask, pair.dense, pair.sparse)
     if sites is not None and not len(sites):
         raise ValueError(f"sites={sites!r} names no site; name one or more, or leave it out for all")
     bridges = range(len(bridge_set)) if sites is None else [bridge_set.index(site) for site in sites]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,23 @@ class CompanionReader:
             eval_mode(self.residual_model.model),
             self._hooks(site_edits, readings),
         ):
-            return readings, self.companion.run(call)
+            return readings, self.companion.run(self._known(call))
+
+    def _known(self, call: ModelCall) -> ModelCall:
+        """The call with tokens that the model has: its vocabulary may lack the dense model's last ones."""
+        if self.from_encoder:
+            return call
+        unknown = call.input_ids >= self.residual_model.vocab_size
+        if call.attention_mask is not None:
+            padding = unknown & (call.attention_mask[:, call.n_past :] == 0).to(unknown.device)
+            unknown, call = unknown & ~padding, replace(call, input_ids=call.input_ids.masked_fill(padding, 0))
+        if unknown.any():
+            raise ValueError(
+                f"input_ids holds token {int(call.input_ids[unknown][0])}, but the sparse model has tokens 0 to "
+                f"{self.residual_model.vocab_size - 1}; where it fills rows that have ended, pass generate another "
+                "pad_token_id"
+            )
+        return call
 
     def _hooks(self, site_edits: Sequence[SiteEdit], readings: Readings) -> AbstractContextManager[None]:
         def keep(site_edit: SiteEdit) -> HookFunction:

@@ -1,0 +1,68 @@
+"""The dense side has a padding token that the sparse side lacks: it is taken under the mask, and there alone."""
+
+import pytest
+import torch
+from pairs import VOCAB, gpt2, join, relative, sparse_model, tokens, toy_task, with_units
+
+import bridges
+from bridges.channels.runs import Prompts
+from bridges.channels.search import sample_text
+
+PAD = VOCAB
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1], [1] * 7])
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A pair whose dense model has one token more, which pads rows."""
+    return with_units(join(gpt2(vocab=VOCAB + 1), sparse_model()))
+
+
+def padded(fill):
+    return tokens().masked_fill(MASK == 0, fill)
+
+
+def test_losses_are_those_of_rows_with_any_other_padding(wide):
+    one, other = (bridges.hybrid_losses(*wide[:2], wide.bridge_set, padded(fill), MASK) for fill in (PAD, 0))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    figures = [bridges.evaluate(*wide, {"input_ids": padded(fill), "attention_mask": MASK}) for fill in (PAD, 0)]
+    assert figures[0].mean == figures[1].mean
+    with pytest.raises(
+        ValueError, match=r"input_ids holds token 17; valid ids are 0 to 16 \(the models have 17 and 18"
+    ):
+        bridges.hybrid_losses(*wide[:2], wide.bridge_set, padded(PAD))
+
+
+def test_steered_logits_are_those_of_rows_with_any_other_padding(wide):
+    edit = bridges.Edit("1.attn", 3, 0.7)
+    with bridges.steer(wide.dense.model, wide.bridge_set, edit, sparse=wide.sparse) as dense, torch.no_grad():
+        one, other = (dense(padded(fill), attention_mask=MASK).logits[:, -1] for fill in (PAD, 0))
+        assert torch.equal(one, other)
+        options = {"attention_mask": MASK, "max_new_tokens": 3, "do_sample": False, "suppress_tokens": [PAD]}
+        grown = [dense.generate(padded(fill), pad_token_id=0, **options)[:, 7:] for fill in (PAD, 0)]
+        assert torch.equal(*grown)
+        message = (
+            r"input_ids holds token 17, but the sparse model has tokens 0 to 16; where it fills rows that have ended"
+        )
+        with pytest.raises(ValueError, match=message):
+            dense(padded(PAD))
+    assert relative(one, wide.dense.model(padded(0), attention_mask=MASK).logits[:, -1]) > 1e-3
+
+
+def test_prompts_and_counterfactuals_are_those_of_rows_with_any_other_padding(wide):
+    mask = torch.cat([MASK, MASK[:2]])
+    runs = []
+    for fill in (PAD, 0):
+        task = toy_task()
+        ids, other = (one.masked_fill(mask == 0, fill) for one in (task.input_ids, task.counterfactual_ids))
+        pairs = task.replaced(input_ids=ids, counterfactual_ids=other, attention_mask=mask)
+        runs.append(Prompts(wide, pairs))
+        edit = bridges.counterfactual(wide.sparse, "1.attn", 3, ids, other, mask)
+        runs.append(edit.value)
+    assert torch.equal(runs[1], runs[3]) and torch.equal(runs[0].pairs.input_ids, runs[2].pairs.input_ids)
+
+
+def test_sampled_text_holds_the_tokens_and_the_width_that_both_models_have():
+    pair = join(gpt2(vocab=VOCAB + 1, context=12), sparse_model(block_size=10))
+    text = sample_text(pair, seed=0)
+    assert text.shape[1] == 10 and text.max() < VOCAB
