@@ -20,7 +20,7 @@ from bridges.channels.side_effects import side_effects
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
 
-def padded_task(rows=8):
+def padded_task(rows=6):
     """Prompts of four to seven tokens, long and short in turn, padded on the left."""
     pairs = toy_task(rows=rows)
     starts = torch.arange(rows) * 2 % 5 % 4
@@ -50,7 +50,7 @@ def small_budgets(monkeypatch):
 def test_every_pair_is_in_one_batch_without_the_padding_that_all_begin_with(monkeypatch, budget, at_most):
     for name, value in budget.items():
         monkeypatch.setattr(batches, name, value)
-    task = padded_task()
+    task = padded_task(8)
     split = pair_batches(task, bytes_per_token=100, vocab_size=17)
     assert sorted(row for rows, _ in split for row in rows.tolist()) == list(range(8)) and len(split) > 2
     for rows, pairs in split:
@@ -73,7 +73,7 @@ def test_text_and_logits_are_split_by_tokens_and_logits(small_budgets):
 def test_prompts_in_small_batches_give_what_one_batch_gives(pair, small_budgets):
     """P(target) of edits at every site, against one pass on all prompts, padding and all."""
     prompts, run = Prompts(pair, padded_task()), whole_run(pair, padded_task())
-    assert len(prompts.batches) > 3
+    assert len(prompts.batches) > 3  # of six
     edits = [Channels(site, (1, 4), at) for site in pair.bridge_set.sites for at in ("read", "residual")]
     for side in ("dense", "sparse"):
         with torch.no_grad():
@@ -87,9 +87,9 @@ def test_prompts_in_small_batches_give_what_one_batch_gives(pair, small_budgets)
 
 def everything(pair, prompts, at="residual"):
     """Figures of each function that runs prompts or text, as tensors."""
-    text, chosen = tokens(5, 8, seed=9), CHOSEN._replace(at=at)
+    text, chosen = tokens(3, 8, seed=9), CHOSEN._replace(at=at)
     with torch.no_grad():
-        effects = side_effects(pair, prompts, chosen, text, [padded_task(4), toy_task(seed=8)])
+        effects = side_effects(pair, prompts, chosen, text, [padded_task(4)])
         site, addend = best_mean_difference(pair.dense, prompts)
         found = {
             "ablation": [ReferenceText(pair, text, {2: [0, 3, 5]}).ablation_kl(chosen)],
@@ -103,19 +103,15 @@ def everything(pair, prompts, at="residual"):
     return found | {f"effects {at}": values for at, values in predicted_effects(pair, prompts).items()}
 
 
-@pytest.mark.parametrize("at", ["read", "residual"])
+@pytest.mark.parametrize("at", [pytest.param("read", marks=pytest.mark.slow), "residual"])
 def test_figures_do_not_depend_on_the_batches(pair, few_passes, request, at):
     whole = everything(pair, Prompts(pair, padded_task()), at)
     request.getfixturevalue("small_budgets")
     split = everything(pair, Prompts(pair, padded_task()), at)
     for name, values in whole.items():
-        torch.testing.assert_close(
-            torch.as_tensor(split[name]),
-            torch.as_tensor(values),
-            rtol=1e-6,
-            atol=1e-10,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+        one, other = torch.as_tensor(values), torch.as_tensor(split[name])
+        precise = 1e-4 if name == "p_target_probe" else 1e-9  # a logistic regression is solved up to a tolerance
+        assert torch.allclose(one, other, rtol=precise, atol=1e-12), name
 
 
 def largest_call(module, run):
@@ -128,6 +124,7 @@ def largest_call(module, run):
     return max(sizes)
 
 
+@pytest.mark.slow
 def test_no_call_is_over_its_budget(pair, few_passes, small_budgets):
     """Two tokens' logits of a vocabulary of 17, nine tokens of a layer."""
     model = pair.dense.model
