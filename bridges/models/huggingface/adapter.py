@@ -26,7 +26,13 @@ from bridges.models.huggingface.decompose import (
     decompose,
 )
 from bridges.models.huggingface.norm_probe import measure_norm, probe_vector, read_in_head, read_in_layer
-from bridges.models.huggingface.recording import base_model, model_inputs, probe_batches, record_forward
+from bridges.models.huggingface.recording import (
+    base_model,
+    model_inputs,
+    probe_batches,
+    record_forward,
+    without_autocast,
+)
 from bridges.models.modes import eval_mode, not_recomputed, replaced_attribute, uncompiled
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, input_hook
 
@@ -115,7 +121,8 @@ class HuggingFaceResidual(ResidualModel):
         return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
 
     def _run_head(self, residual: Tensor, context: Context, **options: Any) -> Tensor:
-        with not_recomputed(self.layers), replace_calls(self._skipped_layers(residual)):
+        replaced = replace_calls(self._skipped_layers(residual))
+        with without_autocast(self.model), not_recomputed(self.layers), replaced:
             return self.model(**context.extra.inputs, **options).logits
 
     def _skipped_layers(

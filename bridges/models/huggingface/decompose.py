@@ -29,7 +29,7 @@ from bridges.models.huggingface.calls import (
     replace_calls,
     split_arguments,
 )
-from bridges.models.huggingface.recording import ForwardRecord, model_inputs, text_config
+from bridges.models.huggingface.recording import ForwardRecord, model_inputs, text_config, without_autocast
 from bridges.models.modes import not_recomputed
 from bridges.models.residual import Batch, ResidualModel, Site, input_hook
 from bridges.models.wrapped import unembedding
@@ -109,7 +109,7 @@ def decoder_layers(model: nn.Module, batch: Batch) -> list[nn.Module]:
     lists = [[getattr(layer, "_orig_mod", layer) for layer in one] for one in lists]
     if len(lists) == 1:
         return lists[0]
-    with record_calls({layer: None for one in lists for layer in one}) as calls:
+    with record_calls({layer: None for one in lists for layer in one}) as calls, without_autocast(model):
         model(**model_inputs(model, *batch))
     streams = {layer for layer, call in calls.items() if call.hidden.shape[:-1] == batch[0].shape}
     return max(lists, key=lambda one: len(streams.intersection(one)))  # the first, where several have as many
@@ -262,7 +262,8 @@ def check_causal(model: nn.Module, record: ForwardRecord) -> None:
     """ValueError if a change of the last token reaches logits before it."""
     ids = record.batch[0].clone()
     ids[:, -1] = (ids[:, -1] + 1) % len(model.get_input_embeddings().weight)  # pyright: ignore
-    changed = model(**model_inputs(model, ids, None)).logits
+    with without_autocast(model):
+        changed = model(**model_inputs(model, ids, None)).logits
     error = difference(changed[:, :-1], record.logits[:, :-1])
     # Experts that take tokens together round differently.
     if error > max(1e-4, 100 * torch.finfo(changed.dtype).eps):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bridges.models.huggingface.calls import CallArguments, as_output, replace_calls, split_arguments
 from bridges.models.huggingface.decompose import Submodule, difference
+from bridges.models.huggingface.recording import without_autocast
 from bridges.models.residual import Norm
 
 # A power of two, so that mean squares of +-SCALE are exact where a norm computes in float32; so large that adding eps
@@ -96,8 +97,9 @@ def read_in_head(
     inside = {part for layer in layers for part in layer.modules()}
     embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding) and part not in inside]
     replaced = {**layers, **{one: _call_as(one, dtype) for one in embeddings}, reader: keep}
-    with replace_calls(replaced):
-        copy_as(model, dtype, replaced)(**inputs)
+    copied = copy_as(model, dtype, replaced)
+    with replace_calls(replaced), without_autocast(copied):
+        copied(**inputs)
     return reads[0]
 
 

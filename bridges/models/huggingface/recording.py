@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bridges.models.huggingface.calls import LayerCall, record_calls
+from bridges.models.modes import replaced_attribute
 from bridges.models.residual import Batch, input_device, position_ids
 
 PROBE_ROWS, PROBE_TOKENS = 3, 8
@@ -27,6 +30,17 @@ class ForwardRecord(NamedTuple):
 def base_model(model: nn.Module) -> nn.Module:
     """The decoder without its unembedding."""
     return getattr(model, "base_model", model)
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that accelerate prepared for mixed precision runs in the precision of its weights.
+
+    accelerate wraps its forward in autocast, while a chain calls its layers outside that.
+    """
+    own = vars(model).get("_original_forward")
+    with nullcontext() if own is None else replaced_attribute(model, "forward", own):
+        yield
 
 
 def text_config(model: nn.Module) -> Any:
@@ -79,7 +93,7 @@ def record_forward(model: nn.Module, layers: list[nn.Module], batch: Batch) -> F
     ValueError where layers share a module, or a layer's stream is not [batch, seq, d_model].
     """
     input_ids, attention_mask = batch
-    with record_calls(layers) as calls:
+    with record_calls(layers) as calls, without_autocast(model):
         logits = model(**model_inputs(model, input_ids, attention_mask)).logits
     family = model.config.model_type  # pyright: ignore
     if len(calls) < len(layers):

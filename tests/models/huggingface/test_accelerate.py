@@ -3,8 +3,12 @@
 import accelerate
 import pytest
 import torch
+from pairs import join, sparse_model, with_units
+from pairs import tokens as ids
+from steered import EDITS, llama, steered
 
 from bridges.models.loading import as_residual
+from bridges.steering.steer import steer
 
 
 def offload_all(model, _folder):
@@ -60,3 +64,52 @@ def test_a_dispatched_half_precision_model_has_the_exact_gains(family, dispatch,
     for index in range(len(chain.sites)):
         assert torch.equal(chain.norm(index).gain, plain.norm(index).gain)
     assert {name: parameter.device for name, parameter in model.named_parameters()} == devices
+
+
+@pytest.fixture
+def prepared():
+    """A function that prepares a model for bfloat16 as a user's training script does."""
+    yield lambda model: accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_model_prepared_for_mixed_precision_is_the_chain_of_its_weights(family, prepared, tiny, tokens, padding):
+    plain, model = as_residual(tiny(family)), prepared(tiny(family))
+    own = vars(model)["forward"]
+    chain = as_residual(model)
+    assert chain.sites == plain.sites and vars(model)["forward"] is own
+    with torch.no_grad():
+        expected, logits = plain.residuals(tokens, padding)
+        ours, our_logits = chain.residuals(tokens, padding)
+    assert torch.equal(our_logits, logits)
+    for i, (one, other) in enumerate(zip(ours, expected, strict=True)):
+        assert torch.equal(one, other)
+        assert torch.equal(chain.norm(i).gain, plain.norm(i).gain)
+
+
+def test_a_model_prepared_for_mixed_precision_is_steered_in_it(prepared):
+    """The oracle is the plain model inside autocast."""
+    plain, model = (with_units(join(llama().float(), sparse_model(dtype=torch.float32))) for _ in range(2))
+    ready = prepared(model.dense.model)
+    for name, options in (("add", {}), ("several", {"source": "encoder"})):
+        with torch.no_grad():
+            with steered(plain, EDITS[name], **options), torch.autocast("cpu", torch.bfloat16):
+                expected = plain.dense.model(ids()).logits.float()
+            with steer(ready, model.bridge_set, EDITS[name], sparse=model.sparse, **options) as yielded:
+                found = yielded(ids()).logits
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_dispatched_model_is_steered_as_the_plain_one(dispatch, tmp_path):
+    """accelerate wraps forward of every module, steer that of the model around it."""
+    pair, found = with_units(join(llama().float(), sparse_model(dtype=torch.float32))), []
+    how = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for dispatched in (False, True):
+        model = dispatch(pair.dense.model, tmp_path) if dispatched else pair.dense.model
+        before = {name: id(vars(part).get("forward")) for name, part in model.named_modules()}
+        with steer(model, pair.bridge_set, EDITS["several"], sparse=pair.sparse), torch.no_grad():
+            found.append((model(ids()).logits, model.generate(ids(), **how)))
+        assert {name: id(vars(part).get("forward")) for name, part in model.named_modules()} == before
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
