@@ -10,6 +10,7 @@ from bridges.steering.delta import (
     dense_addend,
     edited_logits,
     mask_channels,
+    run_streams,
     sparse_delta,
     stream_to_read,
     stream_to_read_transpose,
@@ -106,6 +107,32 @@ def test_a_zero_addend_changes_no_bit_and_an_edit_nothing_before_it(pair, at):
         edited = edited_logits(pair.dense, trace, SITE, addend, at)
     assert torch.equal(edited[:, :4], trace.logits[:, :4])
     assert not torch.equal(edited[:, 4:], trace.logits[:, 4:])
+
+
+@pytest.mark.parametrize("site", [0, 2, 4])
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_logits_of_some_tokens_are_rows_of_the_whole_edited_pass(pair, site, at):
+    """At `final` too, whose read holds the kept tokens alone in some models and all in others."""
+    ids, _ = prompts()
+    for model in (pair.dense, pair.sparse):
+        addend = torch.randn(4, 7, model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            trace = model.trace(ids, MASK)
+            streams = run_streams(model, ids, MASK, [site, 4])
+            whole = edited_logits(model, trace, site, addend, at)
+            for kept in ([6], [2, 3, 6]):
+                some = edited_logits(model, streams, site, addend, at, torch.tensor(kept))
+                assert torch.allclose(some, whole[:, kept], rtol=1e-10, atol=1e-12)
+        assert relative(whole, trace.logits) > 1e-3
+
+
+def test_streams_at_some_sites_are_those_of_the_whole_pass(pair):
+    ids, _ = prompts()
+    with torch.no_grad():
+        streams = run_streams(pair.dense, ids, MASK, {3, 1})
+        trace = pair.dense.trace(ids, MASK)
+    assert list(streams.residuals) == [1, 3]
+    assert all(torch.equal(stream, trace.residuals[site]) for site, stream in streams.residuals.items())
 
 
 def test_the_adjoint_is_the_transpose(pair):
