@@ -153,7 +153,13 @@ class HuggingFaceResidual(ResidualModel):
             return [self.model.get_output_embeddings()]  # pyright: ignore[reportCallIssue]
         modules = self.decomposition.sublayers[index].readers
         if not modules:
-            raise ValueError(f"site={self.sites[index]!r} of {self.family} has no module that reads the stream")
+            readable = [
+                site for site, one in zip(self.sites, self.decomposition.sublayers, strict=False) if one.readers
+            ]
+            raise ValueError(
+                f"site={self.sites[index]!r} of {self.family} has no module that reads the stream; those that have one "
+                f"are {', '.join([*readable, 'final'])}"
+            )
         return modules
 
     def norm(self, index: int, reader: int = 0) -> Norm:

@@ -135,7 +135,7 @@ def split_layer(
     mixing = [child for child, submodule in submodules.items() if submodule.mixes_tokens]
     pointwise = [child for child, submodule in submodules.items() if not submodule.mixes_tokens]
     if len(mixing) != 1 or len(pointwise) != 1:
-        return [Sublayer(index, None, mixing[:1])]
+        return [Sublayer(index, None, mixing[:1] or pointwise[:1])]  # some layers are an MLP alone
     first, second = Sublayer(index, pointwise[0], mixing), Sublayer(index, mixing[0], pointwise)
 
     def run(sublayer: Sublayer, hidden: Tensor) -> Tensor:
