@@ -53,7 +53,7 @@ class FitConfig(BaseModel):
     closed_form: bool = True
     """Start from the least-squares solution; False: from random maps."""
     closed_form_tokens: Auto[Annotated[int, Field(ge=1)]] = "auto"
-    """Tokens that the closed form is solved from. "auto": 64 per channel of the wider model, at most 200,000."""
+    """Tokens that the closed form is solved from. "auto": 48 per channel of the wider model, at most 200,000."""
     ridge: Auto[Annotated[float, Field(ge=0)]] = "auto"
     """Ridge penalty of the closed form, on inputs of variance 1. "auto": chosen for each site and direction by the
     error on training rows that are set aside."""
@@ -146,7 +146,7 @@ class FitConfig(BaseModel):
 
     def closed_form_tokens_for(self, width: int) -> int:
         """`closed_form_tokens`, for a wider model of this width."""
-        return min(200_000, 64 * width) if self.closed_form_tokens == "auto" else self.closed_form_tokens
+        return min(200_000, 48 * width) if self.closed_form_tokens == "auto" else self.closed_form_tokens
 
     @property
     def moments_bytes(self) -> float:

@@ -42,6 +42,8 @@ from bridges.sparsity.support import use_sparse_kernels
 
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
+RIDGE_SHARE = 8
+"""Ridge penalties are chosen on one token for every so many that the closed form is solved from."""
 STANDARDIZATION_TOKENS = 8192
 """Tokens that the streams' means and standard deviations come from where there is no closed form."""
 
@@ -221,8 +223,9 @@ class _Run:
         tokens = 0
         if config.closed_form and not resumed:
             most = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            parts = (rows, self.data.selection) if config.ridge == "auto" else (rows,)
-            tokens = sum(min(most, len(part) * part.seq_len) for part in parts)
+            tokens = min(most, len(rows) * rows.seq_len)
+            if config.ridge == "auto":
+                tokens += min(most // RIDGE_SHARE, len(self.data.selection) * rows.seq_len)
         evaluations = 1 + (config.steps // config.eval_every if config.eval_every else 0)
         work = Work(len(rows), rows.seq_len, *self._heldout_rows(), tokens, evaluations, self.processes.world_size)
         seconds = estimate_seconds(self.pair, config, work, rows.batch(0, config.batch_size), self.processes.autocast)
@@ -243,7 +246,7 @@ class _Run:
             if not config.closed_form:
                 return self._random_start()
             tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            batches, selection = self._train_batches(tokens), self._selection_batches(tokens)
+            batches, selection = self._train_batches(tokens), self._selection_batches(tokens // RIDGE_SHARE)
             scales = None if config.train_sparse else ReadScales(self.pair)
             groups = len(list(site_groups(self.pair, config.moments_bytes)))
             total = groups * (len(batches) + (len(selection) if config.ridge == "auto" else 0))

@@ -23,6 +23,7 @@ HELDOUT_FRACTION = 0.05
 SELECTION_FRACTION = 0.05
 """Of the other rows, set aside to choose ridge penalties and the best state on."""
 TRAIN_FRACTION = (1 - HELDOUT_FRACTION) * (1 - SELECTION_FRACTION)
+MIN_SAMPLED_HELDOUT_ROWS = 32
 MAX_SAMPLED_ROWS = 1024
 """Sampled rows for gradient steps, at most; they are taken more than once where the steps take more."""
 
@@ -204,8 +205,10 @@ def sampled_rows(config: FitConfig, width: int, seq_len: int, world_size: int = 
 
 
 def sampled_heldout_rows(config: FitConfig, n_rows: int, seq_len: int) -> int:
-    """Held-out rows to sample beside so many for training."""
-    return max(1, min(round(HELDOUT_FRACTION * n_rows), math.ceil(config.heldout_tokens / seq_len)))
+    """Held-out rows to sample beside so many for training: 5 % of them, at least 32, and no more than are measured."""
+    return min(
+        max(MIN_SAMPLED_HELDOUT_ROWS, round(HELDOUT_FRACTION * n_rows)), math.ceil(config.heldout_tokens / seq_len)
+    )
 
 
 def _sampled(

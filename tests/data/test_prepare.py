@@ -84,7 +84,7 @@ def test_no_more_is_read_of_an_endless_source_than_the_run_needs(ready):
 
 def test_sampled_rows_come_from_the_dense_model_by_seed(ready, dense):
     prepared = ready(None, sampled_rows=40, seq_len=5, seed=3)
-    assert prepared.train.input_ids.shape == (40, 5) and prepared.heldout.input_ids.shape == (2, 5)
+    assert prepared.train.input_ids.shape == (40, 5) and prepared.heldout.input_ids.shape == (32, 5)
     assert (prepared.train.input_ids[:, 0] == dense.model.config.bos_token_id).all()
     again, other = (ready(None, sampled_rows=40, seq_len=5, seed=seed) for seed in (3, 4))
     assert prepared.fingerprint() == again.fingerprint() != other.fingerprint()
@@ -267,7 +267,7 @@ def test_a_twentieth_of_the_training_rows_is_set_aside_and_never_fitted(n, aside
 def test_as_many_rows_are_sampled_as_the_run_needs():
     tokens = {"closed_form_tokens": 1000}
     assert sampled_rows(FitConfig(steps=0, **tokens), 64, 10) == math.ceil(100 / 0.95)
-    assert sampled_rows(FitConfig(steps=0), 100, 64) == math.ceil(100 / 0.95)  # 64 tokens a channel
+    assert sampled_rows(FitConfig(steps=0), 100, 64) == math.ceil(75 / 0.95)  # 48 tokens a channel
     assert sampled_rows(FitConfig(steps=0), 100_000, 100) == math.ceil(2000 / 0.95)  # 200,000 tokens at most
     assert sampled_rows(FitConfig(steps=30, batch_size=8, **tokens), 64, 10) == math.ceil(240 / 0.95)
     assert sampled_rows(FitConfig(steps=3000, **tokens), 64, 10) == math.ceil(1024 / 0.95)

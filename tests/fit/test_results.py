@@ -143,8 +143,8 @@ def test_a_tensor_that_is_zero_throughout_stays_so_where_zeros_are_kept():
 def test_without_data_rows_are_sampled_from_the_dense_model_by_seed():
     found = run(None, steps=1, sampled_rows=40, seq_len=6)
     assert same(found, run(None, steps=1, sampled_rows=40, seq_len=6))
-    assert found.report.tokens == 2 * 6 and not same(found, run(None, steps=1, sampled_rows=40, seq_len=6, seed=1))
-    assert run(None, steps=0, sampled_rows=20).report.tokens == 12  # one row of the whole context
+    assert found.report.tokens == 32 * 6 and not same(found, run(None, steps=1, sampled_rows=40, seq_len=6, seed=1))
+    assert run(None, steps=0, sampled_rows=20).report.tokens == 32 * 12  # the whole context
 
 
 @pytest.mark.parametrize("form", ["list", "dicts", "loader"])
