@@ -16,7 +16,7 @@ from bridges.tasks.pairs import TaskPairs
 
 STREAM_BYTES = 128_000_000
 """Streams and reads that one batch of prompts may hold."""
-KEPT_BYTES = 400_000_000
+KEPT_BYTES = 300_000_000
 """Streams and reads of a whole task, or of a text, that are kept from one use to the next; larger ones run again."""
 MAX_TOKENS = 2048
 """Tokens that run at once."""
