@@ -262,7 +262,8 @@ def trace_pair(
 
     dense, sparse = on(pair.dense), on(pair.sparse)
     width = min(dense.logits.shape[-1], sparse.logits.shape[-1])
-    return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
+    with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
+        return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
 
 
 def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:
