@@ -171,18 +171,21 @@ class ResidualModel(ABC):
         attention_mask: Int[Tensor, "b s"] | None = None,
         differentiable: bool = False,
         with_logits: bool = True,
+        last_site: int | None = None,
     ) -> Trace:
         """Run all sublayers and the head, and keep the stream at every site.
 
         `differentiable`: build a graph from the first stream on, of a frozen model too, so that every stream has a
-        gradient with respect to the logits. Without `with_logits` the head is not run, and the logits have width 0.
+        gradient with respect to the logits. Without `with_logits` the head is not run, and the logits have width 0;
+        the sublayers from site `last_site` on are not run either, and the streams end there.
         """
+        stop = len(self.sites) - 1 if with_logits or last_site is None else last_site
         if differentiable:
             self.check_differentiable()
         context = self.context(input_ids, attention_mask)
         with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
             residuals = [context.embedding.detach().requires_grad_() if differentiable else context.embedding]
-            for index in range(len(self.sites) - 1):
+            for index in range(stop):
                 residuals.append(self.sublayer(index, residuals[-1], context))
             logits = self.head(residuals[-1], context) if with_logits else residuals[-1][..., :0]
             return Trace(residuals, logits, context)

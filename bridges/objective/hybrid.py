@@ -253,14 +253,16 @@ def trace_pair(
 ) -> Traces:
     """Run both models on one batch, each on its own device; options as in `ResidualModel.trace`.
 
-    Logits that one model alone has are cut off: its vocabulary may be padded to a round number.
+    Without logits each model runs up to its last bridged site. Logits that one model alone has are cut off: its
+    vocabulary may be padded to a round number.
     """
 
-    def on(model: ResidualModel) -> Trace:
+    def on(model: ResidualModel, last_site: int) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        return model.trace(input_ids.to(model.device), mask, differentiable, with_logits)
+        return model.trace(input_ids.to(model.device), mask, differentiable, with_logits, last_site)
 
-    dense, sparse = on(pair.dense), on(pair.sparse)
+    last = len(pair.bridge_set) - 1
+    dense, sparse = (on(pair.model(side), pair.site(side, last)) for side in SIDES)
     width = min(dense.logits.shape[-1], sparse.logits.shape[-1])
     with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
         return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))

@@ -53,6 +53,13 @@ def test_the_chain_composes(chain, tokens, padding):
     assert all(torch.equal(one, other) for one, other in zip(residuals, trace.residuals, strict=True))
 
 
+def test_a_trace_without_logits_may_end_at_a_site(chain, tokens, padding):
+    whole, part = chain.trace(tokens, padding), chain.trace(tokens, padding, with_logits=False, last_site=2)
+    assert len(part.residuals) == 3 and part.logits.shape == (3, 9, 0)
+    assert all(torch.equal(one, other) for one, other in zip(part.residuals, whole.residuals, strict=False))
+    assert torch.equal(chain.trace(tokens, padding, last_site=2).logits, whole.logits)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_differentiable_trace_has_a_gradient_at_every_site_of_a_frozen_model(tiny, tokens, padding, family):
     chain = as_residual(tiny(family).double().requires_grad_(False))
