@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENCODE_COLOR, DECODE_COLOR, CONTROL_COLOR = "#1f6f8b", "#d1603d", "#555555"
+MOST_SIDE_BY_SIDE = 12
+"""Sites that have room beside one another in half a figure."""
 BAR_OFFSETS, BAR_WIDTH = (-0.2, 0.2), 0.38
 
 
@@ -32,8 +34,11 @@ def quality_figure(report: BridgeReport) -> Figure:
     """Draw NMSE and KL per site, each with its control."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    many = len(report.sites) > MOST_SIDE_BY_SIDE
+    # Many sites: one panel under the other, as wide as their bars need.
+    size = (max(11.0, 0.3 * len(report.sites)), 9) if many else (11, 5)
+    figure = Figure(figsize=size, layout="constrained")
+    left, right = figure.subplots(2, 1) if many else figure.subplots(1, 2)
     _draw_sites(left, report, ("nmse_encode", "nmse_decode"), ("nmse_encode_floor", None))
     left.set(title="Reconstruction, held-out", ylabel="NMSE (1 = predicting the mean)", ylim=(0, None))
     kls = ("kl_dense_to_sparse", "kl_sparse_to_dense")
@@ -41,7 +46,12 @@ def quality_figure(report: BridgeReport) -> Figure:
     right.axhline(report.kl_sparse_alone, color="black", linestyle=":", label="sparse model alone")
     right.set(title="Hybrid passes, held-out", ylabel="KL from the dense model, nats per token", yscale="log")
     for axes in (left, right):
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+        if many:
+            axes.tick_params("x", rotation=90, labelsize=8)
+            axes.margins(x=0.01)
+        axes.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25 if many else -0.1), ncols=2
+        )
     return figure
 
 
@@ -54,7 +64,8 @@ def _draw_sites(axes: Axes, report: BridgeReport, names: Sequence[str], controls
         axes.bar(x, [getattr(site, name) for site in report.sites], BAR_WIDTH, color=color, label=name)
         if control is not None:
             heights = [getattr(site, control) for site in report.sites]
-            axes.plot(x, heights, "_", color=CONTROL_COLOR, markersize=18, markeredgewidth=2.5)
+            size = 18 if len(report.sites) <= MOST_SIDE_BY_SIDE else 5
+            axes.plot(x, heights, "_", color=CONTROL_COLOR, markersize=size, markeredgewidth=2.5)
             # The legend's mark is smaller than those in the plot.
             axes.plot([], [], "_", color=CONTROL_COLOR, markeredgewidth=2.5, label=f"control: {control}")
     axes.set_xticks(list(sites), [site.name for site in report.sites])
