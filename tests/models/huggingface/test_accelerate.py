@@ -69,6 +69,7 @@ def test_a_dispatched_half_precision_model_has_the_exact_gains(family, dispatch,
 @pytest.fixture
 def prepared():
     """A function that prepares a model for bfloat16 as a user's training script does."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test may have left it
     yield lambda model: accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
