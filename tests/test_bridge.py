@@ -373,28 +373,6 @@ def test_check_models_accepts_the_models_of_the_fit_in_any_dtype_and_no_others(t
         loaded.check_models(dense, dense)
 
 
-def test_check_models_recognises_swapped_models(tiny):
-    dense, sparse = tiny("gpt2"), tiny("llama")
-    bridge_set = BridgeSet([("0.attn", "0.attn")], [filled()])
-    bridge_set.record_models(dense, sparse)
-    message = (
-        r"dense=LlamaForCausalLM is not the model that these bridges were fitted to \('GPT2LMHeadModel'\), but the "
-        r"other one \('LlamaForCausalLM'\): dense and sparse are swapped"
-    )
-    for models in (
-        (sparse, dense),
-        (as_residual(sparse), as_residual(dense)),
-        (sparse, None),
-        (sparse.bfloat16(), dense),
-    ):
-        with pytest.raises(ValueError, match=message):
-            bridge_set.check_models(*models)
-    with pytest.raises(ValueError, match=r"sparse=GPT2LMHeadModel is not .* but the other one .* one is given twice"):
-        bridge_set.check_models(dense, dense)
-    bridge_set.record_models(dense, dense)
-    bridge_set.check_models(dense, dense)
-
-
 def test_a_local_models_name_is_its_folders_name(tiny, tmp_path, monkeypatch):
     names = []
     for parent in ("here", "there"):
