@@ -29,12 +29,12 @@ from bridges.tasks.pairs import task_pairs
 SETTINGS = FitConfig(
     steps=400,
     batch_size=8,
-    lr=1e-3,
+    lr=2e-3,
     seq_len=DEFAULT_SEQ_LEN,
     ridge=1e-3,
     nmse_weight=0.25,
     interchange_weight=0.05,
-    closed_form_tokens=160_000,
+    closed_form_tokens=50_000,
     sites_per_step=1,
 )
 TASK = "single_double_quote"

@@ -138,7 +138,7 @@ def hybrid_losses(
     sparse: nn.Module | ResidualModel | str | Path,
     bridge_set: BridgeSet,
     input_ids: Int[Tensor, "b s"],
-    attention_mask: Int[Tensor, "b s"] | None = None,
+    attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
     sites: Sequence[str] | None = None,
     *,
     check_models: bool = True,
