@@ -164,7 +164,8 @@ def _report(
 ) -> BridgeReport:
     usual, errors, rows = streams.usual, streams.errors, hybrids.rows
     variance = {side: usual[side].variance() for side in SIDES}
-    variance_all = {side: streams.all[side].variance() for side in SIDES}
+    every = {side: usual[side] + streams.massive[side] for side in SIDES}
+    variance_all = {side: every[side].variance() for side in SIDES}
     dense_ce = rows.dense_ce / rows.predictions
 
     def recovered(name: str) -> Tensor:
@@ -183,9 +184,9 @@ def _report(
         **{f"kl_{name}": hybrids.kl(name) for name in PASSES},
         "ce_recovered_dense_to_sparse": recovered("dense_to_sparse"),
         "ce_recovered_sparse_to_dense": recovered("sparse_to_dense"),
-        "massive_share": 1 - usual["dense"].tokens / streams.all["dense"].tokens.clamp(min=1),
-        "nmse_encode_all_tokens": nmse(errors.encode_all, variance_all["sparse"]),
-        "nmse_decode_all_tokens": nmse(errors.decode_all, variance_all["dense"]),
+        "massive_share": streams.massive["dense"].tokens / every["dense"].tokens.clamp(min=1),
+        "nmse_encode_all_tokens": nmse(errors.encode + errors.encode_massive, variance_all["sparse"]),
+        "nmse_decode_all_tokens": nmse(errors.decode + errors.decode_massive, variance_all["dense"]),
         "kl_dense_to_sparse_se": hybrids.kl_standard_error("dense_to_sparse"),
         "kl_sparse_to_dense_se": hybrids.kl_standard_error("sparse_to_dense"),
     }
@@ -200,7 +201,7 @@ def _report(
         tokens=int(rows.tokens),
         settings=settings,
         versions=versions(),
-        nmse_tokens=int(streams.all["dense"].tokens.max()),
+        nmse_tokens=int(every["dense"].tokens.max()),
         selection=selection,
     )
 

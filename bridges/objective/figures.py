@@ -77,9 +77,9 @@ class ErrorSums(Sums):
     floor: Float[Tensor, " n_sites"]
     """Of AbsTopK(h_sparse) from h_sparse."""
     decode: Float[Tensor, " n_sites"]
-    encode_all: Float[Tensor, " n_sites"]
-    """Over massive tokens too."""
-    decode_all: Float[Tensor, " n_sites"]
+    encode_massive: Float[Tensor, " n_sites"]
+    """Over the massive tokens, which the others leave out."""
+    decode_massive: Float[Tensor, " n_sites"]
 
 
 class Reconstruction:
@@ -92,11 +92,11 @@ class Reconstruction:
         n = len(pair.bridge_set)
         self.pair = pair
         self.errors = _zeros(ErrorSums, n)
-        widths = {"dense": pair.dense.d_model, "sparse": pair.sparse.d_model}
+        widths: dict[Side, int] = {"dense": pair.dense.d_model, "sparse": pair.sparse.d_model}
         self.usual = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
         """Over the counted tokens."""
-        self.all = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
-        """Over massive tokens too."""
+        self.massive = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
+        """Over the massive tokens, which are few, if any."""
         self.decoded = SpreadSums.zeros(n, widths["dense"])
         """Of the decoder's output, from the dense stream's median."""
 
@@ -109,29 +109,39 @@ class Reconstruction:
     def _add_site(self, i: int, h_dense: Tensor, h_sparse: Tensor) -> None:
         bridge, errors = self.pair.bridge_set[i], self.errors
         usual = bridge.is_usual(h_dense, h_sparse)
-        medians = {"dense": bridge.median_dense, "sparse": bridge.median_sparse}
-        for side, h in zip(SIDES, (h_dense, h_sparse), strict=True):
-            deviations = h.double() - medians[side].double()
-            self.all[side].add(i, deviations)
-            self.usual[side].add(i, deviations[usual])
+        h_usual = h_dense[usual], h_sparse[usual]
+        encoded, decoded = self._add_tokens(i, *h_usual, self.usual, errors.encode, errors.decode)
+        if len(encoded) < len(h_dense):
+            massive = h_dense[~usual], h_sparse[~usual]
+            self._add_tokens(i, *massive, self.massive, errors.encode_massive, errors.decode_massive)
+        kept = h_usual[1].to(encoded)
+        errors.floor[i] += (abs_topk(kept, bridge.k) - kept).square().sum().double().cpu()
+        self.decoded.add(i, decoded.double() - bridge.median_dense.double())
+
+    def _add_tokens(
+        self,
+        i: int,
+        h_dense: Tensor,
+        h_sparse: Tensor,
+        spread: dict[Side, SpreadSums],
+        encode: Float[Tensor, " n_sites"],
+        decode: Float[Tensor, " n_sites"],
+    ) -> tuple[Tensor, Tensor]:
+        """Add some tokens' spread and errors at one site; returns what both maps make of them."""
+        bridge = self.pair.bridge_set[i]
+        spread["dense"].add(i, h_dense.double() - bridge.median_dense.double())
+        spread["sparse"].add(i, h_sparse.double() - bridge.median_sparse.double())
         wide = torch.promote_types(bridge.decoder_weight.dtype, torch.float32)
         encoded, decoded = bridge.encode(h_dense).to(wide), bridge.decode(h_sparse).to(wide)
-        for found, target, usual_sum, all_sum in (
-            (encoded, h_sparse, errors.encode, errors.encode_all),
-            (decoded, h_dense, errors.decode, errors.decode_all),
-        ):
-            squared = (found - target.to(wide)).square().sum(-1).double()
-            usual_sum[i] += squared[usual].sum().cpu()
-            all_sum[i] += squared.sum().cpu()
-        kept = h_sparse[usual].to(wide)
-        errors.floor[i] += (abs_topk(kept, bridge.k) - kept).square().sum().double().cpu()
-        self.decoded.add(i, decoded[usual].double() - bridge.median_dense.double())
+        encode[i] += (encoded - h_sparse.to(wide)).square().sum(-1).double().sum().cpu()
+        decode[i] += (decoded - h_dense.to(wide)).square().sum(-1).double().sum().cpu()
+        return encoded, decoded
 
     def reduced(self, reduce: Reduce) -> Reconstruction:
         """The sums over all processes."""
         total = Reconstruction(self.pair)
         total.errors, total.decoded = self.errors.reduced(reduce), self.decoded.reduced(reduce)
-        for name in ("usual", "all"):
+        for name in ("usual", "massive"):
             setattr(total, name, {side: sums.reduced(reduce) for side, sums in getattr(self, name).items()})
         return total
 
