@@ -93,9 +93,9 @@ class Reconstruction:
         self.pair = pair
         self.errors = _zeros(ErrorSums, n)
         widths: dict[Side, int] = {"dense": pair.dense.d_model, "sparse": pair.sparse.d_model}
-        self.usual = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
+        self.usual: dict[Side, SpreadSums] = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
         """Over the counted tokens."""
-        self.massive = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
+        self.massive: dict[Side, SpreadSums] = {side: SpreadSums.zeros(n, width) for side, width in widths.items()}
         """Over the massive tokens, which are few, if any."""
         self.decoded = SpreadSums.zeros(n, widths["dense"])
         """Of the decoder's output, from the dense stream's median."""
