@@ -117,6 +117,9 @@ def prompts(pair):
 @pytest.fixture
 def cuda_generators(monkeypatch):
     """The generator states of two CUDA devices that are made up: device index to state, changed by `manual_seed`."""
+    from accelerate.state import PartialState
+
+    PartialState()  # accelerate keeps the device that it finds first, which must not be one that is made up
     states = {device: torch.full((2,), 10 + device) for device in range(2)}
 
     def seed_all(seed):
