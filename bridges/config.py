@@ -59,7 +59,7 @@ class FitConfig(BaseModel):
     error on training rows that are set aside."""
     massive_threshold: Annotated[float, Field(gt=1)] | Literal["off"] = 20.0
     """A token whose centred norm at a site is over this many times the median there counts in no moment, scale or NMSE
-    of that site. "off": every token counts."""
+    of that site. "off": every token counts, which costs NMSE, and helps KLs where such tokens are attention sinks."""
     moments_gib: float = Field(default=4.0, gt=0)
     """Memory for the moments of the closed form, GiB. Sites that exceed it are solved in groups, one pass each."""
 
