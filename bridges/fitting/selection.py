@@ -81,8 +81,14 @@ class Selection:
                     sums[2:, i] += torch.stack([kl.double().cpu() for kl in kls])
         normalizers = combine_moments(moments or [empty_moments(pair)], reduce)
         encode, decode, to_sparse, to_dense = reduce(sums)
-        encode = nmse(encode, normalizers.variance_sparse.cpu()).nan_to_num(0.0, posinf=torch.inf)
-        decode = nmse(decode, normalizers.variance_dense.cpu()).nan_to_num(0.0, posinf=torch.inf)
+        # A stream that does not vary counts as 0; an error that is not a number must stay one.
+        encode, decode = (
+            torch.where(variance == 0, 0.0, nmse(error, variance))
+            for error, variance in (
+                (encode, normalizers.variance_sparse.cpu()),
+                (decode, normalizers.variance_dense.cpu()),
+            )
+        )
         tokens = normalizers.tokens.cpu() * len(self.kl_sites)
         total = weights.nmse * (encode + decode).mean()
         total += weights.kl_dense_to_sparse * to_sparse.sum() / tokens

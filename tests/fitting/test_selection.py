@@ -76,3 +76,11 @@ def test_an_objective_that_is_not_a_number_is_never_the_best():
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (9, 1), (10, 1), (11, 2), (300, 30)])
 def test_it_is_measured_about_ten_times(steps, every):
     assert interval(steps) == every
+
+
+def test_a_bridge_of_nan_at_a_site_without_kls_spoils_the_objective():
+    found = selection(join(gpt2(layers=12), sparse_model(layers=12)))
+    hidden = next(i for i in range(25) if i not in found.kl_sites)
+    with torch.no_grad():
+        found.pair.bridge_set[hidden].decoder_bias[0] = math.nan
+    assert math.isnan(found.measure())
