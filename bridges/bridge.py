@@ -132,12 +132,20 @@ class Bridge(nn.Module):
         A token is massive where its centred norm, |h - median|, is over the limit that `fit` measured: many times the
         norm's median. Source: method.md, section 3.
         """
+        finite = h_dense.isfinite().all(-1) & h_sparse.isfinite().all(-1).to(h_dense.device)
+        return (self.relative_norm(h_dense, h_sparse) <= 1) | ~finite
+
+    @torch.no_grad()
+    def relative_norm(
+        self, h_dense: Float[Tensor, "*batch d_dense"], h_sparse: Float[Tensor, "*batch d_sparse"]
+    ) -> Float[Tensor, "*batch"]:
+        """|h - median| of every token over the limit of massive tokens, in the stream where this is larger."""
         sides = (
             (h_dense, self.median_dense, self.norm_limit_dense),
             (h_sparse, self.median_sparse, self.norm_limit_sparse),
         )
-        massive = [(h.to(median) - median).norm(dim=-1) > limit.to(median) for h, median, limit in sides]
-        return ~(massive[0] | massive[1])
+        dense, sparse = ((h.to(median) - median).norm(dim=-1) / limit.to(median) for h, median, limit in sides)
+        return torch.maximum(dense, sparse)
 
     def read_columns(self, channels: Sequence[int]) -> Float[Tensor, "n d_dense"]:
         """W_dec[:, c] R_s / gain_s, one read unit of each channel c in the dense stream; R_s is `rms_sparse`.

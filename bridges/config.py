@@ -58,8 +58,8 @@ class FitConfig(BaseModel):
     """Ridge penalty of the closed form, on inputs of variance 1. "auto": chosen for each site and direction by the
     error on training rows that are set aside."""
     massive_threshold: Annotated[float, Field(gt=1)] | Literal["off"] = 20.0
-    """A token whose centred norm at a site is over this many times the median there counts in no moment, scale or NMSE
-    of that site. "off": every token counts, which costs NMSE, and helps KLs where such tokens are attention sinks."""
+    """A token whose centred norm at a site is over this many times the median there counts in no mean, scale or NMSE
+    of that site, and in the closed form only where the other tokens' NMSE hardly suffers. "off": every token counts."""
     moments_gib: float = Field(default=4.0, gt=0)
     """Memory for the moments of the closed form, GiB. Sites that exceed it are solved in groups, one pass each."""
 

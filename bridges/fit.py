@@ -265,8 +265,12 @@ class _Run:
                 )
             if scales is not None:
                 scales.store(processes.all_reduce)
-        self.pair.bridge_set.provenance["ridge"] = {
-            site: list(ridges) for site, ridges in zip(self.pair.bridge_set.sites, found.ridges, strict=True)
+        sites = self.pair.bridge_set.sites
+        self.pair.bridge_set.provenance |= {
+            "ridge": {site: list(ridges) for site, ridges in zip(sites, found.ridges, strict=True)},
+            "fitted_to_massive_tokens": {
+                site: list(directions) for site, directions in zip(sites, found.fitted_to_massive, strict=True)
+            },
         }
         return StartState(interchange=found.interchange, standardizations=found.standardizations)
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from bridges.bridge import Bridge
 from bridges.fitting.interchange import PerturbationBatch, QuadraticTerm, gather_quadratic_terms
+from bridges.fitting.massive import MassiveMoments, with_massive
 from bridges.fitting.ridge import Affine, Moments, Penalty, Standardization, gather
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import SIDES, ModelPair, counted_at, residuals_at, trace_pair
+from bridges.objective.hybrid import SIDES, ModelPair, residuals_at, trace_pair
+from bridges.objective.normalizers import counted_tokens
 from bridges.objective.sums import Reduce, Sums, no_reduce
 
 DEFAULT_RIDGE = 1e-4
@@ -49,9 +51,11 @@ def solve_bridges(
 
     Raises FloatingPointError, naming the site, if a stream is not finite.
     """
-    found = ClosedForm([], [], [])
+    found = ClosedForm([], [], [], [])
     for sites in site_groups(pair, memory_bytes):
-        moments = gather(_chunks(pair, batches, sites, advance, read_scales), reduce)
+        massive_tokens = MassiveMoments(pair.bridge_set)
+        moments = gather(_chunks(pair, batches, sites, advance, read_scales, massive_tokens), reduce)
+        massive = massive_tokens.reduced(sites, reduce)
         heldout = gather(_chunks(pair, selection, sites, advance), reduce) if ridge == "auto" else []
         for i, one in zip(sites, moments, strict=True):
             if not all(tensor.isfinite().all() for tensor in one.tensors()):
@@ -59,16 +63,23 @@ def solve_bridges(
                     f"closed form: a residual stream at site {pair.bridge_set.sites[i]} is not finite; "
                     "look for weights that are NaN, or for a dtype that overflows"
                 )
+        decoder_moments: list[Moments] = []
         for j, (i, one) in enumerate(zip(sites, moments, strict=True)):
+            judge = heldout[j] if heldout else None
             ridges = _ridges(one, heldout[j]) if ridge == "auto" else (ridge, ridge)
-            _set_encoder(pair.bridge_set[i], one.solve(ridges[0]))
-            _set_decoder(pair.bridge_set[i], one.solve(ridges[1], reverse=True))
+            encoder, decoder = (
+                with_massive(one, massive.get(i), judge, ridges[reverse], bool(reverse)) for reverse in (0, 1)
+            )
+            _set_encoder(pair.bridge_set[i], encoder.solve(ridges[0]))
+            _set_decoder(pair.bridge_set[i], decoder.solve(ridges[1], reverse=True))
+            decoder_moments.append(decoder)
             found.ridges.append(ridges)
+            found.fitted_to_massive.append((encoder is not one, decoder is not one))
             found.standardizations.append(one.standardization())
             advance()
         if interchange_weight > 0:
             found.interchange.extend(gather_quadratic_terms(pair, perturbations, sites, reduce))
-            for i, one in zip(sites, moments, strict=True):
+            for i, one in zip(sites, decoder_moments, strict=True):
                 term = found.interchange[i]
                 penalty = Penalty(term.squares, term.products, interchange_weight)
                 solution = one.solve(found.ridges[i][1], reverse=True, penalty=penalty)
@@ -81,6 +92,8 @@ class ClosedForm(NamedTuple):
 
     ridges: list[tuple[float, float]]
     """The ridge penalties of encoder and decoder."""
+    fitted_to_massive: list[tuple[bool, bool]]
+    """Whether encoder and decoder are fitted to the site's massive tokens too, shortened (`with_massive`)."""
     standardizations: list[tuple[Standardization, Standardization]]
     """Mean and standard deviation of every channel of the dense and of the sparse stream."""
     interchange: list[QuadraticTerm]
@@ -108,12 +121,15 @@ def standardize(
 
 def site_groups(pair: ModelPair, memory_bytes: float) -> Iterator[list[int]]:
     """The bridged sites in order, in groups whose moments fit into the memory, at least one site in each."""
-    d_dense, d_sparse = pair.dense.d_model, pair.sparse.d_model
-    # Two sets of moments: of the tokens that are solved from, and of those that the penalty is chosen on.
-    bytes_per_site = 2 * 8 * (d_dense**2 + d_sparse**2 + d_dense * d_sparse)
-    size = max(1, int(memory_bytes // bytes_per_site))
+    size = max(1, int(memory_bytes // bytes_per_site(pair)))
     for start in range(0, len(pair.bridge_set), size):
         yield list(range(start, min(start + size, len(pair.bridge_set))))
+
+
+def bytes_per_site(pair: ModelPair) -> int:
+    """Memory for the moments of a site: of its usual tokens, of massive ones, and of rows that judge the solution."""
+    d_dense, d_sparse = pair.dense.d_model, pair.sparse.d_model
+    return 3 * 8 * (d_dense**2 + d_sparse**2 + d_dense * d_sparse)
 
 
 @dataclass
@@ -164,8 +180,8 @@ def measure_read_scales(
     """`ReadScales` of `batches`, this process's part of the tokens, which may be none."""
     scales = ReadScales(pair)
     for batch in batches:
-        for i, streams in enumerate(counted_streams(pair, batch, range(len(pair.bridge_set)))):
-            scales.add(i, *streams)
+        for i, streams in enumerate(_counted_streams(pair, batch, range(len(pair.bridge_set)))):
+            scales.add(i, *streams.usual)
         advance()
     scales.store(reduce)
 
@@ -176,30 +192,43 @@ def _chunks(
     sites: Sequence[int],
     advance: Callable[[], Any],
     read_scales: ReadScales | None = None,
+    massive: MassiveMoments | None = None,
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """The counted streams of every batch; without batches, one chunk of no tokens, so that shapes are known."""
+    """The usual tokens of every batch; without batches, one chunk of no tokens, so that shapes are known."""
 
-    def measured(streams: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        for i, (h_dense, h_sparse) in zip(sites, streams, strict=True):
+    def measured(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, streams in zip(sites, _counted_streams(pair, batch, sites), strict=True):
             if read_scales is not None:
-                read_scales.add(i, h_dense, h_sparse)
-            yield h_dense, h_sparse
+                read_scales.add(i, *streams.usual)
+            if massive is not None:
+                massive.add(i, *streams.massive)
+            yield streams.usual
 
     for batch in batches:
-        yield measured(counted_streams(pair, batch, sites))
+        yield measured(batch)
         advance()
     if not batches:
         weights = [pair.bridge_set[i].encoder_weight for i in sites]
         yield iter([(w.new_zeros(0, pair.dense.d_model), w.new_zeros(0, pair.sparse.d_model)) for w in weights])
 
 
-def counted_streams(pair: ModelPair, batch: Batch, sites: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (dense, sparse) streams [n, d_model] at some bridged sites, one after the other, over counted tokens."""
+class _Streams(NamedTuple):
+    """The dense and the sparse stream of one site, [n, d_model] each, over a batch's counted tokens."""
+
+    usual: tuple[Tensor, Tensor]
+    massive: tuple[Tensor, Tensor]
+    """Of the tokens that are massive at this site, which no mean, scale or NMSE counts."""
+
+
+def _counted_streams(pair: ModelPair, batch: Batch, sites: Sequence[int]) -> Iterator[_Streams]:
+    """The streams of some bridged sites, one site after the other."""
     traces = trace_pair(pair, *batch, with_logits=False)
     for i in sites:
-        counted = counted_at(pair, traces, i)
         h_dense, h_sparse = residuals_at(pair, traces, i)
-        yield h_dense[counted], h_sparse[counted]
+        counted = counted_tokens(*batch).to(h_dense.device)
+        h_dense, h_sparse = h_dense[counted], h_sparse[counted]
+        usual = pair.bridge_set[i].is_usual(h_dense, h_sparse)
+        yield _Streams((h_dense[usual], h_sparse[usual]), (h_dense[~usual], h_sparse[~usual]))
 
 
 def _set_encoder(bridge: Bridge, solution: Affine) -> None:

@@ -1,7 +1,9 @@
 """Which tokens are massive: those whose centred norm is many times its median at a site (method, section 3).
 
 A few tokens of a language model have streams a hundred times as long as all others. Six in eight thousand can hold 95 %
-of a site's variance, and least squares then fits those six.
+of a site's variance, and least squares then fits those six. Left out, nothing is known of their directions; where later
+layers attend to them (attention sinks), every prediction of a hybrid pass then suffers. So they are fitted to as well,
+shortened to the limit, where that costs the NMSE of all other tokens next to nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridges.bridge import BridgeSet
+from bridges.fitting.ridge import Moments
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import SIDES, ModelPair, Side, residuals_at, trace_pair
 from bridges.objective.normalizers import counted_tokens
+from bridges.objective.sums import Reduce, no_reduce
 
 SAMPLED_TOKENS = 2048
 """Tokens that the medians are taken over, at most."""
 SAMPLE_BYTES = 2**30
 """Memory for the streams of these tokens, at most."""
+MAX_COST = 0.1
+"""The most by which fitting to massive tokens may raise the NMSE of all others, as a share of that NMSE."""
+MAX_ADDED = 1e-6
+"""The NMSE that it may add whatever that NMSE is: where a fit is exact, a share of it is rounding."""
 
 
 class NormLimit(NamedTuple):
@@ -85,3 +94,55 @@ def _sample(pair: ModelPair, batches: Sequence[Batch], sides: Iterable[Side]) ->
                     parts[side][i].append(h[counted.to(h.device)][: most - tokens])
         tokens += min(int(counted.sum()), most - tokens)
     return {side: [torch.cat(of_site) for of_site in sites] for side, sites in parts.items()}
+
+
+class MassiveMoments:
+    """The moments of the massive tokens of some sites, each shortened towards the medians until it meets the limit.
+
+    Both streams of a token are shortened by one factor, so a linear relation between them stays what it is.
+    """
+
+    def __init__(self, bridge_set: BridgeSet):
+        self._bridge_set = bridge_set
+        self._moments: dict[int, Moments] = {}
+
+    def add(self, site: int, h_dense: Float[Tensor, "n d_dense"], h_sparse: Float[Tensor, "n d_sparse"]) -> None:
+        """Add massive tokens of one site, as they are."""
+        if not len(h_dense):
+            return
+        bridge = self._bridge_set[site]
+        factor = 1 / bridge.relative_norm(h_dense, h_sparse).double()[:, None]
+        shorter = [
+            median + factor * (h.double() - median)
+            for h, median in ((h_dense, bridge.median_dense), (h_sparse, bridge.median_sparse))
+        ]
+        self._at(site).update(*shorter)
+
+    def reduced(self, sites: Sequence[int], reduce: Reduce = no_reduce) -> dict[int, Moments]:
+        """The sums over all processes, for those of the sites where any process has met a massive token."""
+        device = self._bridge_set[sites[0]].median_dense.device
+        present = torch.tensor([float(site in self._moments) for site in sites], dtype=torch.float64, device=device)
+        found = {site: self._at(site) for site, here in zip(sites, reduce(present).tolist(), strict=True) if here}
+        for moments in found.values():
+            moments.reduce(reduce)
+        return found
+
+    def _at(self, site: int) -> Moments:
+        bridge = self._bridge_set[site]
+        return self._moments.setdefault(site, Moments(bridge.median_dense, bridge.median_sparse))
+
+
+def with_massive(
+    usual: Moments, massive: Moments | None, heldout: Moments | None, ridge: float, reverse: bool = False
+) -> Moments:
+    """The moments to solve a site and direction from: with the massive tokens where the usual ones hardly pay for it.
+
+    That is where the NMSE of the usual tokens, on the `heldout` rows if there are any, is at most `MAX_COST` above that
+    of the solution without massive tokens. A token whose two streams have little to do with each other is so left out.
+    """
+    if massive is None:
+        return usual
+    everything = usual + massive
+    judge = heldout if heldout is not None and heldout.n >= 2 else usual
+    without, having = (judge.nmse(one.solve(ridge, reverse), reverse) for one in (usual, everything))
+    return everything if having <= (1 + MAX_COST) * without + MAX_ADDED else usual

@@ -13,7 +13,7 @@ from torch import Tensor
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
 from bridges.data.random_state import preserve_random_state
-from bridges.fitting.closed_form import site_groups
+from bridges.fitting.closed_form import bytes_per_site, site_groups
 from bridges.fitting.gradients import Objective, Weights, step_gradients, trained_parameters
 from bridges.fitting.massive import SAMPLED_TOKENS
 from bridges.fitting.ridge import Moments
@@ -61,7 +61,7 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
     width = pair.dense.d_model + pair.sparse.d_model
     streams = 4 * config.batch_size * work.seq_len * (n * width + 4 * pair.dense.vocab_size)
     state = 4 * (7 * n_bridge + (4 * n_sparse if trains else 0))
-    moments = min(config.moments_bytes, 2 * 8 * n * _moment_size(pair)) if config.closed_form else 0
+    moments = min(config.moments_bytes, n * bytes_per_site(pair)) if config.closed_form else 0
     start = f"closed form from {_si(work.start_tokens)} tokens" if config.closed_form else "random start"
     if config.interchange_weight:
         start += f" and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
@@ -249,11 +249,6 @@ def _update_seconds(pair: ModelPair) -> float:
 def _site_names(bridge_set: BridgeSet) -> str:
     names = [sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in bridge_set.site_pairs]
     return ", ".join(names) if len(names) <= MOST_NAMED else f"{', '.join(names[:3])}, ..., {names[-1]}"
-
-
-def _moment_size(pair: ModelPair) -> int:
-    d, s = pair.dense.d_model, pair.sparse.d_model
-    return d * d + s * s + d * s
 
 
 def _duration(seconds: float) -> str:

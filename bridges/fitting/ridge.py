@@ -72,13 +72,26 @@ class Moments:
         return [self.n, self.x, self.y, self.xx, self.xy, self.yy]
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of the rows of both; ValueError unless they are about the same shift."""
-        if not (torch.equal(self.shift_x, other.shift_x) and torch.equal(self.shift_y, other.shift_y)):
-            raise ValueError("moments about different shifts cannot be added; gather both about the same shift")
+        """The moments of the rows of both, about the shift of this one."""
         total = Moments(self.shift_x, self.shift_y)
-        for into, one, two in zip(total.tensors(), self.tensors(), other.tensors(), strict=True):
+        for into, one, two in zip(total.tensors(), self.tensors(), other._about(self).tensors(), strict=True):
             into.copy_(one + two)
         return total
+
+    def _about(self, other: Moments) -> Moments:
+        """The same rows' moments about the shift of `other`."""
+        if torch.equal(self.shift_x, other.shift_x) and torch.equal(self.shift_y, other.shift_y):
+            return self
+        moved = Moments(other.shift_x, other.shift_y)
+        off_x, off_y = self.shift_x - other.shift_x, self.shift_y - other.shift_y
+        moved.n.copy_(self.n)
+        moved.x.copy_(self.x + self.n * off_x)
+        moved.y.copy_(self.y + self.n * off_y)
+        # sum (a + u)(b + v)' = sum ab' + (sum a) v' + u (sum b + n v)'
+        moved.xx.copy_(self.xx + torch.outer(self.x, off_x) + torch.outer(off_x, moved.x))
+        moved.xy.copy_(self.xy + torch.outer(self.x, off_y) + torch.outer(off_x, moved.y))
+        moved.yy.copy_(self.yy + torch.outer(self.y, off_y) + torch.outer(off_y, moved.y))
+        return moved
 
     def reduce(self, reduce: Reduce) -> None:
         """Sum over processes, which must share the shift: one reduction of everything."""
@@ -124,6 +137,19 @@ class Moments:
         shrunk = [1 / (values.clamp(min=0) + ridge) for ridge in RIDGES]
         errors = [(one @ quadratic @ one - 2 * one @ linear).item() for one in shrunk]
         return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+
+    def nmse(self, solution: Affine, reverse: bool = False) -> float:
+        """NMSE of the solution's predictions of y (of x when `reverse`) on these rows; 0 / 0 where nothing varies.
+
+        Raises ValueError if there are fewer than two rows.
+        """
+        mean, cov = self._mean(), self._covariances()
+        if reverse:
+            mean, cov = mean.reversed(), cov.reversed()
+        weight = solution.weight.to(cov.xx)
+        off = weight @ mean.x + solution.bias.to(cov.xx) - mean.y
+        error = ((weight @ cov.xx) * weight).sum() - 2 * (weight * cov.xy.T).sum() + cov.yy.trace() + off @ off
+        return (error / cov.yy.trace()).item()
 
     def _mean(self) -> _Mean:
         if self.n < 2:

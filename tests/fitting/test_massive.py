@@ -7,8 +7,10 @@ import torch
 from pairs import MASK, at, counted_places, gpt2, join, sparse_model, tokens
 
 import bridges
+from bridges.bridge import Bridge, BridgeSet
 from bridges.fitting.closed_form import measure_read_scales, solve_bridges
-from bridges.fitting.massive import norm_limit, set_norm_limits
+from bridges.fitting.massive import MassiveMoments, norm_limit, set_norm_limits, with_massive
+from bridges.fitting.ridge import Moments
 from bridges.objective.hybrid import counted_at, trace_pair
 
 SPIKE = 12
@@ -104,6 +106,67 @@ def test_planted_massive_tokens_leave_the_first_sites_solution_where_it_was_with
         torch.testing.assert_close(found["encoder_weight"], expected, rtol=1e-8, atol=1e-10, msg=str(scale))
         rms = (h - h.mean(-1, keepdim=True)).square().mean(-1).sqrt().mean()
         torch.testing.assert_close(found["rms_dense"], rms, rtol=1e-10, atol=0)
+
+
+def stream_with_sinks(consistent):
+    """2,000 usual tokens and 12 massive ones, whose second stream is the same linear map of the first or noise."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, rotation = draw(2012, 6) + 3, torch.linalg.qr(draw(6, 6)).Q
+    x[2000:] *= 500
+    y = x @ rotation.T + 0.3 * draw(2012, 6)
+    if not consistent:
+        y[2000:] = 500 * draw(12, 6)
+    return x, y
+
+
+def bridge_with_limits(x, y):
+    bridge = Bridge(x.shape[1], y.shape[1], 2, dtype=torch.float64)
+    for side, h in (("dense", x), ("sparse", y)):
+        found = norm_limit(h, 20.0)
+        getattr(bridge, f"median_{side}").copy_(found.median)
+        getattr(bridge, f"norm_limit_{side}").fill_(found.limit)
+    return bridge
+
+
+def moments_of(x, y):
+    moments = Moments(x.mean(0), y.mean(0))
+    moments.update(x, y)
+    return moments
+
+
+def test_a_massive_token_is_shortened_by_one_factor_in_both_streams_until_it_meets_the_limit():
+    x, y = stream_with_sinks(consistent=True)
+    bridge = bridge_with_limits(x, y)
+    gathered = MassiveMoments(BridgeSet([("0.attn", "0.attn")], [bridge]))
+    gathered.add(0, x[2000:2005], y[2000:2005])
+    gathered.add(0, x[2005:], y[2005:])
+    expected = Moments(bridge.median_dense, bridge.median_sparse)
+    for row_x, row_y in zip(x[2000:], y[2000:], strict=True):
+        off_x, off_y = row_x - bridge.median_dense, row_y - bridge.median_sparse
+        factor = min(bridge.norm_limit_dense / off_x.norm(), bridge.norm_limit_sparse / off_y.norm())
+        expected.update((bridge.median_dense + factor * off_x)[None], (bridge.median_sparse + factor * off_y)[None])
+    (found,) = gathered.reduced([0]).values()
+    for one, two in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-6)
+    assert not MassiveMoments(BridgeSet([("0.attn", "0.attn")], [bridge])).reduced([0])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_massive_tokens_are_fitted_to_where_their_streams_go_together_and_left_out_where_not(reverse):
+    for consistent in (True, False):
+        x, y = stream_with_sinks(consistent)
+        bridge = bridge_with_limits(x, y)
+        gathered = MassiveMoments(BridgeSet([("0.attn", "0.attn")], [bridge]))
+        gathered.add(0, x[2000:], y[2000:])
+        usual, massive = moments_of(x[:1500], y[:1500]), gathered.reduced([0])[0]
+        for judge in (moments_of(x[1500:2000], y[1500:2000]), None):
+            chosen = with_massive(usual, massive, judge, 1e-6, reverse)
+            assert chosen.n == (1512 if consistent else 1500)
+    assert with_massive(usual, None, None, 1e-6) is usual
 
 
 def test_a_report_counts_them_and_gives_the_nmse_with_them_beside():

@@ -48,10 +48,24 @@ def test_merged_halves_are_the_whole():
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12 * two.abs().max().item())
 
 
-def test_moments_about_different_shifts_are_refused():
-    x, y = rows(10, 2, 0), rows(10, 2, 1)
-    with pytest.raises(ValueError, match="different shifts"):
-        moments_of((x, y)) + moments_of((x + 1, y))
+def test_moments_about_different_shifts_add_up_about_the_first():
+    x, y = rows(300, 5, 2, offset=4.0), rows(300, 7, 3, offset=-3.0)
+    first, second = (x[:100].mean(0), y[:100].mean(0)), (x[100:].median(0).values, y[100:].median(0).values + 2)
+    whole = moments_of((x, y), shift=first)
+    merged = moments_of((x[:80], y[:80]), shift=first) + moments_of((x[80:], y[80:]), shift=second)
+    assert torch.equal(merged.shift_x, first[0]) and torch.equal(merged.shift_y, first[1])
+    for one, two in zip(merged.tensors(), whole.tensors(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12 * two.abs().max().item())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_nmse_of_a_solution_is_that_of_its_predictions_on_other_rows(reverse):
+    x, y = rows(200, 5, 2, offset=4.0), rows(200, 7, 3, offset=-3.0)
+    solution = moments_of((x[:90], y[:90])).solve(0.1, reverse)
+    inputs, targets = (y[90:], x[90:]) if reverse else (x[90:], y[90:])
+    predicted = inputs @ solution.weight.T + solution.bias
+    expected = (predicted - targets).square().sum() / (targets - targets.mean(0)).square().sum()
+    assert moments_of((x[90:], y[90:])).nmse(solution, reverse) == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 300.0])
