@@ -6,6 +6,7 @@ Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
+Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
 paper (arXiv 2511.13653) and to `docs/method.md`.
@@ -29,6 +30,8 @@ from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import HybridLosses, hybrid_losses
 from bridges.ops.abs_topk import abs_topk
+from bridges.pretrain import pretrain
+from bridges.sparsity.settings import PretrainConfig
 from bridges.steering.counterfactual import counterfactual
 from bridges.steering.edits import Edit, load_edits, save_edits
 from bridges.steering.export import directions, export_direction
@@ -46,6 +49,7 @@ __all__ = [
     "Edit",
     "FitConfig",
     "HybridLosses",
+    "PretrainConfig",
     "ResidualModel",
     "SparseConfig",
     "SparseTransformer",
@@ -63,6 +67,7 @@ __all__ = [
     "hybrid_losses",
     "load_edits",
     "load_pair",
+    "pretrain",
     "save_edits",
     "steer",
     "sweep",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
+import torch
 import typer
 from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
@@ -21,7 +23,9 @@ from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.identity import refuse_used_folder
-from bridges.fitting.run_file import TABLES, RunFile
+from bridges.fitting.run_file import PRETRAIN_TABLES, TABLES, RunFile
+from bridges.pretrain import pretrain
+from bridges.sparsity.settings import PretrainConfig
 from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TASKS
 
@@ -88,6 +92,27 @@ def fit_command(
         _stop("stopped; the same command with --fit.resume true carries on" if saved else "stopped", 130)
     if settings.output_dir is not None:  # what `bridges evaluate` finds the models and the data by
         run.save(settings.output_dir)
+
+
+@app.command("pretrain", context_settings={"ignore_unknown_options": True})
+def pretrain_command(
+    config: Annotated[Path, typer.Argument(help="TOML with the tables [sparse], [teacher], [data] and [pretrain].")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="--TABLE.NAME VALUE, over what CONFIG says.")] = None,
+) -> None:
+    """Train a weight-sparse model by itself as CONFIG says; [sparse] holds a path, or the shape of a new model."""
+    run = RunFile.read(config, PRETRAIN_TABLES).with_values(_overrides(overrides or [], PRETRAIN_TABLES))
+    settings = PretrainConfig.from_values(run.tables.get("pretrain", {}))
+    if settings.output_dir is None:
+        raise ValueError("[pretrain] output_dir is missing; give the folder to write the model to")
+    if not settings.resume:
+        refuse_used_folder(settings.output_dir)
+    torch.manual_seed(settings.seed)  # of a new model's weights
+    teacher = run.model("teacher") if "teacher" in run.tables else None
+    try:
+        pretrain(run.new_or_saved_sparse(), **run.data_arguments(), teacher=teacher, config=settings)
+    except KeyboardInterrupt:
+        _stop("stopped; the same command with --pretrain.resume true carries on", 130)
+    print(f"Written to {settings.output_dir / 'sparse'}")
 
 
 @app.command("evaluate")
@@ -177,14 +202,16 @@ def _entry_point(at: str) -> EntryPoint:
     return at  # pyright: ignore[reportReturnType]
 
 
-def _overrides(arguments: list[str]) -> list[tuple[str, str, Any]]:
+def _overrides(arguments: list[str], tables: Sequence[str] = TABLES) -> list[tuple[str, str, Any]]:
     """`--fit.steps 100` and `--fit.steps=100` as (table, key, value); values are TOML, else text."""
     found, rest = [], list(arguments)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         table, dot, name = flag.removeprefix("--").partition(".")
-        if not (flag.startswith("--") and dot and table in TABLES):
-            raise ValueError(f"{flag!r} is not an option; settings are given as --fit.NAME VALUE, --dense.path PATH")
+        if not (flag.startswith("--") and dot and table in tables):
+            raise ValueError(
+                f"{flag!r} is not an option; settings are given as --{tables[-1]}.NAME VALUE, --sparse.path PATH"
+            )
         if not equals:
             if not rest:
                 raise ValueError(f"{flag} needs a value")

@@ -1,9 +1,9 @@
-"""FitConfig: the settings of `fit`, each validated and documented once."""
+"""Settings: what all have in common, and FitConfig, those of `fit`; each is validated and documented once."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,9 +16,52 @@ DEFAULT_SEQ_LEN = 128
 
 T = TypeVar("T")
 Auto = T | Literal["auto"]
+S = TypeVar("S", bound="Settings")
 
 
-class FitConfig(BaseModel):
+class Settings(BaseModel):
+    """Settings of one verb. Frozen; an unknown or invalid setting raises ValueError, in one line."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    verb: ClassVar[str]
+    """Whose settings they are; also the name of their table in a TOML file."""
+    UNRECORDED: ClassVar[frozenset[str]] = frozenset({"output_dir", "resume", "report_to", "progress"})
+    """Settings that no result depends on."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Plain values of the settings that a result depends on: all but folder, `resume`, `report_to`, `progress`."""
+        return self.model_dump(mode="json", exclude=set(self.UNRECORDED))
+
+    @classmethod
+    def from_values(cls: type[S], values: dict[str, Any]) -> S:
+        """Build from plain values; raises ValueError with one line that names the setting, its value and the remedy."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, cls.verb, list(cls.model_fields))) from None
+
+    @classmethod
+    def from_file(cls: type[S], path: str | Path) -> S:
+        """Read a TOML file: the table named as the verb (`[fit]`), or the top level where there is none."""
+        values = read_toml(path)
+        table = values.get(cls.verb, values)
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} has {cls.verb}={table!r}; [{cls.verb}] must be a table")
+        return cls.from_values(table)
+
+    def to_file(self, path: str | Path) -> None:
+        """Write a TOML file with the table named as the verb; settings that are None are left out."""
+        write_text(path, tomli_w.dumps({self.verb: self.model_dump(mode="json", exclude_none=True)}))
+
+    def with_settings(self: S, settings: dict[str, Any]) -> S:
+        """A copy with some settings replaced; raises ValueError as `from_values` does."""
+        return self.from_values({**self.model_dump(), **settings})
+
+
+class FitConfig(Settings):
     """The settings of `bridges.fit`. Frozen; an unknown or invalid setting raises ValueError.
 
     Weights and terms are those of the objective in method, section 2; the closed form is that of section 3.
@@ -31,9 +74,7 @@ class FitConfig(BaseModel):
     ValueError: steps=-1 is invalid: Input should be greater than or equal to 0
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    verb = "fit"
 
     steps: int = Field(default=300, ge=0)
     """Gradient steps after the closed form; 0 is the closed form alone."""
@@ -158,42 +199,13 @@ class FitConfig(BaseModel):
         """Held-out tokens that the NMSEs are measured on, at most."""
         return 16_384 if self.eval_tokens == "auto" else self.eval_tokens
 
-    def recorded(self) -> dict[str, Any]:
-        """Plain values of the settings that a result depends on: all but folder, `resume`, `report_to`, `progress`."""
-        return self.model_dump(mode="json", exclude={"output_dir", "resume", "report_to", "progress"})
 
-    @classmethod
-    def from_values(cls, values: dict[str, Any]) -> FitConfig:
-        """Build from plain values; raises ValueError with one line that names the setting, its value and the remedy."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ValueError(_one_line(error, list(cls.model_fields))) from None
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> FitConfig:
-        """Read a TOML file: the table `[fit]`, or the top level where there is none."""
-        values = read_toml(path)
-        table = values.get("fit", values)
-        if not isinstance(table, dict):
-            raise ValueError(f"{path} has fit={table!r}; [fit] must be a table")
-        return cls.from_values(table)
-
-    def to_file(self, path: str | Path) -> None:
-        """Write a TOML file with the table `[fit]`; settings that are None are left out."""
-        write_text(path, tomli_w.dumps({"fit": self.model_dump(mode="json", exclude_none=True)}))
-
-    def with_settings(self, settings: dict[str, Any]) -> FitConfig:
-        """A copy with some settings replaced; raises ValueError as `from_values` does."""
-        return self.from_values({**self.model_dump(), **settings})
-
-
-def _one_line(error: ValidationError, known: list[str]) -> str:
+def _one_line(error: ValidationError, verb: str, known: list[str]) -> str:
     first = error.errors()[0]
     # The setting and indices in it; pydantic also names the member of a union that it tried.
     name = ".".join(str(part) for i, part in enumerate(first["loc"]) if i == 0 or isinstance(part, int))
     if first["type"] == "extra_forbidden":
-        return f"{name}={first['input']!r} is not a setting of fit; the settings are {', '.join(known)}"
+        return f"{name}={first['input']!r} is not a setting of {verb}; the settings are {', '.join(known)}"
     if not name:
         return str(first["msg"]).removeprefix("Value error, ")
     of_setting = (other for other in error.errors() if other["loc"][:1] == first["loc"][:1])

@@ -20,6 +20,7 @@ from bridges.fitting.ridge import Moments
 from bridges.fitting.selection import KL_SITES, TIMES
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.standardized import StandardizedBridges
+from bridges.io.amounts import count, duration, memory
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch
 from bridges.objective.figures import Hybrids, Reconstruction
@@ -62,22 +63,22 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
     streams = 4 * config.batch_size * work.seq_len * (n * width + 4 * pair.dense.vocab_size)
     state = 4 * (7 * n_bridge + (4 * n_sparse if trains else 0))
     moments = min(config.moments_bytes, n * bytes_per_site(pair)) if config.closed_form else 0
-    start = f"closed form from {_si(work.start_tokens)} tokens" if config.closed_form else "random start"
+    start = f"closed form from {count(work.start_tokens)} tokens" if config.closed_form else "random start"
     if config.interchange_weight:
         start += f" and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
     tokens = config.steps * batch * work.seq_len
     lines = [
         f"bridges: {n} sites ({_site_names(pair.bridge_set)}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
         f"k = {pair.bridge_set[0].k}",
-        f"parameters: {_si(n_bridge)} in bridges; models {_si(n_dense)} dense (frozen), {_si(n_sparse)} sparse "
+        f"parameters: {count(n_bridge)} in bridges; models {count(n_dense)} dense (frozen), {count(n_sparse)} sparse "
         f"({'training' if trains else 'frozen'})",
         f"data: {work.train_rows} rows of {work.seq_len} tokens, {work.heldout_rows} more held out, {work.kl_rows} of "
         "them for the KLs",
-        f"{start}, then {config.steps} steps of {batch} rows = {_si(tokens)} tokens, {sampled} of {n} sites a step",
-        f"memory: about {_bytes(state)} for parameters, gradients and optimiser, {_bytes(streams)} for streams and "
-        f"logits, {_bytes(moments)} for moments",
-        f"time: about {_duration(sum(seconds.values()))} on this machine ("
-        + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+        f"{start}, then {config.steps} steps of {batch} rows = {count(tokens)} tokens, {sampled} of {n} sites a step",
+        f"memory: about {memory(state)} for parameters, gradients and optimiser, {memory(streams)} for streams and "
+        f"logits, {memory(moments)} for moments",
+        f"time: about {duration(sum(seconds.values()))} on this machine ("
+        + ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
         + ")",
     ]
     return "\n".join(lines)
@@ -249,20 +250,3 @@ def _update_seconds(pair: ModelPair) -> float:
 def _site_names(bridge_set: BridgeSet) -> str:
     names = [sparse if dense == sparse else f"{dense}={sparse}" for dense, sparse in bridge_set.site_pairs]
     return ", ".join(names) if len(names) <= MOST_NAMED else f"{', '.join(names[:3])}, ..., {names[-1]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _si(value: int | float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if size > 1e6 else f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: int | float) -> str:
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -18,10 +18,13 @@ from bridges.data.rows import Rows
 from bridges.fitting.trainer import ProcessGroup
 from bridges.io.files import read_toml, write_text
 from bridges.models.loading import as_residual, find_tokenizer, load_model
+from bridges.models.sparse.config import SparseConfig
+from bridges.models.sparse.model import SparseTransformer
 
 NAME = "run.toml"
 """The run file's name in a run folder."""
 TABLES = ("dense", "sparse", "data", "fit")
+PRETRAIN_TABLES = ("sparse", "teacher", "data", "pretrain")
 MODEL_KEYS = ("path", "dtype", "device_map", "revision", "gguf_file")
 DATA_ARGUMENTS = {"path": "data", "eval_path": "eval_data", "tokenizer": "tokenizer"}
 """Keys of [data], and the arguments of `fit` that they are."""
@@ -29,16 +32,16 @@ DATA_ARGUMENTS = {"path": "data", "eval_path": "eval_data", "tokenizer": "tokeni
 
 @dataclass(frozen=True)
 class RunFile:
-    """The four tables of a run: [dense], [sparse], [data] and [fit]; a table that is not given is absent."""
+    """The tables of a run: [dense], [sparse], [data] and [fit] of a fit; a table that is not given is absent."""
 
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> RunFile:
-        """Read a run file; ValueError names the file and what is wrong with it."""
+    def read(cls, path: Path, known: Sequence[str] = TABLES) -> RunFile:
+        """Read a run file with some of the `known` tables; ValueError names the file and what is wrong with it."""
         tables = read_toml(path)
-        if unknown := sorted(tables.keys() - set(TABLES)):
-            raise ValueError(f"{path} has the unknown table [{unknown[0]}]; known are {', '.join(sorted(TABLES))}")
+        if unknown := sorted(tables.keys() - set(known)):
+            raise ValueError(f"{path} has the unknown table [{unknown[0]}]; known are {', '.join(sorted(known))}")
         for name, table in tables.items():
             if not isinstance(table, dict):
                 raise ValueError(f"{path} has {name}={table!r}; [{name}] must be a table")
@@ -98,6 +101,11 @@ class RunFile:
             return path
         with ProcessGroup() as processes:
             return load_model(path, processes.device, **arguments)
+
+    def new_or_saved_sparse(self) -> nn.Module | str:
+        """The sparse model: the one at [sparse] path, or without a path a new one of the table's shape."""
+        table = self.tables.get("sparse", {})
+        return self.model("sparse") if "path" in table else SparseTransformer(SparseConfig(**table))
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         """The dense and the sparse model, on the device that a fit would use."""

@@ -75,6 +75,17 @@ class ProcessGroup:
         for tensor in tensors if self.world_size > 1 else ():
             tensor.copy_(self.all_reduce(tensor.detach() if self.is_main else torch.zeros_like(tensor)))
 
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of the parameters over processes, one reduction per dtype and device."""
+        if self.world_size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for key in dict.fromkeys((g.dtype, g.device) for g in grads):  # in one order on every process
+            group = [g for g in grads if (g.dtype, g.device) == key]
+            total = self.all_reduce(torch.cat([g.flatten() for g in group]))
+            for grad, part in zip(group, total.split([g.numel() for g in group]), strict=True):
+                grad.copy_(part.view(grad.shape))
+
     def refuse_unequal(self, name: str, description: str) -> None:
         """ValueError on every process unless all of them give the same `description` of what `name` names."""
         digest = hashlib.blake2b(description.encode(), digest_size=16).digest()
@@ -140,7 +151,7 @@ class Trainer:
         refuse_not_finite(losses, step)
         if self.support is not None:
             self.support.gather_gradients()
-        self._sum_gradients()
+        self.processes.sum_gradients(self._parameters())
         refuse_not_finite_gradients(self._parameters(), step)
         for group, rate in zip(self.bridge_optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.lr(step) / self.config.lr
@@ -187,17 +198,6 @@ class Trainer:
     def _zero_grad(self) -> None:
         for parameter in self._parameters():
             parameter.grad = None
-
-    def _sum_gradients(self) -> None:
-        """Sum gradients over processes, one reduction per dtype and device."""
-        if self.processes.world_size == 1:
-            return
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        for key in dict.fromkeys((g.dtype, g.device) for g in grads):  # in one order on every process
-            group = [g for g in grads if (g.dtype, g.device) == key]
-            total = self.processes.all_reduce(torch.cat([g.flatten() for g in group]))
-            for grad, part in zip(group, total.split([g.numel() for g in group]), strict=True):
-                grad.copy_(part.view(grad.shape))
 
     def _sparse_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         config, kept = self.config, self.kept_fraction(step)

@@ -46,7 +46,7 @@ def project(model: nn.Module, kept: float, min_per_channel: int = 4) -> None:
     for name, parameter in sparse_parameters(model):
         count = max(1, round(kept * parameter.numel()))
         if count < parameter.numel() and parameter.requires_grad:
-            mask = _largest(parameter, count, _channel_dim(name), min_per_channel)
+            mask = largest(parameter, count, channel_dim(name), min_per_channel)
             parameter.copy_(apply_mask(parameter, mask))
 
 
@@ -61,6 +61,17 @@ def kept_fraction(step: int, steps: int, target: float, anneal: float = 0.5, sta
     It goes linearly from `start` to `target` over the first anneal * steps steps, then stays.
     """
     return target if step >= anneal * steps else start + (target - start) * step / (anneal * steps)
+
+
+def geometric_fraction(step: int, steps: int, target: float, anneal: float, start: float) -> float:
+    """As `kept_fraction`, but falling by the same factor in every step: most of the time passes at low densities."""
+    return target if step >= anneal * steps else start * (target / start) ** (step / (anneal * steps))
+
+
+def density(model: nn.Module) -> float:
+    """The fraction of the entries of the model's `sparse_parameters` that are not zero."""
+    parameters = [parameter for _, parameter in sparse_parameters(model)]
+    return sum(int(p.count_nonzero()) for p in parameters) / sum(p.numel() for p in parameters)
 
 
 def learning_rate(
@@ -96,23 +107,24 @@ def clip_to_rms(parameters: Iterable[Tensor], max_rms: float = 1.0) -> Float[Ten
     return rms
 
 
-def _channel_dim(name: str) -> int | None:
+def channel_dim(name: str) -> int | None:
+    """The dimension that indexes neurons or attention channels in the tensor of this name; None: it has none."""
     return next((dim for suffix, dim in CHANNEL_DIM.items() if name.endswith(suffix)), None)
 
 
-def _largest(
-    weight: Float[Tensor, "*shape"], count: int, channel_dim: int | None, min_per_channel: int
+def largest(
+    weight: Float[Tensor, "*shape"], count: int, dim: int | None, min_per_channel: int
 ) -> Bool[Tensor, "*shape"]:
     """The mask of the `count` entries of largest magnitude, with at least `min_per_channel` in every channel."""
     weight = weight.detach()
     mask = abs_topk_mask(weight.flatten(), count).view(weight.shape)
-    if channel_dim is None or min_per_channel < 1:
+    if dim is None or min_per_channel < 1:
         return mask
-    n_reserved = min(min_per_channel, weight.shape[1 - channel_dim])
-    if mask.sum(1 - channel_dim).amin() >= n_reserved:
+    n_reserved = min(min_per_channel, weight.shape[1 - dim])
+    if mask.sum(1 - dim).amin() >= n_reserved:
         return mask  # it holds the largest of each channel already, so reserving them changes nothing
-    reserved = abs_topk_mask(weight.movedim(channel_dim, 0), n_reserved).movedim(0, channel_dim).contiguous()
-    remaining = count - n_reserved * weight.shape[channel_dim]
+    reserved = abs_topk_mask(weight.movedim(dim, 0), n_reserved).movedim(0, dim).contiguous()
+    remaining = count - n_reserved * weight.shape[dim]
     if remaining > 0:
         # The largest of the rest are among the entries of the first mask that are not reserved.
         candidates = (mask & ~reserved).flatten().nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Computing with the nonzeros of a weight-sparse model alone: training that keeps its zeros, and faster products."""
+"""Computing with the nonzeros of a weight-sparse model alone: training on a support, which may move, and products."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ MAX_KERNEL_DENSITY = 1 / 10
 class _SparseTensor:
     """A tensor of the model and the vector of its nonzeros, which is what the optimiser trains."""
 
+    name: str
     parameter: nn.Parameter
     index: Tensor
     """Of the nonzeros, into the flattened tensor."""
@@ -40,6 +41,24 @@ class _SparseTensor:
         """Write the values into the model's tensor."""
         self.parameter.view(-1)[self.index] = self.values
 
+    @torch.no_grad()
+    def move(self, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Train the entries of another mask; those that are new start at zero, with the optimiser's moments at zero."""
+        index = mask.to(self.parameter.device).flatten().nonzero().squeeze(1)
+        whole = torch.empty_like(self.parameter, memory_format=torch.contiguous_format).flatten()
+
+        def moved(vector: Tensor) -> Tensor:
+            whole.zero_()[self.index] = vector
+            return whole[index]
+
+        state = optimizer.state.get(self.values, {})
+        for name, value in state.items():
+            if value.shape == self.values.shape:
+                state[name] = moved(value)
+        self.values.data, self.values.grad, self.index = moved(self.values.data), None, index
+        self.parameter.zero_()
+        self.scatter()
+
 
 class Support:
     """The entries of a model's sparse tensors that may differ from zero, as one trainable vector per tensor.
@@ -56,20 +75,31 @@ class Support:
                 f"masks must have the names of supports(model); they differ in {sorted(sparse.keys() ^ masks.keys())}"
             )
         self.masks = dict(masks)
+        self._model, self._use_kernels = model, use_kernels
         self._sparse: list[_SparseTensor] = []
         self._unpruned = [p for name, p in model.named_parameters() if name not in sparse and p.requires_grad]
-        values: dict[Tensor, tuple[nn.Parameter, Tensor]] = {}
         for name, parameter in sparse.items():
             if parameter.requires_grad:
                 index = masks[name].to(parameter.device).flatten().nonzero().squeeze(1)
-                tensor = _SparseTensor(parameter, index, nn.Parameter(parameter.detach().flatten()[index]))
-                self._sparse.append(tensor)
-                values[parameter] = tensor.values, masks[name]
-        self._forwards = _sparse_forwards(model, values) if use_kernels else {}
+                values = nn.Parameter(parameter.detach().flatten()[index])
+                self._sparse.append(_SparseTensor(name, parameter, index, values))
+        self._forwards = self._build_forwards()
+
+    def _build_forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        if not self._use_kernels:
+            return {}
+        values: dict[Tensor, tuple[nn.Parameter, Tensor]] = {
+            tensor.parameter: (tensor.values, self.masks[tensor.name]) for tensor in self._sparse
+        }
+        return _sparse_forwards(self._model, values)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimiser is to train: the vectors of values, then the parameters that are not sparse."""
         return [*(tensor.values for tensor in self._sparse), *self._unpruned]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Those of `parameters()` that are nonzeros of matrices and embeddings."""
+        return [tensor.values for tensor in self._sparse if tensor.parameter.ndim == 2]
 
     def sparse_kernels(self) -> AbstractContextManager[None]:
         """Context in which the model's forward passes multiply by the values where that is faster."""
@@ -84,6 +114,23 @@ class Support:
         """Write the values into the model; call it after an optimiser's step."""
         for tensor in self._sparse:
             tensor.scatter()
+
+    def dense_gradients(self) -> dict[str, Tensor]:
+        """The gradients of whole tensors, by name, after a backward pass outside `sparse_kernels()`.
+
+        Call it before `gather_gradients`, which takes them away from the model.
+        """
+        return {tensor.name: tensor.parameter.grad for tensor in self._sparse if tensor.parameter.grad is not None}
+
+    def move(self, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Train the entries of other masks from now on; `optimizer` is the one that trains `parameters()`.
+
+        Entries that leave become zero. New ones start at zero, and so do their moments.
+        """
+        for tensor in self._sparse:
+            tensor.move(masks[tensor.name], optimizer)
+        self.masks = dict(masks)
+        self._forwards = self._build_forwards()
 
 
 def use_sparse_kernels(model: nn.Module) -> AbstractContextManager[None]:

@@ -1,0 +1,37 @@
+"""Train the bundled sparse model by itself, with the bundled dense one as teacher: python examples/pretrain_sparse.py
+
+Ctrl-C (or `timeout -s INT 1h python ...`) stops it with a checkpoint; the same command continues from there.
+"""
+
+import argparse
+from pathlib import Path
+
+import bridges
+from bridges.data.corpus import bundled_corpus
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--config", default="configs/bundled_pair_6_readable.toml", help="the table [pretrain]")
+parser.add_argument("--start", default="", help="the sparse model's folder to start from; default: the bundled one")
+parser.add_argument("--run", default="runs/readable", help="the run folder; sparse/ in it is the trained model")
+parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
+parser.add_argument("--report-to", default="none", help="none or wandb")
+args, settings = parser.parse_known_args()
+# All other arguments are settings of pretrain: --steps 100
+names = [name.removeprefix("--").replace("-", "_") for name in settings[::2]]
+overrides = dict(zip(names, settings[1::2], strict=True))
+
+config = bridges.PretrainConfig.from_file(args.config).with_settings(overrides)
+dense, sparse, tokenizer = bridges.load_pair()
+rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
+heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
+bridges.pretrain(
+    Path(args.start) if args.start else sparse,
+    rows,
+    teacher=dense,
+    tokenizer=tokenizer,
+    eval_data=heldout,
+    config=config,
+    output_dir=args.run,
+    resume=True,
+    report_to=args.report_to,
+)
