@@ -6,6 +6,7 @@ the state of the least objective on rows that it did not train on, its start inc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -89,18 +90,26 @@ class Selection:
                 (decode, normalizers.variance_dense.cpu()),
             )
         )
-        tokens = normalizers.tokens.cpu() * len(self.kl_sites)
+        tokens = normalizers.tokens.cpu().clamp(min=1) * len(self.kl_sites)
         total = weights.nmse * (encode + decode).mean()
         total += weights.kl_dense_to_sparse * to_sparse.sum() / tokens
         total += weights.kl_sparse_to_dense * to_dense.sum() / tokens
         return total.item() + self._interchange()
 
     def observe(self, step: int) -> float:
-        """Measure the present state, and keep it if it is the best so far; returns its objective."""
+        """Measure the present state, and keep it if it is the best so far; returns its objective.
+
+        Raises FloatingPointError if the first objective is not finite.
+        """
         value = self.measure()
         if self.best is None:
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the objective on the training rows set aside is {value} before the first step, so that no state "
+                    "could be chosen; look for tokens among the last training rows that make a model overflow"
+                )
             self.best = BestState(step, value, value)
-        elif value < self.best.objective or self.best.objective != self.best.objective:
+        elif value < self.best.objective or math.isnan(self.best.objective):  # NaN: of a run of an earlier version
             self.best = BestState(step, value, self.best.start)
         return value
 
