@@ -135,7 +135,7 @@ def prepare(
 
     `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved.
     """
-    saved = _saved_tokenizers(sources)
+    saved = saved_tokenizers(sources)
     tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
     vocab_size = common_vocabulary(dense, sparse, (tokenizer, tokenizer) if saved == (None, None) else saved)
     one_sided = one_sided_tokens(saved)
@@ -173,7 +173,7 @@ def heldout_rows(
     one_sided: dict[int, str] = {}
     if isinstance(data, str | PathLike):
         seq_len = seq_len or default_seq_len(context_limit(dense, sparse))
-        saved = _saved_tokenizers(sources)
+        saved = saved_tokenizers(sources)
         one_sided = one_sided_tokens(saved)
         tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
     return _checked("data", load_rows(data, tokenizer, seq_len), one_sided, dense, sparse)
@@ -241,7 +241,7 @@ def _sampled(
     return FitData(train, rows(sampled_heldout_rows(config, n_rows, seq_len), 2 * config.seed + 1))
 
 
-def _saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:
+def saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:
     """The tokenizers that are saved with the dense and with the sparse model, None where there is none."""
     dense, sparse = sources
     first = find_tokenizer(dense)
