@@ -3,7 +3,7 @@ import torch
 from pairs import gpt2, join, neox, sparse_model, tokens
 
 from bridges.config import FitConfig
-from bridges.fitting import plan as plan_module
+from bridges.fitting import timings
 from bridges.fitting.plan import Work, describe, estimate_seconds
 from bridges.objective.hybrid import ModelPair
 
@@ -98,7 +98,7 @@ def test_every_part_that_will_run_has_its_seconds_and_nothing_changes():
 @pytest.fixture
 def a_second_each(monkeypatch):
     """Every part that is timed takes one second on its 80 tokens."""
-    monkeypatch.setattr(plan_module, "_time", lambda run, pair: 1.0)
+    monkeypatch.setattr(timings, "_time", lambda run, pair: 1.0)
 
 
 def seconds(work=WORK, **settings):
@@ -139,13 +139,13 @@ def test_both_models_devices_are_waited_for(monkeypatch):
         def __init__(self, device):
             self.device = torch.device(device)
 
-    plan_module._wait(ModelPair(On("cuda:0"), On("cuda:1"), None))
-    plan_module._wait(ModelPair(On("cpu"), On("cuda:2"), None))
+    timings._wait(ModelPair(On("cuda:0"), On("cuda:1"), None))
+    timings._wait(ModelPair(On("cpu"), On("cuda:2"), None))
     assert {str(device) for device in waited} == {"cuda:0", "cuda:1", "cuda:2"} and len(waited) == 3
 
 
 def test_a_hundred_times_the_work_is_told_to_take_a_hundred_times_as_long(monkeypatch):
-    monkeypatch.setattr(plan_module, "_time", lambda run, pair: 1.0)
+    monkeypatch.setattr(timings, "_time", lambda run, pair: 1.0)
     pair, batch = join(gpt2(), sparse_model()), (tokens(8, 10), None)
     more = WORK._replace(heldout_rows=50_000, kl_rows=8_000)
     one, two = (estimate_seconds(pair, FitConfig(steps=0), work, batch)["evaluation"] for work in (WORK, more))
