@@ -58,6 +58,8 @@ FIGURES = tuple(f.name for f in fields(SiteFigures) if f.name != "name")
 STANDARD_ERRORS = ("kl_dense_to_sparse_se", "kl_sparse_to_dense_se")
 MODEL_FIGURES = ("dense_ce", "sparse_ce", "kl_sparse_alone")
 """The figures of a report that are not of a site."""
+OBJECTIVES = ("objective", "objective_at_start")
+"""The figures of `BridgeReport.selection`."""
 COLUMNS = {
     "nmse_encode (floor)": "{nmse_encode:.3f} ({nmse_encode_floor:.3f})",
     "nmse_decode (shuffled)": "{nmse_decode:.3f} ({nmse_decode_shuffled:.2f})",
@@ -126,6 +128,8 @@ class BridgeReport:
         """The inverse of `to_dict`; also reads null (None), as `report.json` has it, for a figure that is undefined."""
         rest = {name: value for name, value in values.items() if name not in ("sites", "mean")}
         sites = tuple(SiteFigures(**_null_as_nan(site, FIGURES)) for site in values["sites"])
+        if rest.get("selection") is not None:
+            rest["selection"] = _null_as_nan(rest["selection"], OBJECTIVES)
         return cls(sites, **_null_as_nan(rest, MODEL_FIGURES))
 
     def save(self, path: str | Path) -> None:
@@ -185,7 +189,7 @@ class BridgeReport:
     def _selected(self) -> str:
         """Which step of the fit this is."""
         assert self.selection is not None
-        step, best, start = (self.selection[name] for name in ("step", "objective", "objective_at_start"))
+        step, best, start = (self.selection[name] for name in ("step", *OBJECTIVES))
         where = "before the first step" if step == 0 else f"after step {step}"
         return f"The state {where}: objective {best:.4g} on training rows set aside, {start:.4g} before the first step."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from numbers import Integral
@@ -82,10 +81,8 @@ def evaluate(
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
     seq_len = bridge_set.provenance.get("fit", {}).get("seq_len") if isinstance(data, str | PathLike) else None
     rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, (dense, sparse), seq_len)
-    if kl_tokens == "auto":
-        n_rows = affordable_kl_rows(pair, len(rows), rows.seq_len)
-    else:
-        n_rows = min(len(rows), math.ceil(kl_tokens / rows.seq_len))
+    auto = kl_tokens == "auto"
+    n_rows = affordable_kl_rows(pair, len(rows), rows.seq_len) if auto else rows.rows_holding(kl_tokens)
     return measure(
         pair,
         rows.in_order(batch_size),

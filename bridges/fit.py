@@ -189,7 +189,7 @@ class _Run:
     def _train(self, tracker: Tracker, checkpoint: Checkpoint | None, identity: RunIdentity) -> None:
         config, processes = self.config, self.processes
         if self._shown:
-            announce(self._plan(checkpoint is not None))
+            announce(self._plan(None if checkpoint is None else checkpoint.step))
         provenance = self.pair.bridge_set.provenance
         if checkpoint is None:
             start = self._start()
@@ -217,17 +217,21 @@ class _Run:
         if selection is not None and selection.best is not None:
             self.selected.append(selection.best)
 
-    def _plan(self, resumed: bool) -> str:
-        """What the run will do and how long it takes, by timing a small part of it."""
+    def _plan(self, steps_done: int | None) -> str:
+        """What the run will do and how long it takes, by timing a small part of it; None: it starts anew."""
         config, rows = self.config, self.data.fitted
-        tokens = 0
-        if config.closed_form and not resumed:
-            most = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            tokens = min(most, len(rows) * rows.seq_len)
-            if config.ridge == "auto":
-                tokens += min(most // RIDGE_SHARE, len(self.data.selection) * rows.seq_len)
-        evaluations = 1 + (config.steps // config.eval_every if config.eval_every else 0)
-        work = Work(len(rows), rows.seq_len, *self._heldout_rows(), tokens, evaluations, self.processes.world_size)
+        start_rows = 0
+        if config.closed_form and steps_done is None:
+            tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
+            start_rows = self.data.start_rows(tokens, tokens // RIDGE_SHARE)
+        evaluations = 1
+        if config.eval_every:
+            evaluations += config.steps // config.eval_every - (steps_done or 0) // config.eval_every
+        work = Work(
+            *(len(rows), rows.seq_len, *self._heldout_rows(), start_rows, evaluations, self.processes.world_size),
+            real_share=rows.real_tokens.sum().item() / rows.input_ids.numel(),
+            steps_done=steps_done,
+        )
         seconds = estimate_seconds(self.pair, config, work, rows.batch(0, config.batch_size), self.processes.autocast)
         return describe(self.pair, config, work, seconds)
 
@@ -246,10 +250,10 @@ class _Run:
             if not config.closed_form:
                 return self._random_start()
             tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            batches, selection = self._train_batches(tokens), self._selection_batches(tokens // RIDGE_SHARE)
+            batches, selection = self._train_batches(tokens), self._ridge_batches(tokens // RIDGE_SHARE)
             scales = None if config.train_sparse else ReadScales(self.pair)
             groups = len(list(site_groups(self.pair, config.moments_bytes)))
-            total = groups * (len(batches) + (len(selection) if config.ridge == "auto" else 0))
+            total = groups * (len(batches) + len(selection))
             with progress_bar("closed form, batches and sites", total + len(self.pair.bridge_set), self._shown) as bar:
                 found = solve_bridges(
                     self.pair,
@@ -304,8 +308,13 @@ class _Run:
         processes = self.processes
         return self.data.train_batches(n_tokens, self.config.batch_size, processes.rank, processes.world_size)
 
+    def _ridge_batches(self, n_tokens: int) -> list[Batch]:
+        """This process's part of the rows that judge closed forms."""
+        processes = self.processes
+        return self.data.ridge_batches(n_tokens, self.config.batch_size, processes.rank, processes.world_size)
+
     def _selection_batches(self, n_tokens: int) -> list[Batch]:
-        """This process's part of the rows that ridge penalties and the best state are chosen on."""
+        """This process's part of the rows that the best state is chosen on."""
         processes = self.processes
         return self.data.selection_batches(n_tokens, self.config.batch_size, processes.rank, processes.world_size)
 

@@ -174,3 +174,11 @@ def test_the_caption_says_how_many_tokens_with_what_error_and_which_step(report)
 def test_reports_with_the_same_undefined_figures_are_equal(report):
     one = replace(report, sparse_ce=float("nan"))
     assert one == replace(report, sparse_ce=float("nan")) != report
+
+
+def test_an_objective_that_is_not_finite_comes_back_as_nan_and_is_printed(report, tmp_path):
+    chosen = {"step": 0, "objective": math.nan, "objective_at_start": math.inf}
+    replace(report, selection=chosen).save(tmp_path / "report.json")
+    loaded = BridgeReport.load(tmp_path / "report.json")
+    assert str({"step": 0, "objective": math.nan, "objective_at_start": math.nan}) == str(loaded.selection)
+    assert "objective nan on training rows set aside, nan before the first step" in str(loaded)

@@ -5,6 +5,7 @@ import torch
 from pairs import VOCAB, gpt2, join, relative, sparse_model, tokens, toy_task, with_units
 
 import bridges
+from bridges.channels import search
 from bridges.channels.runs import Prompts
 from bridges.channels.search import sample_text
 
@@ -66,3 +67,30 @@ def test_sampled_text_holds_the_tokens_and_the_width_that_both_models_have():
     pair = join(gpt2(vocab=VOCAB + 1, context=12), sparse_model(block_size=10))
     text = sample_text(pair, seed=0)
     assert text.shape[1] == 10 and text.max() < VOCAB
+
+
+class Words:
+    """A tokenizer of the models' tokens, of which the last is an added one."""
+
+    def __init__(self, added):
+        self.words = {f"w{i}": i for i in range(VOCAB - 1)}
+        self.added_tokens_decoder = dict.fromkeys([VOCAB - 1], "<mark>") if added else {}
+
+    def get_vocab(self):
+        return self.words | {word: i for i, word in self.added_tokens_decoder.items()}
+
+
+def test_sampled_text_holds_no_token_that_only_one_tokenizer_has(monkeypatch):
+    pair = join(gpt2(), sparse_model())
+    seen = []
+    monkeypatch.setattr(
+        search, "saved_tokenizers", lambda sources: seen.append(sources) or (Words(added=True), Words(added=False))
+    )
+    assert (sample_text(pair, seed=0) == VOCAB - 1).any()
+    text = sample_text(pair, seed=0, sources=("dense", "sparse"))
+    assert not (text == VOCAB - 1).any() and text.max() == VOCAB - 2
+    models = with_units(pair).dense.model, pair.sparse.model
+    bridges.find_channels(*models, pair.bridge_set, toy_task(), budget=1e9, candidates=8, progress=False)
+    task = toy_task(rows=70)
+    bridges.sweep(*models, pair.bridge_set, task, bridges.Channels("0.mlp", (1,), "read"), (1.0,), progress=False)
+    assert seen == [("dense", "sparse"), models, models]

@@ -13,7 +13,7 @@ from bridges.channels.runs import PromptRun, Prompts, last_token
 from bridges.io.progress import Bar
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair, Side
-from bridges.steering.delta import EntryPoint, stream_to_read_transpose
+from bridges.steering.delta import EntryPoint, at_least_float32, stream_to_read_transpose
 from bridges.tasks.pairs import TaskPairs, probability
 
 
@@ -32,7 +32,7 @@ def predicted_effects(pair: ModelPair, prompts: Prompts, side: Side = "dense", b
     """Predict the change of one model's mean log P(target) under every single-channel edit, in nats.
 
     Per channel the sum over prompts and tokens of what its edit adds, times the gradient where it is added; what it
-    adds to the dense model is dz times the decoder's column (method, section 4).
+    adds to the dense model is dz times the decoder's column (method, section 4). Batches are added up in float64.
     """
     bridges = range(len(pair.bridge_set))
     locations = [Location(i, at) for i in bridges for at in entry_points(pair, i)]
@@ -40,7 +40,8 @@ def predicted_effects(pair: ModelPair, prompts: Prompts, side: Side = "dense", b
     for run in prompts.runs(bridges):
         gradients = _gradients(pair.model(side), run.pairs, len(prompts))
         for location in locations:
-            effect = _effects_at(pair, run, gradients[location.at][pair.site(side, location.bridge)], location, side)
+            gradient = at_least_float32(gradients[location.at][pair.site(side, location.bridge)])
+            effect = _effects_at(pair, run, gradient, location, side).double()
             effects[location] = effects[location] + effect if location in effects else effect
         if bar is not None:
             bar.advance(len(run.rows))

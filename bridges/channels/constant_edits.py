@@ -65,7 +65,8 @@ def constant_edits(
         bridge = bridge_set[i]
         with progress_bar(f"constant edits, {pairs.task}", len(pairs), progress) as bar:
             dz = constant_changes(Prompts(pair, pairs), i, chosen.channels, bar)[direction]
-        values = dz * bridge.gain_sparse / bridge.rms_sparse
+        # The bridges may be on another device than the sparse model.
+        values = dz.to(bridge.gain_sparse) * bridge.gain_sparse / bridge.rms_sparse
     return [Edit(chosen.site, channel, values[channel].item(), "add") for channel in chosen.channels]
 
 

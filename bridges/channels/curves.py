@@ -20,6 +20,8 @@ from bridges.tasks.pairs import TaskPairs, probability
 
 RANDOM_DIRECTIONS = 20
 RESAMPLES = 1000
+RESAMPLED_BYTES = 2**26
+"""Memory for the resampled values of a band, at most."""
 FEWEST_DIRECTIONS = 4
 RANDOM_WORK = 5e12
 """Parameters times tokens times strengths that random directions may cost. In a large model they would take most of a
@@ -165,6 +167,8 @@ def with_band(values: Float[Tensor, "strengths prompts"]) -> Curve:
     from scipy.stats import bootstrap
 
     rows = values.double().cpu().numpy()
-    drawn = {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+    # The means are drawn a few at a time: all prompts of all strengths are copied for each.
+    batch = max(1, min(RESAMPLES, RESAMPLED_BYTES // (rows.nbytes + rows[0].nbytes)))
+    drawn = {"n_resamples": RESAMPLES, "batch": batch, "method": "percentile", "rng": np.random.default_rng(0)}
     low, high = bootstrap((rows,), np.mean, axis=1, **drawn).confidence_interval
     return Curve(rows.mean(1).tolist(), low.tolist(), high.tolist())

@@ -111,7 +111,7 @@ def find_channels(
     options = SearchOptions(most, by, budget, candidates).checked()
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         prompts = Prompts(pair, resolve_task(task, dense, tokenizer, n, seed))
-        rows = sample_text(pair, seed) if text is None else check_text(pair, text)
+        rows = sample_text(pair, seed, sources=(dense, sparse)) if text is None else check_text(pair, text)
         return find(pair, prompts, rows, options, progress)
 
 

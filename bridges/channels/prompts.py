@@ -50,14 +50,17 @@ def frozen_pair(
 ) -> Iterator[ModelPair]:
     """Yield both models with their bridges, frozen and in evaluation mode until the context ends.
 
-    Raises ValueError if the bridges were fitted to other models, unless `check_models` is False.
+    A caller's torch.inference_mode() is off inside, since searches need gradients. Raises ValueError if the bridges
+    were fitted to other models, unless `check_models` is False.
     """
-    pair = ModelPair(_with_cached_norm(as_residual(dense)), _with_cached_norm(as_residual(sparse)), bridge_set)
-    if check_models:
-        bridge_set.check_models(pair.dense.model, pair.sparse.model)
-    models = (pair.dense.model, pair.sparse.model)
-    kernels = [use_sparse_kernels(model) for model in models if isinstance(model, SparseTransformer)]
     with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        pair = ModelPair(_with_cached_norm(as_residual(dense)), _with_cached_norm(as_residual(sparse)), bridge_set)
+        if check_models:
+            bridge_set.check_models(pair.dense.model, pair.sparse.model)
+        models = (pair.dense.model, pair.sparse.model)
+        kernels = [use_sparse_kernels(model) for model in models if isinstance(model, SparseTransformer)]
         for context in (*map(frozen, models), *kernels, torch.no_grad()):
             stack.enter_context(context)
         yield pair

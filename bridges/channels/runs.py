@@ -110,9 +110,10 @@ class Prompts:
 
 
 def _bytes_per_token(pair: ModelPair, n_bridges: int) -> int:
-    """Of the streams, reads and changes in a `PromptRun`."""
+    """Of the streams, reads and changes in a `PromptRun`; the changes of the sparse stream are at least float32."""
     dense, sparse = ((n_bridges + 1) * model.d_model * model.dtype.itemsize for model in (pair.dense, pair.sparse))
-    return dense + 3 * sparse
+    changes = (n_bridges + 1) * pair.sparse.d_model * max(pair.sparse.dtype.itemsize, 4)
+    return dense + 2 * sparse + changes
 
 
 def _run(pair: ModelPair, batch: PairBatch, bridges: Sequence[int]) -> PromptRun:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,8 +21,10 @@ from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
 from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_random, p_target_unedited
 from bridges.config import DEFAULT_SEQ_LEN
+from bridges.data.prepare import saved_tokenizers
 from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.io.progress import Bar, progress_bar
+from bridges.models.pairing import one_sided_tokens
 from bridges.models.residual import context_limit
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.steering.delta import EntryPoint
@@ -97,10 +99,17 @@ def check_search(most: int, by: str, budget: float = BUDGET, name: str = "most")
     SearchOptions(most, by, budget).checked(name)  # pyright: ignore[reportArgumentType]
 
 
-def sample_text(pair: ModelPair, seed: int, for_search: bool = True) -> Int[Tensor, "rows seq"]:
-    """Sample reference text from the dense model: other rows for a search than for what is reported of its result."""
+def sample_text(
+    pair: ModelPair, seed: int, for_search: bool = True, sources: tuple[Any, Any] | None = None
+) -> Int[Tensor, "rows seq"]:
+    """Sample reference text from the dense model: other rows for a search than for what is reported of its result.
+
+    `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved; the
+    text holds no token that only one of these has.
+    """
     width = min(DEFAULT_SEQ_LEN, context_limit(pair.dense, pair.sparse) or DEFAULT_SEQ_LEN)
-    shared = SharedTokens(min(pair.dense.vocab_size, pair.sparse.vocab_size))
+    one_sided = {} if sources is None else one_sided_tokens(saved_tokenizers(sources))
+    shared = SharedTokens(min(pair.dense.vocab_size, pair.sparse.vocab_size), frozenset(one_sided))
     return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search, shared)
 
 

@@ -102,11 +102,11 @@ def sweep(
         chosen_on, reported = (Prompts(pair, half) for half in halves)
         rows = None if text is None else check_text(pair, text)
         if not isinstance(channels, Channels | FoundChannels):
-            channels, rows = _search(pair, chosen_on, rows, options, seed, progress)
+            channels, rows = _search(pair, chosen_on, rows, options, seed, progress, (dense, sparse))
         chosen, agreement = (
             (channels.best, channels.agreement) if isinstance(channels, FoundChannels) else (channels, None)
         )
-        rows = sample_text(pair, seed, for_search=False) if rows is None else rows
+        rows = sample_text(pair, seed, for_search=False, sources=(dense, sparse)) if rows is None else rows
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer, context_limit(pair.dense, pair.sparse))
         return sweep_prompts(pair, chosen_on, reported, chosen, strengths, rows, others, agreement, progress)
 
@@ -133,7 +133,13 @@ def _split_pairs(pairs: TaskPairs) -> tuple[TaskPairs, TaskPairs]:
 
 
 def _search(
-    pair: ModelPair, prompts: Prompts, text: Tensor | None, options: SearchOptions, seed: int, progress: bool
+    pair: ModelPair,
+    prompts: Prompts,
+    text: Tensor | None,
+    options: SearchOptions,
+    seed: int,
+    progress: bool,
+    sources: tuple[Any, Any],
 ) -> tuple[FoundChannels, Tensor | None]:
     """Search for channels, and return the rows of text that are left to report on.
 
@@ -141,7 +147,7 @@ def _search(
     """
     n_rows = 0 if text is None else min(SAMPLED_ROWS, len(text) // 2)
     if text is None or not n_rows:
-        rows = sample_text(pair, seed)
+        rows = sample_text(pair, seed, sources=sources)
     else:
         rows, text = text[:n_rows], text[n_rows:]
     return find(pair, prompts, rows, options, progress), text

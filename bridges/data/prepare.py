@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,7 +40,8 @@ def share(n_rows: int, batch_size: int, rank: int, world_size: int) -> list[rang
     return [range(start, min(start + batch_size, n_rows)) for start in starts]
 
 
-class FitData(NamedTuple):
+@dataclass(frozen=True)
+class FitData:
     """The rows of a fit, and which of them each process sees."""
 
     train: Rows
@@ -46,19 +49,20 @@ class FitData(NamedTuple):
     heldout: Rows
     """What is reported is measured on these."""
 
-    @property
+    @cached_property
     def fitted(self) -> Rows:
         """The training rows that the closed form and the gradient steps see."""
-        return self._parts()[0]
+        return self._parts[0]
 
-    @property
+    @cached_property
     def selection(self) -> Rows:
         """The last 5 % of the training rows, on which ridge penalties and the best state are chosen.
 
-        Of a single training row, that row itself.
+        Of a single training row, that row itself; no ridge penalty is chosen on it.
         """
-        return self._parts()[1]
+        return self._parts[1]
 
+    @cached_property
     def _parts(self) -> tuple[Rows, Rows]:
         if len(self.train) < 2:
             return self.train, self.train
@@ -78,8 +82,13 @@ class FitData(NamedTuple):
     def train_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
         """One process's part of the first shuffled training rows, as many as hold `n_tokens`, each row once."""
         fitted = self.fitted
-        n_rows = min(len(fitted), math.ceil(n_tokens / fitted.seq_len))
+        n_rows = fitted.rows_holding(n_tokens, shuffled=True)
         return [fitted.take(rows.start, len(rows)) for rows in share(n_rows, batch_size, rank, world_size)]
+
+    def start_rows(self, n_tokens: int, n_judging: int) -> int:
+        """How many rows `train_batches` and `ridge_batches` give together, over all processes."""
+        judging = 0 if len(self.train) < 2 else self.selection.rows_holding(n_judging)
+        return self.fitted.rows_holding(n_tokens, shuffled=True) + judging
 
     def pair_batches(
         self, config: FitConfig, rank: int, world_size: int
@@ -93,12 +102,15 @@ class FitData(NamedTuple):
 
     def selection_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
         """One process's part of the first rows of the selection, as many as hold `n_tokens`."""
-        n_rows = min(len(self.selection), math.ceil(n_tokens / self.selection.seq_len))
-        return _part(self.selection, n_rows, batch_size, rank, world_size)
+        return _part(self.selection, self.selection.rows_holding(n_tokens), batch_size, rank, world_size)
+
+    def ridge_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+        """`selection_batches`, but none of a single training row, which would judge what was fitted to it."""
+        return [] if len(self.train) < 2 else self.selection_batches(n_tokens, batch_size, rank, world_size)
 
     def heldout_rows(self, config: FitConfig) -> int:
         """How many of the held-out rows the NMSEs are measured on."""
-        return min(len(self.heldout), math.ceil(config.heldout_tokens / self.heldout.seq_len))
+        return self.heldout.rows_holding(config.heldout_tokens)
 
     def heldout_batches(self, n_rows: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
         """One process's part of the first held-out rows."""
@@ -123,7 +135,7 @@ def prepare(
 
     `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved.
     """
-    saved = _saved_tokenizers(sources)
+    saved = saved_tokenizers(sources)
     tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
     vocab_size = common_vocabulary(dense, sparse, (tokenizer, tokenizer) if saved == (None, None) else saved)
     one_sided = one_sided_tokens(saved)
@@ -161,7 +173,7 @@ def heldout_rows(
     one_sided: dict[int, str] = {}
     if isinstance(data, str | PathLike):
         seq_len = seq_len or default_seq_len(context_limit(dense, sparse))
-        saved = _saved_tokenizers(sources)
+        saved = saved_tokenizers(sources)
         one_sided = one_sided_tokens(saved)
         tokenizer = next((one for one in (tokenizer, *saved) if one is not None), None)
     return _checked("data", load_rows(data, tokenizer, seq_len), one_sided, dense, sparse)
@@ -229,7 +241,7 @@ def _sampled(
     return FitData(train, rows(sampled_heldout_rows(config, n_rows, seq_len), 2 * config.seed + 1))
 
 
-def _saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:
+def saved_tokenizers(sources: tuple[Any, Any]) -> tuple[Any, Any]:
     """The tokenizers that are saved with the dense and with the sparse model, None where there is none."""
     dense, sparse = sources
     first = find_tokenizer(dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Int
@@ -36,6 +36,21 @@ class Rows:
     def seq_len(self) -> int:
         """Tokens per row, padding included."""
         return self.input_ids.shape[1]
+
+    @cached_property
+    def real_tokens(self) -> Int[Tensor, " n"]:
+        """How many tokens of each row are not padding."""
+        if self.attention_mask is None:
+            return torch.full((len(self),), self.seq_len)
+        return self.attention_mask.sum(1)
+
+    def rows_holding(self, n_tokens: int, shuffled: bool = False) -> int:
+        """How many of the first rows hold `n_tokens` tokens that are not padding: at least one row, at most all.
+
+        `shuffled`: of those that `take` gives first.
+        """
+        real = self.real_tokens[_order(len(self), self.seed, 0)] if shuffled else self.real_tokens
+        return min(len(self), int(torch.searchsorted(real.cumsum(0), n_tokens)) + 1)
 
     def take(self, start: int, count: int) -> Batch:
         """Rows `start` to `start + count` of the endless sequence of shuffled epochs."""

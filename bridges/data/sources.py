@@ -18,7 +18,7 @@ from bridges.models.residual import zero_one_mask
 
 
 class ReadLimit(NamedTuple):
-    """Where to stop reading an iterable, which may have no end: at so many rows and so many tokens, both."""
+    """Where to stop reading an iterable, which may have no end: at so many rows and so many real tokens, both."""
 
     rows: int
     tokens: int
@@ -77,7 +77,7 @@ def _read(data: Iterable[Any], limit: ReadLimit | None, name: str) -> list[Row]:
     tokens = 0
     for item in data:
         rows += (new := _rows_of(item, name))
-        tokens += sum(len(ids) for ids, _ in new)
+        tokens += sum(int(real.sum()) for _, real in new)
         if limit is not None and len(rows) >= limit.rows and tokens >= limit.tokens:
             break
     return rows

@@ -43,11 +43,11 @@ def solve_bridges(
     """Set every bridge to its least-squares solution (method, section 3); the encoder is fitted without AbsTopK.
 
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
-    moments fit into `memory_bytes`. With `ridge="auto"` the penalty of every site and direction is chosen on the
-    `selection`, this process's part of other rows. Where `interchange_weight` is over 0, the decoders found choose the
-    channels of the interchange loss on the `perturbations`, and are then solved again for
-    NMSE + interchange_weight * interchange. `read_scales` are measured in the same pass. `advance` is called after
-    every batch, and after every site that is solved.
+    moments fit into `memory_bytes`. The `selection`, this process's part of other rows, judges whether massive tokens
+    are fitted to; with `ridge="auto"` the penalty of every site and direction is chosen on it too. Where
+    `interchange_weight` is over 0, the decoders found choose the channels of the interchange loss on the
+    `perturbations`, and are then solved again for NMSE + interchange_weight * interchange. `read_scales` are measured
+    in the same pass. `advance` is called after every batch, and after every site that is solved.
 
     Raises FloatingPointError, naming the site, if a stream is not finite.
     """
@@ -56,25 +56,21 @@ def solve_bridges(
         massive_tokens = MassiveMoments(pair.bridge_set)
         moments = gather(_chunks(pair, batches, sites, advance, read_scales, massive_tokens), reduce)
         massive = massive_tokens.reduced(sites, reduce)
-        heldout = gather(_chunks(pair, selection, sites, advance), reduce) if ridge == "auto" else []
-        for i, one in zip(sites, moments, strict=True):
-            if not all(tensor.isfinite().all() for tensor in one.tensors()):
-                raise FloatingPointError(
-                    f"closed form: a residual stream at site {pair.bridge_set.sites[i]} is not finite; "
-                    "look for weights that are NaN, or for a dtype that overflows"
-                )
+        heldout = gather(_chunks(pair, selection, sites, advance), reduce)
+        _refuse_not_finite(pair, sites, moments)
+        _refuse_not_finite(pair, sites, heldout, " on the training rows set aside")
         decoder_moments: list[Moments] = []
-        for j, (i, one) in enumerate(zip(sites, moments, strict=True)):
-            judge = heldout[j] if heldout else None
-            ridges = _ridges(one, heldout[j]) if ridge == "auto" else (ridge, ridge)
+        for i, one, judge in zip(sites, moments, heldout, strict=True):
+            ridges = _ridges(one, judge) if ridge == "auto" else (ridge, ridge)
+            everything = one + massive[i] if i in massive else None
             encoder, decoder = (
-                with_massive(one, massive.get(i), judge, ridges[reverse], bool(reverse)) for reverse in (0, 1)
+                with_massive(one, everything, judge, ridges[reverse], bool(reverse)) for reverse in (0, 1)
             )
-            _set_encoder(pair.bridge_set[i], encoder.solve(ridges[0]))
-            _set_decoder(pair.bridge_set[i], decoder.solve(ridges[1], reverse=True))
-            decoder_moments.append(decoder)
+            _set_encoder(pair.bridge_set[i], encoder.solution)
+            _set_decoder(pair.bridge_set[i], decoder.solution)
+            decoder_moments.append(decoder.moments)
             found.ridges.append(ridges)
-            found.fitted_to_massive.append((encoder is not one, decoder is not one))
+            found.fitted_to_massive.append((encoder.moments is not one, decoder.moments is not one))
             found.standardizations.append(one.standardization())
             advance()
         if interchange_weight > 0:
@@ -98,6 +94,15 @@ class ClosedForm(NamedTuple):
     """Mean and standard deviation of every channel of the dense and of the sparse stream."""
     interchange: list[QuadraticTerm]
     """The interchange loss; empty where that is off."""
+
+
+def _refuse_not_finite(pair: ModelPair, sites: Sequence[int], moments: Sequence[Moments], where: str = "") -> None:
+    for i, one in zip(sites, moments, strict=True):
+        if not all(tensor.isfinite().all() for tensor in one.tensors()):
+            raise FloatingPointError(
+                f"closed form: a residual stream at site {pair.bridge_set.sites[i]} is not finite{where}; "
+                "look for weights that are NaN, for tokens that make a model overflow, or for a dtype that overflows"
+            )
 
 
 def _ridges(moments: Moments, heldout: Moments) -> tuple[float, float]:

@@ -109,13 +109,13 @@ def step_gradients(
     sums = StepSums.zeros(n)
     for i, term in enumerate(objective.interchange):
         loss = term.loss(pair.bridge_set[i].decoder_weight)
-        sums.interchange[i] += _figure(loss)
+        sums.interchange[i] += figure(loss)
         objective.backward(loss, objective.weights.interchange / n)
     for forward in passes:
         _micro_batch(sums, pair, forward(), normalizers, sampled, objective)
     if objective.loss_scale != 1:
         _unscale(pair, objective)
-    return _losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective)
+    return step_losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective)
 
 
 def _forward_passes(
@@ -163,7 +163,7 @@ def _micro_batch(
     detached = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
 
     def add(total: Tensor, i: int, loss: Tensor, weight: float) -> None:
-        total[i] += _figure(loss)
+        total[i] += figure(loss)
         objective.backward(loss, weight)
 
     for i in range(n):
@@ -181,11 +181,12 @@ def _micro_batch(
     if objective.train_sparse:
         ce = ce_sum(traces, traces.sparse.logits)
         ce = ce / normalizers.predictions.clamp(min=1).to(ce.device).float()
-        sums.ce += _figure(ce)
+        sums.ce += figure(ce)
         _backward_through_sparse(traces, leaves, weights.ce * objective.loss_scale * ce)
 
 
-def _figure(loss: Tensor) -> Tensor:
+def figure(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """A loss to add up: in float64, on the CPU, without a graph."""
     return loss.detach().double().cpu()
 
 
@@ -213,9 +214,13 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
     return [*pair.bridge_set.parameters(), *sparse]
 
 
-def _losses(
+def step_losses(
     pair: ModelPair, sums: StepSums, normalizers: Normalizers, sampled: Sequence[int], objective: Objective
 ) -> StepLosses:
+    """The losses by site and the objective, from the losses of all batches and processes, KLs at the `sampled` sites.
+
+    A site whose target does not vary counts as 0.
+    """
     sites, weights = pair.bridge_set.sites, objective.weights
     n = len(sites)
 
@@ -235,7 +240,7 @@ def _losses(
         ce=sums.ce.item() if objective.train_sparse else None,
         tokens=int(normalizers.tokens),
     )
-    # Means over all sites, or all sampled ones: a site whose target does not vary counts as 0.
+    # Means over all sites, or all sampled ones.
     losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n
     losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / max(len(sampled), 1)
     losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / max(len(sampled), 1)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.fitting.ridge import Moments
+from bridges.fitting.ridge import Affine, Moments
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import SIDES, ModelPair, Side, residuals_at, trace_pair
 from bridges.objective.normalizers import counted_tokens
@@ -132,17 +132,26 @@ class MassiveMoments:
         return self._moments.setdefault(site, Moments(bridge.median_dense, bridge.median_sparse))
 
 
+class Fitted(NamedTuple):
+    """The solution of a site and direction, and the moments that it is solved from."""
+
+    solution: Affine
+    moments: Moments
+
+
 def with_massive(
-    usual: Moments, massive: Moments | None, heldout: Moments | None, ridge: float, reverse: bool = False
-) -> Moments:
-    """The moments to solve a site and direction from: with the massive tokens where the usual ones hardly pay for it.
+    usual: Moments, everything: Moments | None, heldout: Moments, ridge: float, reverse: bool = False
+) -> Fitted:
+    """Solve from `everything`, massive tokens among it, where the usual tokens hardly pay for it, else from `usual`.
 
     That is where the NMSE of the usual tokens, on the `heldout` rows if there are any, is at most `MAX_COST` above that
     of the solution without massive tokens. A token whose two streams have little to do with each other is so left out.
+    `everything` is None where no token is massive.
     """
-    if massive is None:
-        return usual
-    everything = usual + massive
-    judge = heldout if heldout is not None and heldout.n >= 2 else usual
-    without, having = (judge.nmse(one.solve(ridge, reverse), reverse) for one in (usual, everything))
-    return everything if having <= (1 + MAX_COST) * without + MAX_ADDED else usual
+    without = Fitted(usual.solve(ridge, reverse), usual)
+    if everything is None:
+        return without
+    having = Fitted(everything.solve(ridge, reverse), everything)
+    judge = heldout if heldout.n >= 2 else usual
+    least, nmse = (judge.nmse(one.solution, reverse) for one in (without, having))
+    return having if nmse <= (1 + MAX_COST) * least + MAX_ADDED else without

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
 from bridges.data.random_state import preserve_random_state
 from bridges.fitting.closed_form import bytes_per_site, site_groups
-from bridges.fitting.gradients import Objective, Weights, step_gradients, trained_parameters
 from bridges.fitting.massive import SAMPLED_TOKENS
-from bridges.fitting.ridge import Moments
-from bridges.fitting.selection import KL_SITES, TIMES
+from bridges.fitting.selection import KL_SITES, interval
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
-from bridges.fitting.standardized import StandardizedBridges
+from bridges.fitting.timings import Timings
 from bridges.io.amounts import count, duration, memory
-from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch
-from bridges.objective.figures import Hybrids, Reconstruction
-from bridges.objective.hybrid import ModelPair, residuals_at, trace_pair
+from bridges.objective.hybrid import ModelPair
 
 MOST_NAMED = 12
 """Pairs of sites that the plan names; of more it names the first and the last."""
 TIMED_TOKENS = 512
 """Tokens that every part is timed on."""
-TIMED_WIDTH = 1024
-"""The largest matrix whose eigendecomposition is timed; larger ones take the cube of the width's ratio as long."""
 
 
 class Work(NamedTuple):
@@ -43,11 +33,24 @@ class Work(NamedTuple):
     """Rows that the NMSEs are measured on."""
     kl_rows: int
     """Rows that the KLs are measured on."""
-    start_tokens: int
-    """Tokens of the closed form, with those that ridge penalties are chosen on."""
+    start_rows: int
+    """Rows of the closed form, with those that judge it; 0 where there is none to do."""
     evaluations: int
-    """Held-out evaluations, the last one included."""
+    """Held-out evaluations that are left, the last one included."""
     world_size: int = 1
+    real_share: float = 1.0
+    """Part of the training rows' tokens that is not padding."""
+    steps_done: int | None = None
+    """Steps that a resumed run has behind it; None for a run that starts."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run has its start, and maybe steps, behind it."""
+        return self.steps_done is not None
+
+    def real_tokens(self, rows: int) -> int:
+        """About how many tokens of so many training rows are not padding."""
+        return round(rows * self.seq_len * self.real_share)
 
 
 def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, float]) -> str:
@@ -62,19 +65,19 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
     width = pair.dense.d_model + pair.sparse.d_model
     streams = 4 * config.batch_size * work.seq_len * (n * width + 4 * pair.dense.vocab_size)
     state = 4 * (7 * n_bridge + (4 * n_sparse if trains else 0))
-    moments = min(config.moments_bytes, n * bytes_per_site(pair)) if config.closed_form else 0
-    start = f"closed form from {count(work.start_tokens)} tokens" if config.closed_form else "random start"
-    if config.interchange_weight:
-        start += f" and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
-    tokens = config.steps * batch * work.seq_len
+    solves = config.closed_form and not work.resumed
+    moments = min(config.moments_bytes, n * bytes_per_site(pair)) if solves else 0
+    left = config.steps - (work.steps_done or 0)
+    padding = f" ({count(work.real_tokens(work.train_rows))} tokens without padding)" if work.real_share < 1 else ""
     lines = [
         f"bridges: {n} sites ({_site_names(pair.bridge_set)}), widths {pair.dense.d_model} and {pair.sparse.d_model}, "
         f"k = {pair.bridge_set[0].k}",
         f"parameters: {count(n_bridge)} in bridges; models {count(n_dense)} dense (frozen), {count(n_sparse)} sparse "
         f"({'training' if trains else 'frozen'})",
-        f"data: {work.train_rows} rows of {work.seq_len} tokens, {work.heldout_rows} more held out, {work.kl_rows} of "
-        "them for the KLs",
-        f"{start}, then {config.steps} steps of {batch} rows = {count(tokens)} tokens, {sampled} of {n} sites a step",
+        f"data: {work.train_rows} rows of {work.seq_len} tokens{padding}, {work.heldout_rows} more held out, "
+        f"{work.kl_rows} of them for the KLs",
+        f"{_start(config, work)}, then {left} steps of {batch} rows = {count(work.real_tokens(left * batch))} tokens, "
+        f"{sampled} of {n} sites a step",
         f"memory: about {memory(state)} for parameters, gradients and optimiser, {memory(streams)} for streams and "
         f"logits, {memory(moments)} for moments",
         f"time: about {duration(sum(seconds.values()))} on this machine ("
@@ -82,6 +85,18 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
         + ")",
     ]
     return "\n".join(lines)
+
+
+def _start(config: FitConfig, work: Work) -> str:
+    """What comes before the first step."""
+    if work.resumed:
+        return f"resumes at step {work.steps_done}"
+    if not config.closed_form:
+        return "random start"
+    start = f"closed form from {count(work.real_tokens(work.start_rows))} tokens"
+    if not config.interchange_weight:
+        return start
+    return f"{start} and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
 
 
 def estimate_seconds(
@@ -100,30 +115,25 @@ def estimate_seconds(
     rows = max(1, TIMED_TOKENS // ids.shape[1])
     small: Batch = (ids[:rows], None if mask is None else mask[:rows])
     with autocast(), preserve_random_state():
-        part = _Timings.measure(pair, config, small)
+        part = Timings.measure(pair, config, small)
     per_token = 1 / small[0].numel()
     found: dict[str, float] = {}
-    if config.closed_form:
-        groups = len(list(site_groups(pair, config.moments_bytes)))
-        tokens = work.start_tokens / work.world_size
-        found["closed form"] = (
-            (groups * tokens + SAMPLED_TOKENS) * per_token * part.streams
-            + tokens * per_token * n * part.moments
-            + n * part.solve
-        )
-        if config.interchange_weight:
-            pairs = min(config.interchange_pairs, work.train_rows) * work.seq_len / work.world_size
-            # Both rows forward, one of them backward.
-            found["closed form"] += pairs * per_token * (4 * part.streams + n * part.reconstruction)
-    if config.steps:
+    if config.closed_form and not work.resumed:
+        found["closed form"] = _closed_form_seconds(pair, config, work, part, per_token)
+    left = config.steps - (work.steps_done or 0)
+    if left:
         sites = sampled_sites(config, n)
         batch_tokens = config.batch_size * config.gradient_accumulation_steps * work.seq_len
-        step = batch_tokens * per_token * (part.step_base + sites * part.step_site) + n * part.update
-        found["steps"] = config.steps * step
+        # What several micro-batches are divided by takes a forward pass of its own over each.
+        forward = part.forward if config.gradient_accumulation_steps > 1 else 0.0
+        step = batch_tokens * per_token * (forward + part.step_base + sites * part.step_site) + n * part.update
+        found["steps"] = left * step
         if not config.train_sparse:
-            tokens = min(SELECTION_TOKENS, work.train_rows * work.seq_len) / work.world_size
+            most = SELECTION_TOKENS / work.real_share
+            tokens = min(most, work.train_rows * work.seq_len) / work.world_size
             once = part.streams + n * part.reconstruction + min(KL_SITES, n) * part.hybrids / 2
-            found["choosing the best state"] = (TIMES + 1) * tokens * per_token * once
+            times = -(-left // interval(config.steps)) + (not work.resumed)
+            found["choosing the best state"] = times * tokens * per_token * once
     nmse_tokens, kl_tokens = (rows * work.seq_len / work.world_size for rows in (work.heldout_rows, work.kl_rows))
     found["evaluation"] = work.evaluations * (
         nmse_tokens * per_token * (part.streams + n * part.reconstruction)
@@ -132,119 +142,23 @@ def estimate_seconds(
     return found
 
 
+def _closed_form_seconds(pair: ModelPair, config: FitConfig, work: Work, part: Timings, per_token: float) -> float:
+    n, groups = len(pair.bridge_set), len(list(site_groups(pair, config.moments_bytes)))
+    rows = work.start_rows / work.world_size
+    run, counted = rows * work.seq_len, rows * work.seq_len * work.real_share
+    for_medians = SAMPLED_TOKENS / work.real_share
+    seconds = (groups * run + for_medians) * per_token * part.streams
+    seconds += counted * per_token * n * part.moments + n * part.solve
+    if config.interchange_weight:
+        pairs = min(config.interchange_pairs, work.train_rows) * work.seq_len / work.world_size
+        # Both rows forward, one of them backward.
+        seconds += pairs * per_token * (4 * part.streams + n * part.reconstruction)
+    return seconds
+
+
 def sampled_sites(config: FitConfig, n_sites: int) -> int:
     """Sites whose KLs are computed in a step."""
     return n_sites if config.sites_per_step == "all" else min(config.sites_per_step, n_sites)
-
-
-class _Timings(NamedTuple):
-    """Seconds on the timed batch."""
-
-    streams: float
-    """Both models' streams, without their heads."""
-    moments: float
-    """One site's moments."""
-    solve: float
-    """One site's regressions, whatever the tokens."""
-    reconstruction: float
-    """One site's NMSEs."""
-    hybrids: float
-    """One site's two hybrid passes and two ablated ones."""
-    step_base: float
-    """A step without KLs."""
-    step_site: float
-    """What the KLs of one more site add to it."""
-    update: float
-    """One bridge's optimiser step, whatever the tokens."""
-
-    @classmethod
-    def measure(cls, pair: ModelPair, config: FitConfig, batch: Batch) -> _Timings:
-        """Time each part once, after a first run that compiles and allocates."""
-        n = len(pair.bridge_set)
-        middle = n // 2
-        one_site = ModelPair(
-            pair.dense, pair.sparse, BridgeSet([pair.bridge_set.site_pairs[middle]], [pair.bridge_set[middle]])
-        )
-        with eval_mode(pair.dense.model), eval_mode(pair.sparse.model), torch.no_grad():
-            streams = _time(lambda: trace_pair(pair, *batch, with_logits=False), pair)
-            traces = trace_pair(pair, *batch)
-            h_dense, h_sparse = (h.flatten(0, 1) for h in residuals_at(pair, traces, middle))
-            found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
-            moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0
-            solve = _solve_seconds(pair, config) if config.closed_form else 0.0
-            reconstruction = _time(lambda: Reconstruction(one_site).add(traces), pair)
-            means = Reconstruction(one_site).means()
-            hybrids = _time(lambda: list(Hybrids(one_site, means).add(traces)), pair)
-        if not config.steps:
-            return cls(streams, moments, solve, reconstruction, hybrids, 0.0, 0.0, 0.0)
-        objective = Objective(Weights(), config.train_sparse)
-        base, with_site = (
-            _time(lambda sites=sites: step_gradients(pair, [batch], sites, objective), pair)
-            for sites in ([middle] * 0, [middle])
-        )
-        update = _update_seconds(pair)
-        for parameter in trained_parameters(pair, config.train_sparse):
-            parameter.grad = None
-        return cls(streams, moments, solve, reconstruction, hybrids, base, max(with_site - base, 0.0), update)
-
-
-def _time(run: Callable[[], object], pair: ModelPair) -> float:
-    """Seconds of the faster of two runs."""
-    seconds = []
-    for _ in range(2):
-        _wait(pair.dense.device)
-        started = time.perf_counter()
-        run()
-        _wait(pair.dense.device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for what was started on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _solve_seconds(pair: ModelPair, config: FitConfig) -> float:
-    """Both regressions of one site: two eigendecompositions, or two factorisations, in float64."""
-    total = 0.0
-    for width in (pair.dense.d_model, pair.sparse.d_model):
-        timed = min(width, TIMED_WIDTH)
-        matrix = torch.eye(timed, dtype=torch.float64, device=pair.bridge_set[0].encoder_weight.device)
-        # Not diagonal, which would be too easy.
-        matrix = matrix + torch.rand(timed, timed, dtype=torch.float64).to(matrix).cov() / timed
-
-        def solve(matrix: Tensor = matrix) -> None:
-            torch.cholesky_solve(matrix, torch.linalg.cholesky(matrix))
-            if config.ridge == "auto":
-                values, product = torch.linalg.eigh(matrix)
-                for _ in range(4):  # as many products as choosing takes
-                    product = product.T @ matrix * values
-
-        total += _time(solve, pair) * (width / timed) ** 3
-    return total
-
-
-def _update_seconds(pair: ModelPair) -> float:
-    """One bridge's part of an optimiser step."""
-    one = BridgeSet([pair.bridge_set.site_pairs[0]], [pair.bridge_set[0]])
-    for parameter in one.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    maps = StandardizedBridges(one)
-    optimizer = torch.optim.AdamW(maps.parameter_groups(0.0), weight_decay=0.0)
-    plain = [parameter.detach().clone() for parameter in one.parameters()]
-
-    def step() -> None:
-        maps.pull_gradients()
-        optimizer.step()
-        maps.fold()
-
-    seconds = _time(step, pair)
-    with torch.no_grad():  # folding may round
-        for parameter, before in zip(one.parameters(), plain, strict=True):
-            parameter.copy_(before)
-    return seconds
 
 
 def _site_names(bridge_set: BridgeSet) -> str:

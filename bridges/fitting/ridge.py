@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.objective.sums import Reduce, no_reduce, reduce_together
+from bridges.ops.precision import full_precision
 
 RIDGES = tuple(10.0**exponent for exponent in range(-9, 2))
 """The penalties that `Moments.choose_ridge` chooses from."""
@@ -62,7 +63,7 @@ class Moments:
         self.n += len(x)
         self.x += x.sum(0, dtype=torch.float64)
         self.y += y.sum(0, dtype=torch.float64)
-        with torch.autocast(x.device.type, enabled=False):  # of a run in mixed precision
+        with full_precision(x.device.type):  # a run may be in mixed precision, a process may allow TF32
             self.xx += x.T @ x
             self.xy += x.T @ y
             self.yy += y.T @ y

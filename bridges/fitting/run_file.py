@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +144,7 @@ class RunFile:
         data = given.get("data"), given.get("eval_data"), given.get("tokenizer")
         paths = self.model_path("dense"), self.model_path("sparse")  # where their tokenizers are
         rows = prepare(dense, sparse, *data, paths, settings).heldout
-        return rows.first(math.ceil(settings.heldout_tokens / rows.seq_len))
+        return rows.first(rows.rows_holding(settings.heldout_tokens))
 
     def save(self, folder: Path) -> None:
         """Write the file into a run folder, with absolute local paths, so that it can be read from anywhere.

@@ -6,18 +6,20 @@ the state of the least objective on rows that it did not train on, its start inc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridges.fitting.gradients import Objective
+from bridges.fitting.gradients import Objective, StepSums, figure, step_losses
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import (
-    SIDES,
     ModelPair,
+    Traces,
     batch_moments,
     empty_moments,
     kl_sum,
@@ -62,45 +64,53 @@ class Selection:
     @torch.no_grad()
     def measure(self) -> float:
         """The objective: NMSE at every site, both KLs at `kl_sites`, in evaluation mode."""
-        pair, weights, reduce = self.pair, self.objective.weights, self.objective.reduce
-        n = len(pair.bridge_set)
-        sums = torch.zeros(4, n, dtype=torch.float64)
-        moments = []
+        pair, reduce = self.pair, self.objective.reduce
+        moments, sums = [], StepSums.zeros(len(pair.bridge_set))
         with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
             for batch in self.batches:
                 with self.objective.autocast():
                     traces = trace_pair(pair, *batch)
                 moments.append(batch_moments(pair, traces))
-                for i in range(n):
-                    with self.objective.autocast():
-                        errors = squared_errors(pair, traces, i)
-                    sums[:2, i] += torch.stack([error.double().cpu() for error in errors])
-                for i in self.kl_sites:
-                    with self.objective.autocast():
-                        kls = [kl_sum(pair, traces, i, side) for side in SIDES]
-                    sums[2:, i] += torch.stack([kl.double().cpu() for kl in kls])
+                self._add(sums, traces)
+        for i, term in enumerate(self.objective.interchange):  # the main process alone has them
+            sums.interchange[i] += figure(term.loss(pair.bridge_set[i].decoder_weight))
         normalizers = combine_moments(moments or [empty_moments(pair)], reduce)
-        encode, decode, to_sparse, to_dense = reduce(sums)
-        # A stream that does not vary counts as 0; an error that is not a number must stay one.
-        encode, decode = (
-            torch.where(variance == 0, 0.0, nmse(error, variance))
-            for error, variance in (
-                (encode, normalizers.variance_sparse.cpu()),
-                (decode, normalizers.variance_dense.cpu()),
-            )
+        sums = sums.reduced(reduce)
+        tokens = normalizers.tokens.cpu().clamp(min=1)
+        losses = replace(
+            sums,
+            nmse_encode=nmse(sums.nmse_encode, normalizers.variance_sparse.cpu()),
+            nmse_decode=nmse(sums.nmse_decode, normalizers.variance_dense.cpu()),
+            kl_dense_to_sparse=sums.kl_dense_to_sparse / tokens,
+            kl_sparse_to_dense=sums.kl_sparse_to_dense / tokens,
         )
-        tokens = normalizers.tokens.cpu() * len(self.kl_sites)
-        total = weights.nmse * (encode + decode).mean()
-        total += weights.kl_dense_to_sparse * to_sparse.sum() / tokens
-        total += weights.kl_sparse_to_dense * to_dense.sum() / tokens
-        return total.item() + self._interchange()
+        return step_losses(pair, losses, normalizers, self.kl_sites, self.objective).loss
+
+    def _add(self, sums: StepSums, traces: Traces) -> None:
+        """Add a batch's squared errors and KLs, not yet divided by anything."""
+        with self.objective.autocast():
+            for i in range(len(self.pair.bridge_set)):
+                encode, decode = squared_errors(self.pair, traces, i)
+                sums.nmse_encode[i] += figure(encode)
+                sums.nmse_decode[i] += figure(decode)
+            for i in self.kl_sites:
+                sums.kl_dense_to_sparse[i] += figure(kl_sum(self.pair, traces, i, "dense"))
+                sums.kl_sparse_to_dense[i] += figure(kl_sum(self.pair, traces, i, "sparse"))
 
     def observe(self, step: int) -> float:
-        """Measure the present state, and keep it if it is the best so far; returns its objective."""
+        """Measure the present state, and keep it if it is the best so far; returns its objective.
+
+        Raises FloatingPointError if the first objective is not finite.
+        """
         value = self.measure()
         if self.best is None:
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the objective on the training rows set aside is {value} before the first step, so that no state "
+                    "could be chosen; look for tokens among the last training rows that make a model overflow"
+                )
             self.best = BestState(step, value, value)
-        elif value < self.best.objective or self.best.objective != self.best.objective:
+        elif value < self.best.objective or math.isnan(self.best.objective):  # NaN: of a run of an earlier version
             self.best = BestState(step, value, self.best.start)
         return value
 
@@ -116,16 +126,6 @@ class Selection:
         if self.best is not None and self.best.tensors is not None:
             for name, tensor in self.pair.bridge_set.tensors().items():
                 tensor.copy_(self.best.tensors[name])
-
-    def _interchange(self) -> float:
-        """The interchange loss belongs to no batch; the main process alone has its terms."""
-        terms, weight = self.objective.interchange, self.objective.weights.interchange
-        losses = [
-            term.loss(bridge.decoder_weight).double().cpu()
-            for term, bridge in zip(terms, self.pair.bridge_set, strict=False)
-        ]
-        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)
-        return weight * self.objective.reduce(total).item() / len(self.pair.bridge_set)
 
 
 def interval(steps: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,5 +74,6 @@ def _best(checkpoint: Checkpoint) -> BestState | None:
     stored = checkpoint.state.get("best")
     if stored is None:
         return None
-    step, objective, at_start = stored
+    step, *objectives = stored
+    objective, at_start = (math.nan if one is None else one for one in objectives)  # JSON has no other way to say so
     return BestState(step, objective, at_start, checkpoint.tensors.get(BEST_FILE))

@@ -50,12 +50,17 @@ def check_shapes(input_ids: Tensor, counterfactual_ids: Tensor) -> None:
 def sparse_delta(pair: ModelPair, site: int, dn: Float[Tensor, "*b d_sparse"]) -> Float[Tensor, "*b d_sparse"]:
     """dz = dn R_s / gain_s: the change of the sparse stream that changes its read by dn, at strength 1.
 
-    It is 0 in channels whose gain is 0: their read is always 0, whatever the stream.
+    In at least float32. It is 0 in channels whose gain is 0: their read is always 0, whatever the stream.
     """
-    bridge = pair.bridge_set[site]
+    bridge, dn = pair.bridge_set[site], at_least_float32(dn)
     gain = bridge.gain_sparse.to(dn)
     dz = dn * bridge.rms_sparse.to(dn) / gain
     return torch.where(gain == 0, 0, dz)
+
+
+def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The tensor in float32 where its dtype is narrower, so that many small terms of it add up."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def dense_addend(

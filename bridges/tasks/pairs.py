@@ -54,7 +54,7 @@ class TaskPairs:
     ):
         self.task = task
         self.input_ids = input_ids
-        """Original prompts, left-padded."""
+        """Original prompts, left-padded: ValueError for padding elsewhere."""
         self.counterfactual_ids = counterfactual_ids
         """The same prompts with the other cue, row by row of the same length."""
         self.attention_mask = attention_mask
@@ -71,6 +71,14 @@ class TaskPairs:
         for name, tensor in (("counterfactual_ids", self.counterfactual_ids), ("attention_mask", self.attention_mask)):
             if tensor.shape != shape:
                 raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of input_ids, {tuple(shape)}")
+        real = self.attention_mask.bool()
+        wrong = ~real[:, -1] | (real[:, :-1] & ~real[:, 1:]).any(1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"attention_mask={self.attention_mask[row].tolist()} in row {row} must have its zeros on the left: the "
+                "answer is read after the last token; set tokenizer.padding_side='left'"
+            )
         rows = {"answers": self.answer_sets.index, "targets": self.target_sets.index, "direction": self.direction}
         for name, tensor in rows.items():
             if len(tensor) != shape[0]:

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from pairs import toy_task
+import torch
+from pairs import gpt2, join, sparse_model, toy_task, with_units
 from whole import whole_run
 
 from bridges.channels.constant_edits import constant_changes, constant_edits
@@ -41,3 +42,20 @@ def test_constant_edits_add_those_changes_in_read_units(pair, prompts):
 def test_arguments_out_of_range_are_refused(pair, unchecked, chosen, options, message):
     with pytest.raises(ValueError, match=message):
         constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, chosen, toy_task(), **options)
+
+
+def test_edits_between_models_in_half_precision_have_the_precision_of_the_bridge():
+    pair = with_units(join(gpt2(dtype=torch.bfloat16), sparse_model(dtype=torch.bfloat16)))
+    task = toy_task()
+    with torch.no_grad():
+        before, after = (
+            pair.sparse.reads(ids, task.attention_mask, [2])[0].double()
+            for ids in (task.input_ids, task.counterfactual_ids)
+        )
+    # The difference of two reads in their own precision is what any edit takes.
+    dn = (after.bfloat16() - before.bfloat16()).double()
+    found = constant_edits(pair.dense.model, pair.sparse.model, pair.bridge_set, CHOSEN, task, check_models=False)
+    for edit in found:
+        rows = dn[0::2, :, edit.channel]
+        expected = np.mean([row[row.abs().argmax()].item() for row in rows])
+        assert edit.value == pytest.approx(expected, rel=1e-6)

@@ -1,5 +1,7 @@
 """What each curve of a sweep adds, and its confidence band, on a tiny random pair in float64."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,21 @@ def test_a_band_is_the_middle_of_resampled_means():
         means = sorted(row[indices].mean() for indices in drawn)
         assert mean == pytest.approx(row.mean())
         assert means[24] <= low <= means[25] and means[974] <= high <= means[975]
+
+
+def test_a_band_is_the_same_whatever_memory_it_may_take(monkeypatch):
+    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = with_band(values)
+    for n_bytes in (1, 7 * 4 * 40 * 8):
+        monkeypatch.setattr(curves, "RESAMPLED_BYTES", n_bytes)
+        assert with_band(values) == whole
+
+
+def test_memory_of_a_band_does_not_grow_with_prompts_times_resamples():
+    values = torch.rand(11, 2000, generator=torch.Generator().manual_seed(0))
+    with_band(values[:, :10])  # imports
+    tracemalloc.start()
+    with_band(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * curves.RESAMPLED_BYTES < 11 * 2000 * 8 * RESAMPLES  # one batch goes as the next one comes

@@ -94,3 +94,16 @@ def test_a_norm_is_measured_once_inside_and_again_afterwards(pair):
         pair.dense.model.transformer.h[1].ln_1.weight.mul_(2)
         assert torch.allclose(pair.dense.norm(2).gain, 2 * before)
         pair.dense.model.transformer.h[1].ln_1.weight.div_(2)
+
+
+def test_a_search_inside_inference_mode_is_the_same_as_outside(pair):
+    models = pair.dense.model, pair.sparse.model, pair.bridge_set
+    with frozen_pair(*models, check_models=False) as inside:
+        expected = predicted_effects(inside, Prompts(inside, toy_task()))
+    with torch.inference_mode():
+        with frozen_pair(*models, check_models=False) as inside:
+            found = predicted_effects(inside, Prompts(inside, toy_task()))
+            assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert torch.is_inference_mode_enabled()
+    assert found.keys() == expected.keys() and all(torch.equal(found[at], expected[at]) for at in found)
+    assert not any(effect.is_inference() for effect in found.values())

@@ -264,6 +264,44 @@ def test_a_twentieth_of_the_training_rows_is_set_aside_and_never_fitted(n, aside
         assert not set(which(prepared.step_batches(FitConfig(batch_size=8), 2, 0, 1))) & set(aside)
 
 
+def mostly_padding(n, width=6):
+    """Rows of which every second one has two real tokens, the others as many as they are wide."""
+    mask = torch.ones(n, width).long()
+    mask[::2, 2:] = 0
+    return Rows(data(n, width), mask, seed=1)
+
+
+def test_padding_is_no_part_of_a_budget_of_tokens():
+    prepared = FitData(mostly_padding(42), mostly_padding(20))
+    fitted = prepared.train_batches(40, 4, 0, 1)
+    real = [int(row.sum()) for _, mask in fitted for row in mask]
+    assert sum(real) >= 40 > sum(real[:-1]) and len(real) > 7
+    assert which(prepared.selection_batches(8, 4, 0, 1)) == [40, 41]
+    assert which(prepared.selection_batches(2, 4, 0, 1)) == [40]
+    assert prepared.heldout_rows(FitConfig(eval_tokens=16)) == 4
+    assert prepared.start_rows(40, 8) == len(real) + 2
+
+
+def test_an_endless_source_of_padded_rows_is_read_until_it_has_given_the_tokens(ready):
+    def endless():
+        while True:
+            yield {"input_ids": data(4), "attention_mask": mostly_padding(4).attention_mask}
+
+    train = ready(endless(), steps=0, closed_form_tokens=600).train
+    assert 600 <= train.attention_mask.sum() <= 690
+
+
+def test_nothing_is_judged_on_a_single_training_row_and_else_on_one_at_least():
+    assert FitData(Rows(data(1)), Rows(data(2))).ridge_batches(100, 4, 0, 1) == []
+    prepared = FitData(Rows(data(21)), Rows(data(2)))
+    assert which(prepared.ridge_batches(0, 4, 0, 1)) == which(prepared.selection_batches(0, 4, 0, 1)) == [20]
+
+
+def test_the_rows_of_the_steps_are_split_off_once():
+    prepared = FitData(Rows(data(21)), Rows(data(2)))
+    assert prepared.fitted is prepared.fitted and prepared.selection is prepared.selection
+
+
 def test_as_many_rows_are_sampled_as_the_run_needs():
     tokens = {"closed_form_tokens": 1000}
     assert sampled_rows(FitConfig(steps=0, **tokens), 64, 10) == math.ceil(100 / 0.95)

@@ -74,6 +74,19 @@ def test_split_gives_all_but_the_last_rows_and_the_last_rows():
     assert (len(train), train.seq_len, train.seed, heldout.seed) == (5, 4, 5, 5)
 
 
+def test_rows_hold_a_number_of_tokens_that_are_not_padding():
+    mask = torch.ones(7, 4).long()
+    mask[:4, 1:] = 0  # 1, 1, 1, 1, 4, 4, 4 tokens
+    asked = (0, 1, 2, 4, 5, 8, 9, 16, 17, 99)
+    assert [rows(mask=mask).rows_holding(n) for n in asked] == [1, 1, 2, 4, 5, 5, 6, 7, 7, 7]
+    assert [rows().rows_holding(n) for n in (0, 1, 4, 5, 28, 99)] == [1, 1, 1, 2, 7, 7]
+    data = rows(mask=mask)
+    for n_tokens in range(1, 17):
+        n_rows = data.rows_holding(n_tokens, shuffled=True)
+        held = [int(data.take(0, count)[1].sum()) for count in (n_rows - 1, n_rows) if count]
+        assert held[-1] >= n_tokens and (n_rows == 1 or held[0] < n_tokens)
+
+
 def test_the_fingerprint_is_of_tokens_mask_and_shape_alone():
     ids = torch.arange(12).view(3, 4)
     mark = Rows(ids).fingerprint()

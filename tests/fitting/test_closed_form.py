@@ -2,7 +2,14 @@ import pytest
 import torch
 from pairs import MASK, at, counted_places, gpt2, join, neox, sparse_model, tokens
 
-from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
+from bridges.fitting.closed_form import (
+    DEFAULT_RIDGE,
+    ReadScales,
+    measure_read_scales,
+    site_groups,
+    solve_bridges,
+    standardize,
+)
 from bridges.fitting.ridge import RIDGES
 
 
@@ -188,3 +195,22 @@ def test_streams_are_standardised_by_their_mean_and_deviation(pair):
             torch.testing.assert_close(side.mean, x.mean(0), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(side.std, x.std(0, unbiased=False), rtol=1e-8, atol=1e-12)
             torch.testing.assert_close(side.std, twin.std, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("ridge", ["auto", 1e-3])
+@pytest.mark.parametrize("side", ["training", "selection"])
+def test_a_token_that_is_not_finite_is_named_with_the_rows_that_hold_it(pair, side, ridge):
+    with torch.no_grad():
+        pair.dense.model.transformer.wte.weight[12] = float("nan")
+    ids = tokens(12, 8, seed=3)
+    ids[ids == 12] = 1
+    broken = ids.clone()
+    broken[2, 3] = 12
+    rows = (broken, ids) if side == "training" else (ids, broken)
+    where = "; look for" if side == "training" else " on the training rows set aside; look for"
+    with pytest.raises(FloatingPointError, match=rf"at site 0\.attn is not finite{where}"):
+        solve_bridges(pair, [(rows[0], None)], ridge, 1e9, selection=[(rows[1], None)])
+
+
+def test_without_rows_to_judge_on_the_penalty_is_the_default(pair):
+    assert solve_bridges(pair, batches(), "auto", 1e9).ridges == [(DEFAULT_RIDGE, DEFAULT_RIDGE)] * 5

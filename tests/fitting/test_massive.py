@@ -8,11 +8,13 @@ from pairs import MASK, at, counted_places, gpt2, join, sparse_model, tokens
 
 import bridges
 from bridges.bridge import Bridge, BridgeSet
+from bridges.fitting import closed_form
 from bridges.fitting.closed_form import measure_read_scales, solve_bridges
 from bridges.fitting.massive import MassiveMoments, norm_limit, set_norm_limits, with_massive
 from bridges.fitting.ridge import Moments
 from bridges.objective.hybrid import counted_at, trace_pair
 
+NO_ROWS = Moments(torch.zeros(6), torch.zeros(6))
 SPIKE = 12
 """The token whose embedding is made massive."""
 
@@ -163,10 +165,28 @@ def test_massive_tokens_are_fitted_to_where_their_streams_go_together_and_left_o
         gathered = MassiveMoments(BridgeSet([("0.attn", "0.attn")], [bridge]))
         gathered.add(0, x[2000:], y[2000:])
         usual, massive = moments_of(x[:1500], y[:1500]), gathered.reduced([0])[0]
-        for judge in (moments_of(x[1500:2000], y[1500:2000]), None):
-            chosen = with_massive(usual, massive, judge, 1e-6, reverse)
-            assert chosen.n == (1512 if consistent else 1500)
-    assert with_massive(usual, None, None, 1e-6) is usual
+        for judge in (moments_of(x[1500:2000], y[1500:2000]), NO_ROWS):
+            chosen = with_massive(usual, usual + massive, judge, 1e-6, reverse)
+            assert chosen.moments.n == (1512 if consistent else 1500)
+            for found, expected in zip(chosen.solution, chosen.moments.solve(1e-6, reverse), strict=True):
+                assert torch.equal(found, expected)
+    assert with_massive(usual, None, NO_ROWS, 1e-6).moments is usual
+
+
+def test_rows_set_aside_judge_the_fit_to_massive_tokens_whatever_the_ridge(monkeypatch):
+    pair, ids = pair_with(1e4), rows(with_spikes=True)
+    set_norm_limits(pair, [(ids, None)], 20.0)
+    judges = []
+
+    def judged(usual, everything, heldout, ridge, reverse):
+        judges.append((int(heldout.n), everything is not None))
+        return with_massive(usual, everything, heldout, ridge, reverse)
+
+    monkeypatch.setattr(closed_form, "with_massive", judged)
+    for ridge in (1e-3, "auto"):
+        solve_bridges(pair, [(ids[:30], None)], ridge, 1e9, selection=[(ids[30:], None)])
+        assert judges[:2] == [(90, True)] * 2  # ten rows of ten tokens, without each row's first
+        judges.clear()
 
 
 def test_a_report_counts_them_and_gives_the_nmse_with_them_beside():

@@ -3,13 +3,12 @@ import torch
 from pairs import gpt2, join, neox, sparse_model, tokens
 
 from bridges.config import FitConfig
-from bridges.fitting import plan as plan_module
+from bridges.fitting import timings
 from bridges.fitting.plan import Work, describe, estimate_seconds
+from bridges.objective.hybrid import ModelPair
 
 SETTINGS = {"steps": 100, "batch_size": 4, "gradient_accumulation_steps": 2}
-WORK = Work(
-    train_rows=10_000, seq_len=10, heldout_rows=500, kl_rows=80, start_tokens=50_000, evaluations=1, world_size=2
-)
+WORK = Work(train_rows=10_000, seq_len=10, heldout_rows=500, kl_rows=80, start_rows=5_000, evaluations=1, world_size=2)
 
 
 def plan(pair=None, work=WORK, seconds=None, **settings):
@@ -40,9 +39,23 @@ def test_sizes_of_models_and_data_are_those_counted_by_hand():
 def test_the_plan_names_the_start_and_the_sites_of_a_step():
     steps = plan(closed_form=False, sites_per_step="all", steps=0)[3]
     assert steps == "random start, then 0 steps of 16 rows = 0 tokens, 5 of 5 sites a step"
-    few = WORK._replace(train_rows=30, start_tokens=300)
+    few = WORK._replace(train_rows=30, start_rows=30)
     started = "closed form from 300 tokens and 30 pairs of rows, then"
     assert plan(work=few, interchange_weight=0.1)[3].startswith(started)
+
+
+def test_tokens_of_the_plan_are_those_without_padding():
+    lines = plan(work=WORK._replace(real_share=0.25))
+    assert lines[2].startswith("data: 10000 rows of 10 tokens (25k tokens without padding), 500 more held out")
+    assert lines[3].startswith("closed form from 12.5k tokens, then 100 steps of 16 rows = 4k tokens")
+
+
+def test_a_resumed_run_says_where_it_resumes_and_plans_what_is_left():
+    resumed = WORK._replace(steps_done=40, start_rows=0)
+    lines = plan(work=resumed, interchange_weight=0.1)
+    assert lines[3] == "resumes at step 40, then 60 steps of 16 rows = 9.6k tokens, 2 of 5 sites a step"
+    assert lines[4].endswith("0 MiB for moments")
+    assert plan(work=resumed, steps=40)[3].startswith("resumes at step 40, then 0 steps")
 
 
 def test_the_plan_names_a_sparse_model_that_trains_and_pairs_of_sites_with_different_names():
@@ -82,8 +95,57 @@ def test_every_part_that_will_run_has_its_seconds_and_nothing_changes():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.fixture
+def a_second_each(monkeypatch):
+    """Every part that is timed takes one second on its 80 tokens."""
+    monkeypatch.setattr(timings, "_time", lambda run, pair: 1.0)
+
+
+def seconds(work=WORK, **settings):
+    pair = join(gpt2(), sparse_model())
+    return estimate_seconds(pair, FitConfig(**{**SETTINGS, **settings}), work, (tokens(8, 10), None))
+
+
+def test_a_resumed_run_takes_the_time_of_what_is_left(a_second_each):
+    whole, left = seconds(), seconds(WORK._replace(steps_done=40))
+    assert "closed form" in whole and set(left) == {"steps", "choosing the best state", "evaluation"}
+    assert left["steps"] == pytest.approx(0.6 * whole["steps"])
+    assert left["choosing the best state"] == pytest.approx(6 / 11 * whole["choosing the best state"])
+    assert set(seconds(WORK._replace(steps_done=100))) == {"evaluation"}
+
+
+def test_several_micro_batches_run_forward_twice(a_second_each):
+    """A step of two has a forward pass over each more than a step of one with twice the rows."""
+    one = seconds(gradient_accumulation_steps=1, batch_size=8)["steps"]
+    assert seconds(gradient_accumulation_steps=2, batch_size=4)["steps"] - one == pytest.approx(100 * 80 / 80)
+
+
+def test_padding_is_run_but_not_counted(a_second_each):
+    """A quarter of the tokens is real: what medians and the best state are found on takes four times the rows."""
+    whole, padded = seconds(), seconds(WORK._replace(real_share=0.25))
+    assert padded["choosing the best state"] == pytest.approx(4 * whole["choosing the best state"])
+    # Of each process: 25,000 tokens and those of the medians are run, and the real ones multiplied, at five sites.
+    solve = 5 * 2 * 1.0
+    assert whole["closed form"] == pytest.approx((25_000 + 2048 + 5 * 25_000) / 80 + solve)
+    assert padded["closed form"] == pytest.approx((25_000 + 4 * 2048 + 5 * 25_000 / 4) / 80 + solve)
+    assert padded["steps"] == whole["steps"]
+
+
+def test_both_models_devices_are_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+
+    class On:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+    timings._wait(ModelPair(On("cuda:0"), On("cuda:1"), None))
+    timings._wait(ModelPair(On("cpu"), On("cuda:2"), None))
+    assert {str(device) for device in waited} == {"cuda:0", "cuda:1", "cuda:2"} and len(waited) == 3
+
+
 def test_a_hundred_times_the_work_is_told_to_take_a_hundred_times_as_long(monkeypatch):
-    monkeypatch.setattr(plan_module, "_time", lambda run, pair: 1.0)
+    monkeypatch.setattr(timings, "_time", lambda run, pair: 1.0)
     pair, batch = join(gpt2(), sparse_model()), (tokens(8, 10), None)
     more = WORK._replace(heldout_rows=50_000, kl_rows=8_000)
     one, two = (estimate_seconds(pair, FitConfig(steps=0), work, batch)["evaluation"] for work in (WORK, more))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridges.fitting.ridge import RIDGES, STD_FLOOR, Moments, Penalty, gather, standard_deviations
 
@@ -246,3 +247,25 @@ def test_moments_keep_their_precision_in_a_run_of_mixed_precision():
     with torch.autocast("cpu", torch.bfloat16):
         mixed.update(x, y)
     assert all(torch.equal(one, other) for one, other in zip(plain.tensors(), mixed.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium", "highest"])
+def test_moments_are_multiplied_in_full_precision_where_the_process_allows_less(allowed):
+    """On a GPU "high" would round to TF32, on some CPUs "medium" to bfloat16."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    moments, x, y = Moments(torch.zeros(3), torch.zeros(2)), rows(20, 3, 0).float(), rows(20, 2, 1).float()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with Products():
+            moments.update(x, y)
+        assert seen == ["highest"] * 3
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from pairs import MASK, gpt2, join, naive_losses, sparse_model, tokens
 
+from bridges.fitting.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 from bridges.fitting.gradients import Objective, Weights
 from bridges.fitting.selection import KL_SITES, Selection, interval
+from bridges.fitting.start import start_from_checkpoint
 
 WEIGHTS = Weights(0.5, 1.5, 2.0, 1.0, 0.0)
 
@@ -67,10 +69,37 @@ def test_the_best_state_is_kept_and_given_back_bit_for_bit():
 
 def test_an_objective_that_is_not_a_number_is_never_the_best():
     found = selection()
-    found.measure = iter([math.nan, 3.0, math.nan]).__next__
-    for step in range(3):
+    found.measure = iter([3.0, math.nan, 2.0, math.nan]).__next__
+    for step in range(4):
         found.observe(step)
-    assert found.best.step == 1 and math.isnan(found.best.start)
+    assert found.best[:3] == (2, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_first_objective_that_is_not_finite_is_refused(value):
+    found = selection()
+    found.measure = lambda: value
+    with pytest.raises(FloatingPointError, match=f"training rows set aside is {value} before the first step"):
+        found.observe(0)
+    assert found.best is None
+
+
+def test_a_stream_that_does_not_vary_and_rows_of_nothing_but_padding_are_no_reason_to_refuse():
+    same = torch.full((2, 6), 3), torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)
+    assert math.isfinite(selection(batches=[same]).observe(0))
+    assert math.isfinite(selection(batches=[(tokens(), torch.zeros_like(MASK))]).observe(0))
+
+
+def test_a_best_state_that_json_could_not_hold_is_resumed_from_and_replaced(tmp_path):
+    """As a run of an earlier version has saved it, whose objective was not finite."""
+    found = selection()
+    state = {"best": [2, math.nan, math.inf]}
+    save_checkpoint(tmp_path, Checkpoint(3, state, {"bridges": found.pair.bridge_set.tensors()}))
+    best = start_from_checkpoint(found.pair, last_checkpoint(tmp_path)).best
+    assert best.step == 2 and math.isnan(best.objective) and math.isnan(best.start)
+    resumed = Selection(found.pair, found.batches, found.objective, best)
+    value = resumed.observe(4)
+    assert math.isfinite(value) and (resumed.best.step, resumed.best.objective) == (4, value)
 
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (9, 1), (10, 1), (11, 2), (300, 30)])

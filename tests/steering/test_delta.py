@@ -155,3 +155,12 @@ def test_prompts_of_unequal_shape_are_refused():
     pair = join(neox(), sparse_model())
     with pytest.raises(ValueError, match=r"\(4, 7\).*\(4, 6\).*one shape"):
         changed_reads(pair.sparse, tokens(), tokens(width=6))
+
+
+def test_a_change_of_a_stream_in_half_precision_is_given_in_float32(pair):
+    bridge, dn = pair.bridge_set[SITE], torch.linspace(-1, 1, 24).view(2, 12).bfloat16()
+    with torch.no_grad():
+        bridge.gain_sparse[5] = 1.25  # a test above has set it to 0
+    dz = sparse_delta(pair, SITE, dn)
+    assert dz.dtype == torch.float32
+    torch.testing.assert_close(dz.double(), dn.double() * bridge.rms_sparse / bridge.gain_sparse, rtol=1e-6, atol=0)

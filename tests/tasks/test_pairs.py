@@ -227,6 +227,18 @@ def test_parts_of_unequal_length_are_refused(changes, message, unchecked):
         some_pairs(**changes)
 
 
+@pytest.mark.parametrize(
+    ("row", "mask"), [(1, [1, 1, 0]), (0, [0, 0, 0]), (2, [1, 0, 1])], ids=["right", "nothing but padding", "a gap"]
+)
+def test_padding_elsewhere_than_on_the_left_is_refused(row, mask, unchecked):
+    """The answer is read at the last token."""
+    masks = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]])
+    some_pairs(attention_mask=masks)
+    masks[row] = torch.tensor(mask)
+    with pytest.raises(ValueError, match=rf"attention_mask={re.escape(str(mask))} in row {row} must have its zeros on"):
+        some_pairs(attention_mask=masks)
+
+
 class AnyWord(Characters):
     """A vocabulary of 40,000 words and the ASCII characters."""
 
