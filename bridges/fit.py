@@ -42,7 +42,7 @@ from bridges.sparsity.support import use_sparse_kernels
 
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
-RIDGE_SHARE = 8
+RIDGE_SHARE = 2
 """Ridge penalties are chosen on one token for every so many that the closed form is solved from."""
 STANDARDIZATION_TOKENS = 8192
 """Tokens that the streams' means and standard deviations come from where there is no closed form."""

@@ -18,6 +18,10 @@ from bridges.ops.precision import full_precision
 
 RIDGES = tuple(10.0**exponent for exponent in range(-9, 2))
 """The penalties that `Moments.choose_ridge` chooses from."""
+RIDGE_MARGIN = 0.01
+"""How much more error than the least a penalty may have, as a share of it."""
+EXACT = 1e-9
+"""NMSE that counts as none."""
 STD_FLOOR = 1e-3
 """The least standard deviation that a channel is divided by, in units of the RMS over channels of all of them."""
 
@@ -120,9 +124,10 @@ class Moments:
         return Affine(weight, mean.y - weight @ mean.x)
 
     def choose_ridge(self, heldout: Moments, reverse: bool = False) -> float:
-        """The penalty of `RIDGES` whose solution on these rows has the least square error on the `heldout` rows.
+        """The penalty of `RIDGES` whose solution on these rows has about the least square error on the `heldout` rows.
 
-        One eigendecomposition gives the errors of all penalties. Raises ValueError if there are fewer than two rows.
+        Of those within `RIDGE_MARGIN` of the least it is the largest: what separates them on the rows at hand is chance,
+        and a small one costs dearly where a token comes that is in neither. One eigendecomposition gives the errors of all penalties. Raises ValueError if there are fewer than two rows.
         """
         mean, cov = self._mean(), self._covariances()
         other = heldout._covariances(mean)
@@ -137,7 +142,9 @@ class Moments:
         # Rounding leaves eigenvalues a little under 0 where the inputs span fewer directions than they have channels.
         shrunk = [1 / (values.clamp(min=0) + ridge) for ridge in RIDGES]
         errors = [(one @ quadratic @ one - 2 * one @ linear).item() for one in shrunk]
-        return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+        total = other.yy.trace().item()
+        allowed = min(errors) + RIDGE_MARGIN * (total + min(errors)) + EXACT * total
+        return max(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > allowed)
 
     def nmse(self, solution: Affine, reverse: bool = False) -> float:
         """NMSE of the solution's predictions of y (of x when `reverse`) on these rows; 0 / 0 where nothing varies.
