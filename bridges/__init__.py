@@ -6,6 +6,7 @@ Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
+Circuits           prune, PruneConfig, Circuit
 Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
@@ -20,6 +21,9 @@ from bridges.channels.constant_edits import constant_edits
 from bridges.channels.find import find_channels
 from bridges.channels.prompts import Channels
 from bridges.channels.sweep import Sweep, sweep
+from bridges.circuits.circuit import Circuit
+from bridges.circuits.pruning import prune
+from bridges.circuits.settings import PruneConfig
 from bridges.config import FitConfig
 from bridges.evaluate import evaluate
 from bridges.fit import fit
@@ -46,10 +50,12 @@ __all__ = [
     "BridgeReport",
     "BridgeSet",
     "Channels",
+    "Circuit",
     "Edit",
     "FitConfig",
     "HybridLosses",
     "PretrainConfig",
+    "PruneConfig",
     "ResidualModel",
     "SparseConfig",
     "SparseTransformer",
@@ -68,6 +74,7 @@ __all__ = [
     "load_edits",
     "load_pair",
     "pretrain",
+    "prune",
     "save_edits",
     "steer",
     "sweep",

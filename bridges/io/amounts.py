@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds, minutes or hours.
 
     >>> duration(0.2), duration(42), duration(600), duration(9000)

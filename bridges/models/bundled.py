@@ -18,6 +18,12 @@ class BundledPair(NamedTuple):
     tokenizer: Any
 
 
+def load_tokenizer() -> Any:
+    """The bundled tokenizer: 1024 tokens of Python code."""
+    with as_file(files("bridges") / "assets") as assets:
+        return AutoTokenizer.from_pretrained(assets / "tokenizer")
+
+
 def load_pair() -> BundledPair:
     """The bundled dense model, sparse model and tokenizer, on the CPU in evaluation mode.
 
@@ -34,5 +40,5 @@ def load_pair() -> BundledPair:
         return BundledPair(
             GPT2LMHeadModel.from_pretrained(assets / "dense").eval(),
             SparseTransformer.from_pretrained(assets / "sparse").eval(),
-            AutoTokenizer.from_pretrained(assets / "tokenizer"),
+            load_tokenizer(),
         )

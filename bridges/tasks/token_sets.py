@@ -69,6 +69,18 @@ class TokenSets(NamedTuple):
             total[rows] = values[rows][:, tokens].sum(1)
         return total
 
+    def logsumexp(self, values: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+        """The logarithm of the sum of exponentials of each row's values over its set of tokens."""
+        distinct, index = self.distinct.to(values.device), self.index.to(values.device)
+        if distinct.shape[1] <= FEW_TOKENS:
+            tokens = distinct[index]
+            return values.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf).logsumexp(1)
+        found = values.new_empty(len(values))
+        for i in index.unique():
+            tokens, rows = distinct[i][distinct[i] >= 0], index == i
+            found = found.masked_scatter(rows, values[rows][:, tokens].logsumexp(1))
+        return found
+
 
 def _first_seen(
     distinct: Int[Tensor, "sets tokens"], index: Int[Tensor, " n"]

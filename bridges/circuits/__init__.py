@@ -1,0 +1,1 @@
+"""Circuits of a weight-sparse transformer: the few nodes that do a task, and what they mean."""
