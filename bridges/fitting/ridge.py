@@ -126,8 +126,9 @@ class Moments:
     def choose_ridge(self, heldout: Moments, reverse: bool = False) -> float:
         """The penalty of `RIDGES` whose solution on these rows has about the least square error on the `heldout` rows.
 
-        Of those within `RIDGE_MARGIN` of the least it is the largest: what separates them on the rows at hand is chance,
-        and a small one costs dearly where a token comes that is in neither. One eigendecomposition gives the errors of all penalties. Raises ValueError if there are fewer than two rows.
+        Of those within `RIDGE_MARGIN` of the least it is the largest: what separates them on the rows at hand is
+        chance, and a small one costs dearly where a token comes that is in neither. One eigendecomposition gives the
+        errors of all penalties. Raises ValueError if there are fewer than two rows.
         """
         mean, cov = self._mean(), self._covariances()
         other = heldout._covariances(mean)
