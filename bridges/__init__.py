@@ -6,7 +6,7 @@ Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
-Circuits           prune, PruneConfig, Circuit
+Circuits           prune, PruneConfig, Circuit, controls
 Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
@@ -22,6 +22,7 @@ from bridges.channels.find import find_channels
 from bridges.channels.prompts import Channels
 from bridges.channels.sweep import Sweep, sweep
 from bridges.circuits.circuit import Circuit
+from bridges.circuits.controls import controls
 from bridges.circuits.pruning import prune
 from bridges.circuits.settings import PruneConfig
 from bridges.config import FitConfig
@@ -64,6 +65,7 @@ __all__ = [
     "abs_topk",
     "as_residual",
     "constant_edits",
+    "controls",
     "counterfactual",
     "directions",
     "evaluate",

@@ -1,39 +1,31 @@
-"""prune(): the circuit of a task, by masks that learn, a bisection of the size, and dropping nodes one by one."""
+"""prune(): the circuit of a task in a weight-sparse transformer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from bridges.circuits.circuit import Circuit, edges_between
-from bridges.circuits.masks import Masks, ablated
+from bridges.circuits.circuit import Circuit
 from bridges.circuits.nodes import node_means
-from bridges.circuits.paths import on_paths
+from bridges.circuits.search import Search
 from bridges.circuits.settings import PruneConfig
-from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, answer_differences, calibrate, task_loss
 from bridges.circuits.text import mean_text
 from bridges.evaluate import versions
 from bridges.io.fingerprint import fingerprint
-from bridges.io.progress import Bar, progress_bar
+from bridges.io.progress import progress_bar
 from bridges.models.loading import as_residual, find_tokenizer
 from bridges.models.modes import frozen
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.sparsity.support import use_sparse_kernels
 from bridges.tasks.pairs import TaskPairs, task_pairs
-
-On = dict[str, Bool[Tensor, " d"]]
-CALIBRATION_PAIRS = 32
-"""Training pairs that the scale and the shift of a circuit's logits are fitted on."""
-FAILURES = 12
-"""Nodes in a row that cannot be dropped, after which the others are kept without a trial."""
 
 
 @torch.inference_mode(False)
@@ -87,9 +79,9 @@ def prune(
         )
     known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
     pairs = task_pairs(task, known, config.n, config.seed) if isinstance(task, str) else task
-    with _frozen_and_fast(model):
+    with frozen_and_fast(model):
         batches = mean_text(model, text, known, config.text_tokens, config.seed)
-        search = _Search(model, pairs, node_means(model, batches), config)
+        search = Search(model, pairs, node_means(model, batches), config)
         total = config.seeds * config.steps
         with progress_bar(f"pruning {pairs.task}", total, progress) as bar:
             found = [search.run(seed, bar) for seed in range(config.seeds)]
@@ -101,158 +93,7 @@ def prune(
 
 
 @contextmanager
-def _frozen_and_fast(model: SparseTransformer) -> Iterator[None]:
+def frozen_and_fast(model: SparseTransformer) -> Iterator[None]:
+    """Inside, a model in evaluation mode that takes no gradients and multiplies by its nonzeros alone."""
     with frozen(model), use_sparse_kernels(model):
         yield
-
-
-class _Judged(NamedTuple):
-    """A set of nodes with the loss that it has."""
-
-    on: On
-    loss: float
-    calibration: Calibration
-
-
-class _Search:
-    """The search for one task's circuit in one model."""
-
-    def __init__(self, model: SparseTransformer, pairs: TaskPairs, means: Mapping[str, Tensor], config: PruneConfig):
-        n = len(pairs.input_ids)
-        if n < 4:
-            raise ValueError(
-                f"task {pairs.task!r} has {n} pairs; pruning needs at least 4, one in four to choose the size"
-            )
-        self.model, self.config, self.task = model, config, pairs.task
-        self.means = {place: mean.to(model.device) for place, mean in means.items()}
-        n_judge = max(1, n // 4)
-        self.train = pairs.rows(0, n - n_judge)
-        self.judge = Presented.of(pairs.rows(n - n_judge), model.device)
-        self.calibration_pairs = Presented.of(self.train.rows(0, CALIBRATION_PAIRS), model.device)
-        self.tokens = torch.cat([pairs.input_ids, pairs.counterfactual_ids]).unique().tolist()
-        answers = torch.cat([sets.distinct.flatten() for sets in (pairs.answer_sets, pairs.target_sets)]).unique()
-        self.answers = answers[answers >= 0].tolist()
-        self.paths = on_paths(model, self.tokens, self.answers)
-
-    def run(self, seed: int, bar: Bar) -> Circuit:
-        """One search, with masks of its own."""
-        whole = self.judged({place: torch.ones_like(mask) for place, mask in self.paths.items()})
-        masks = self._learned(seed, bar)
-        best = self._dropped(self._bisected(masks), masks)
-        nodes = {place: tuple(mask.nonzero().squeeze(1).tolist()) for place, mask in best.on.items()}
-        return Circuit(
-            self.task,
-            nodes,
-            edges_between(self.model, best.on),
-            {place: mean.cpu() for place, mean in self.means.items()},
-            *best.calibration,
-            loss=best.loss,
-            loss_full_model=whole.loss,
-            settings=self.config.recorded(),
-        )
-
-    @torch.no_grad()
-    def judged(self, on: On) -> _Judged:
-        """The loss of a circuit on the pairs that choose the size, calibrated on training pairs."""
-        with ablated(self.model, on, self.means):
-            on_training = answer_differences(self.model, self.calibration_pairs)
-            on_judge = answer_differences(self.model, self.judge)
-        calibration = calibrate(on_training, self.calibration_pairs.sign)
-        loss = task_loss(on_judge.double(), self.judge.sign.double(), *calibration).item()
-        return _Judged(on, loss, calibration)
-
-    def _learned(self, seed: int, bar: Bar) -> Masks:
-        """Train the masks of the nodes on paths."""
-        c = self.config
-        generator = torch.Generator().manual_seed(c.seed * 1009 + seed)
-        masks = Masks(self.means, self.paths, generator)
-        free = torch.zeros(2, device=self.model.device, requires_grad=True)  # log of the scale, and the shift
-        optimizer = torch.optim.AdamW(
-            [{"params": list(masks.parameters.values())}, {"params": [free], "weight_decay": 0.0}],
-            lr=c.lr,
-            betas=(0.9, 0.95),
-            weight_decay=c.weight_decay,
-        )
-        price = torch.full((), c.price, device=self.model.device)
-        for step in range(c.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * (1 - step / c.steps)
-            rows = torch.randperm(len(self.train.input_ids), generator=generator)[: c.pairs_per_step]
-            prompts = Presented.of(self.train.take(rows), self.model.device)
-            with masks.applied(self.model):
-                differences = answer_differences(self.model, prompts)
-            scale = free[0].exp().clamp(max=MAX_SCALE)
-            loss = task_loss(differences, prompts.sign, scale, free[1])
-            optimizer.zero_grad()
-            (loss + price * masks.count()).backward()
-            torch.nn.utils.clip_grad_norm_(list(masks.parameters.values()), 1.0)
-            optimizer.step()
-            masks.clamp()
-            # On the device, so that no step waits for it.
-            price *= torch.where(loss.detach() < c.target_loss, 1 + c.price_step, 1 - c.price_step)
-            note = None
-            if step % 20 == 19 or step + 1 == c.steps:
-                note = f"loss {loss.item():.3f}, {sum(int(mask.sum()) for mask in masks.on().values())} nodes"
-            bar.advance(note=note)
-        return masks
-
-    def _bisected(self, masks: Masks) -> _Judged:
-        """The fewest nodes, those of the largest parameters, that reach the target."""
-        order = torch.cat([torch.where(masks.allowed[p], masks.parameters[p].detach(), -2.0) for p in self.paths])
-        ranking = order.argsort(descending=True)
-        low, high = 0, int((order > -2).sum())
-        learned = int((order > 0).sum())
-        # First up from what the masks have learned, since they may have gone a little too far.
-        best, n = None, max(1, learned)
-        while best is None:
-            judged = self.judged(self._first(ranking, n))
-            if judged.loss <= self.config.target_loss:
-                best, high = judged, n
-            elif n >= high:
-                raise ValueError(
-                    f"task {self.task!r} does not come under target_loss={self.config.target_loss}: the best loss is "
-                    f"{judged.loss:.3f}, with all {high} nodes on a path; raise target_loss, or train the model longer"
-                )
-            else:
-                low, n = n, min(high, 2 * n)
-        while high - low > 1:
-            middle = (low + high) // 2
-            judged = self.judged(self._first(ranking, middle))
-            if judged.loss <= self.config.target_loss:
-                best, high = judged, middle
-            else:
-                low = middle
-        return best
-
-    def _first(self, ranking: Int[Tensor, " nodes"], n: int) -> On:
-        """The first n nodes of a ranking over all places."""
-        chosen = torch.zeros(len(ranking), dtype=torch.bool, device=ranking.device)
-        chosen[ranking[:n]] = True
-        sizes = [len(mask) for mask in self.paths.values()]
-        return dict(zip(self.paths, chosen.split(sizes), strict=True))
-
-    def _dropped(self, best: _Judged, masks: Masks) -> _Judged:
-        """Without nodes that are on no path of the circuit, then without those that it does not need.
-
-        The nodes of the smallest parameters are tried first.
-        """
-        best = self._connected(best)
-        nodes = [(place, int(i)) for place, mask in best.on.items() for i in mask.nonzero()]
-        nodes.sort(key=lambda node: masks.parameters[node[0]][node[1]].item())
-        failures = 0
-        for place, index in nodes:
-            if failures >= FAILURES:
-                break
-            fewer = {**best.on, place: best.on[place].clone()}
-            fewer[place][index] = False
-            judged = self.judged(fewer)
-            if judged.loss <= self.config.target_loss:
-                best, failures = judged, 0
-            else:
-                failures += 1
-        return self._connected(best)
-
-    def _connected(self, best: _Judged) -> _Judged:
-        """Without the nodes that no path through the circuit joins to a token and an answer, if that may be."""
-        judged = self.judged(on_paths(self.model, self.tokens, self.answers, best.on))
-        return judged if judged.loss <= self.config.target_loss else best

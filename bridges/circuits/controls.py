@@ -1,0 +1,266 @@
+"""controls(): what else does a circuit's task, without which its figures mean nothing (method, section 6, a to i).
+
+Complete ablation can fit a nonsense task or a model with permuted weights. So beside a circuit's loss stand its
+necessity, what happens when nodes outside it run, and the circuits of tasks and models that have nothing to find.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from bridges.circuits.circuit import Circuit, figures
+from bridges.circuits.masks import ablated
+from bridges.circuits.nodes import node_means, recorded_nodes, replaced_nodes
+from bridges.circuits.pruning import frozen_and_fast
+from bridges.circuits.search import Search, TargetNotReached
+from bridges.circuits.settings import PruneConfig
+from bridges.circuits.task_loss import Calibration, Presented, accuracy, answer_differences, calibrate, task_loss
+from bridges.circuits.text import mean_text
+from bridges.io.progress import Bar, progress_bar
+from bridges.models.loading import as_residual, find_tokenizer
+from bridges.models.residual import ResidualModel
+from bridges.models.sparse.model import SparseTransformer
+from bridges.ops.kl import kl_divergence
+from bridges.sparsity.projection import sparse_parameters
+from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
+
+KEPT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Shares of the nodes outside the circuit that run in control (c)."""
+DRAWS = 5
+TEXT_ROWS = 16
+OTHER_TASK_PAIRS = 24
+SMALL = 0.8
+"""A control's circuit of at least this share of the circuit's size, or less, does as well."""
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def controls(
+    sparse: nn.Module | ResidualModel | str | Path,
+    circuit: Circuit,
+    pairs: TaskPairs | None = None,
+    *,
+    tokenizer: Any = None,
+    text: Int[Tensor, "rows seq"] | None = None,
+    searches: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure the controls of a circuit; `dataclasses.replace(circuit, controls=...)` stores them with it.
+
+    Args:
+        sparse: the model that the circuit was pruned from.
+        circuit: of one of `TASKS`, or of `pairs`.
+        pairs: pairs that the circuit was not found on; by default drawn anew for its task, by another seed.
+        tokenizer: makes prompts; by default the one saved with the model.
+        text: token rows for means and side effects; by default as in `prune`.
+        searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels, of a cue that
+            means nothing, of permuted weights, of another seed, and without the nodes of this circuit.
+        progress: whether to show a progress bar.
+
+    Returns:
+        By name: `heldout`, `necessity`, `outside_kept`, `elsewhere`, `interchange`; with `searches` also
+        `shuffled_labels`, `meaningless_cue`, `permuted_weights`, `other_seed` and `forbidden`, each with the size of
+        its circuit, or None and the best loss; `verdict` says in words where a control does as well as the circuit.
+    """
+    model = as_residual(sparse).model
+    assert isinstance(model, SparseTransformer)
+    config = PruneConfig.from_values({k: v for k, v in circuit.settings.items() if k in PruneConfig.model_fields})
+    known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
+    fresh = task_pairs(circuit.task, known, config.n, config.seed + 1) if pairs is None else pairs
+    with frozen_and_fast(model), progress_bar(f"controls of {circuit.task}", None, progress) as bar:
+        batches = mean_text(model, text, known, config.text_tokens, config.seed + 1)
+        found: dict[str, Any] = {
+            "heldout": circuit.evaluate(model, fresh)._asdict(),
+            "necessity": necessity(model, circuit, fresh),
+            "outside_kept": outside_kept(model, circuit, fresh, config.seed),
+            "elsewhere": elsewhere(model, circuit, batches[0][0][:TEXT_ROWS], known),
+            "interchange": interchange(model, circuit, fresh),
+        }
+        bar.advance()
+        if searches:
+            for name, search in _searches(model, circuit, fresh, config).items():
+                found[name] = _size(search, bar)
+    return {**found, "verdict": verdict(circuit, found)}
+
+
+@torch.no_grad()
+def necessity(model: SparseTransformer, circuit: Circuit, pairs: TaskPairs) -> dict[str, float]:
+    """(b) The task when only the circuit is ablated, with a scale and shift of its own; ln 2 is guessing."""
+    prompts = Presented.of(pairs, model.device)
+    with circuit.ablate(model):
+        differences = answer_differences(model, prompts)
+    found = figures(differences, prompts, calibrate(differences, prompts.sign))
+    return {"loss": found.loss, "loss_unscaled": found.loss_unscaled, "accuracy": found.accuracy}
+
+
+@torch.no_grad()
+def outside_kept(
+    model: SparseTransformer, circuit: Circuit, pairs: TaskPairs, seed: int = 0, draws: int = DRAWS
+) -> list[dict[str, float]]:
+    """(c) The loss when each node outside the circuit runs with a probability, the same nodes for all prompts."""
+    prompts, inside = Presented.of(pairs, model.device), circuit.masks(model)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for share in KEPT_SHARES:
+        losses = []
+        for _ in range(draws if 0 < share < 1 else 1):
+            kept = {p: m | (torch.rand(len(m), generator=generator) < share).to(m.device) for p, m in inside.items()}
+            with ablated(model, kept, circuit.means):
+                differences = answer_differences(model, prompts).double()
+            sign = prompts.sign.double()
+            losses.append(task_loss(differences, sign, *calibrate(differences, sign)).item())
+        rows.append({"share": share, "mean": sum(losses) / len(losses), "worst": max(losses)})
+    return rows
+
+
+@torch.no_grad()
+def elsewhere(
+    model: SparseTransformer, circuit: Circuit, text: Int[Tensor, "rows seq"], tokenizer: Any = None
+) -> dict[str, Any]:
+    """(h) What ablating the circuit does elsewhere: KL from the whole model on text, and accuracy of other tasks."""
+    text = text.to(model.device)
+    whole = model(text).logits.flatten(0, 1)
+    with circuit.ablate(model):
+        kl = kl_divergence(whole, model(text).logits.flatten(0, 1)).item() / text.numel()
+    found: dict[str, Any] = {"text_kl": kl, "tasks": {}}
+    others = [] if tokenizer is None else [task for task in TASKS if task != circuit.task]
+    for task in others:
+        prompts = Presented.of(task_pairs(task, tokenizer, OTHER_TASK_PAIRS), model.device)
+        before = accuracy(answer_differences(model, prompts), prompts.sign, Calibration())
+        with circuit.ablate(model):
+            after = accuracy(answer_differences(model, prompts), prompts.sign, Calibration())
+        found["tasks"][task] = {"whole": before, "ablated": after}
+    return found
+
+
+@torch.no_grad()
+def interchange(model: SparseTransformer, circuit: Circuit, pairs: TaskPairs) -> dict[str, float]:
+    """(i) Nodes of the circuit get their values on the counterfactual prompt, everything else is left alone.
+
+    `followed` is how far the intact model's difference of answers goes from its own value (0) to that on the
+    counterfactual prompt (1); `flipped` the share of prompts whose answer turns.
+    """
+    prompts = Presented.of(pairs, model.device)
+    n = len(pairs.input_ids)
+    swapped = prompts._replace(input_ids=prompts.input_ids.roll(n, 0))
+    inside = {place: mask for place, mask in circuit.masks(model).items() if mask.any()}
+    before = answer_differences(model, prompts)
+    with recorded_nodes(model, inside) as values:
+        after = answer_differences(model, swapped)
+        there = dict(values)
+
+    def exchanged(place: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.where(inside[place], there[place], x)
+
+    with replaced_nodes(model, {place: exchanged(place) for place in inside}):
+        edited = answer_differences(model, prompts)
+    moved, distance = (edited - before).sum(), (after - before).sum()
+    return {"followed": (moved / distance).item(), "flipped": (edited < 0).double().mean().item()}
+
+
+def _searches(
+    model: SparseTransformer, circuit: Circuit, pairs: TaskPairs, config: PruneConfig
+) -> Mapping[str, Callable[[Bar], Circuit]]:
+    """One function for each control that searches for a circuit."""
+    means = {place: mean.to(model.device) for place, mean in circuit.means.items()}
+
+    def pruned(other: SparseTransformer, of: TaskPairs, seed: int = 0, **options: Any) -> Callable[[Bar], Circuit]:
+        own = means if other is model else node_means(other, [(of.input_ids, of.attention_mask)])
+        return lambda bar: Search(other, of, own, config, **options).run(seed, bar)
+
+    return {
+        "shuffled_labels": pruned(model, shuffled_labels(pairs, config.seed)),
+        "meaningless_cue": pruned(model, meaningless_cue(pairs, config.seed)),
+        "permuted_weights": pruned(permuted_weights(model, config.seed), pairs),
+        "other_seed": pruned(model, pairs, seed=1),
+        "forbidden": pruned(model, pairs, forbidden=circuit.masks(model)),
+    }
+
+
+def _size(search: Callable[[Bar], Circuit], bar: Bar) -> dict[str, Any]:
+    """The size of what a search finds, None where it does not reach the target."""
+    try:
+        found = search(bar)
+    except TargetNotReached as error:
+        return {"nodes": None, "edges": None, "loss": error.loss}
+    return {"nodes": found.n_nodes, "edges": found.n_edges, "loss": found.loss}
+
+
+def shuffled_labels(pairs: TaskPairs, seed: int = 0) -> TaskPairs:
+    """(d) The same prompts, where a coin says for each pair whether its two answers are exchanged."""
+    n = len(pairs.input_ids)
+    flip = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    width = max(pairs.answers.shape[1], pairs.targets.shape[1])
+    answers, targets = (
+        nn.functional.pad(one, (0, width - one.shape[1]), value=-1) for one in (pairs.answers, pairs.targets)
+    )
+    return pairs.replaced(
+        task=f"{pairs.task}, shuffled labels",
+        answers=torch.where(flip[:, None], targets, answers),
+        targets=torch.where(flip[:, None], answers, targets),
+    )
+
+
+def meaningless_cue(pairs: TaskPairs, seed: int = 0) -> TaskPairs:
+    """(d) The same answers to prompts whose cues are replaced by two tokens that occur in the prompts elsewhere."""
+    cue = pairs.input_ids != pairs.counterfactual_ids
+    cues = torch.cat([pairs.input_ids[cue], pairs.counterfactual_ids[cue]]).unique().tolist()
+    real = pairs.input_ids[pairs.attention_mask.bool() & ~cue]
+    others = [token for token in real.unique().tolist() if token not in cues]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:2].tolist()
+    first, second = (others[i] for i in order)
+    swap = (pairs.direction == 1)[:, None].expand_as(cue)
+    one, two = torch.where(swap, second, first), torch.where(swap, first, second)
+    return pairs.replaced(
+        task=f"{pairs.task}, meaningless cue",
+        input_ids=torch.where(cue, one, pairs.input_ids),
+        counterfactual_ids=torch.where(cue, two, pairs.counterfactual_ids),
+    )
+
+
+@torch.no_grad()
+def permuted_weights(model: SparseTransformer, seed: int = 0) -> SparseTransformer:
+    """(e) A copy whose nonzero weights are permuted within each tensor: the same support and the same values."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for _, parameter in sparse_parameters(other):
+        at = parameter.flatten().nonzero().squeeze(1)
+        order = torch.randperm(len(at), generator=generator).to(at.device)
+        parameter.view(-1)[at] = parameter.flatten()[at[order]]
+    return other.requires_grad_(False)
+
+
+def verdict(circuit: Circuit, found: Mapping[str, Any]) -> list[str]:
+    """In words, every control that does as well as the circuit; one line that says so where none does."""
+    lines = []
+    target = circuit.settings.get("target_loss", math.inf)
+    if found["heldout"]["loss"] > 2 * target:
+        lines.append(f"on new pairs the loss is {found['heldout']['loss']:.3f}, over twice the target")
+    if found["necessity"]["loss"] < math.log(2) / 2:
+        lines.append(
+            f"not necessary: without the circuit the model does the task too (loss {found['necessity']['loss']:.3f}), "
+            "by other nodes"
+        )
+    worst = max(row["worst"] for row in found["outside_kept"])
+    if worst > 2 * max(target, circuit.loss):
+        lines.append(f"with some of the nodes outside it running, the loss rises to {worst:.3f}")
+    if found["interchange"]["followed"] < 0.5:
+        followed = found["interchange"]["followed"]
+        lines.append(f"exchanging its nodes moves the whole model's answer only {followed:.0%} of the way")
+    for name in ("shuffled_labels", "meaningless_cue", "permuted_weights"):
+        nodes = found.get(name, {}).get("nodes")
+        if nodes is not None and nodes * SMALL <= circuit.n_nodes:
+            lines.append(
+                f"{name.replace('_', ' ')}: a circuit of {nodes} nodes is found there too, against {circuit.n_nodes}"
+            )
+    nodes = found.get("forbidden", {}).get("nodes")
+    if nodes is not None:
+        lines.append(f"redundant: without these nodes another circuit of {nodes} nodes is found")
+    return lines or ["no control does as well as the circuit"]
