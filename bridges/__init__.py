@@ -6,7 +6,7 @@ Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
-Circuits           prune, PruneConfig, Circuit, controls
+Circuits           prune, PruneConfig, Circuit, controls, feature, node_activations
 Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
@@ -23,6 +23,7 @@ from bridges.channels.prompts import Channels
 from bridges.channels.sweep import Sweep, sweep
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.controls import controls
+from bridges.circuits.features import feature, node_activations
 from bridges.circuits.pruning import prune
 from bridges.circuits.settings import PruneConfig
 from bridges.config import FitConfig
@@ -70,11 +71,13 @@ __all__ = [
     "directions",
     "evaluate",
     "export_direction",
+    "feature",
     "find_channels",
     "fit",
     "hybrid_losses",
     "load_edits",
     "load_pair",
+    "node_activations",
     "pretrain",
     "prune",
     "save_edits",

@@ -17,6 +17,8 @@ from bridges.bridge import BridgeSet
 from bridges.channels.prompts import Channels
 from bridges.channels.search import BUDGET, check_search
 from bridges.channels.sweep import STRENGTHS, sweep
+from bridges.circuits.features import feature
+from bridges.circuits.many import prune_tasks
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sources import load_rows
 from bridges.demo import SETTINGS, demo
@@ -24,6 +26,7 @@ from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.identity import refuse_used_folder
 from bridges.fitting.run_file import PRETRAIN_TABLES, TABLES, RunFile
+from bridges.models.loading import find_tokenizer
 from bridges.pretrain import pretrain
 from bridges.sparsity.settings import PretrainConfig
 from bridges.steering.delta import EntryPoint
@@ -113,6 +116,34 @@ def pretrain_command(
     except KeyboardInterrupt:
         _stop("stopped; the same command with --pretrain.resume true carries on", 130)
     print(f"Written to {settings.output_dir / 'sparse'}")
+
+
+@app.command("circuit")
+def circuit_command(
+    model: Annotated[str, typer.Argument(help="A sparse model's folder or hub id, or a run folder of `bridges fit`.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}, or all.")] = "",
+    node: Annotated[str, typer.Option("--feature", help="Look at a node instead, as 1.attn.read.118.")] = "",
+    out: Annotated[Path, typer.Option(help="Where to write; circuits that are there are not searched anew.")] = Path(
+        "runs/circuits"
+    ),
+    with_controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Measure the controls too.")] = True,
+    target_loss: Annotated[float, typer.Option(help="Nats that the circuit's loss may be.")] = 0.15,
+    steps: Annotated[int, typer.Option(help="Training steps of the masks.")] = 200,
+    seeds: Annotated[int, typer.Option(help="Searches; the smallest circuit counts.")] = 1,
+    tokenizer: Tokenizer = "",
+) -> None:
+    """Find the circuit of a task in a weight-sparse model, with its controls; or look at what one node does."""
+    run = RunFile.of_folder(Path(model))
+    source = run.model_path("sparse") if "sparse" in run.tables else model
+    known = RunFile({"data": {"tokenizer": tokenizer}}).tokenizer() if tokenizer else find_tokenizer(source)
+    known = run.tokenizer() if known is None and "sparse" in run.tables else known
+    if node:
+        print(feature(source, node, tokenizer=known))
+        return
+    if task not in (*TASKS, "all"):
+        raise ValueError(f"--task {task!r} must be all, or one of {', '.join(TASKS)}")
+    settings = {"target_loss": target_loss, "steps": steps, "seeds": seeds}
+    prune_tasks(source, TASKS if task == "all" else (task,), out, known, with_controls, settings)
 
 
 @app.command("evaluate")

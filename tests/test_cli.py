@@ -43,7 +43,7 @@ def config(tmp_path):
 
 
 def test_help_everywhere(monkeypatch, capsys):
-    for arguments in ((), ("fit",), ("evaluate",), ("demo",), ("steer",), ("pretrain",)):
+    for arguments in ((), ("fit",), ("evaluate",), ("demo",), ("steer",), ("pretrain",), ("circuit",)):
         status, out, _ = run(monkeypatch, capsys, *arguments, "--help")
         assert status == 0
         assert "Usage" in out

@@ -1,0 +1,71 @@
+import json
+
+import pytest
+from pairs import sparse_model
+from test_cli import run
+
+import bridges
+from bridges.circuits import many
+from bridges.circuits.circuit import Circuit
+from bridges.circuits.many import prune_tasks
+
+SETTINGS = {"steps": 4, "target_loss": 0.5, "n": 24, "text_tokens": 512}
+TASKS = ("single_double_quote", "for_while")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return bridges.load_pair()
+
+
+def test_circuits_of_several_tasks_are_saved_and_not_searched_twice(pair, tmp_path, capsys, monkeypatch):
+    arguments = (pair.sparse, TASKS, tmp_path, pair.tokenizer, False, SETTINGS, False)
+    found = prune_tasks(*arguments)
+    assert list(found) == list(TASKS)
+    for task in TASKS:
+        assert Circuit.load(tmp_path / task).nodes == found[task].nodes
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["for_while"] == {
+        "nodes": found["for_while"].n_nodes,
+        "edges": found["for_while"].n_edges,
+        "loss": found["for_while"].loss,
+    }
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(many, "prune", None)  # a second search would fail
+    assert list(prune_tasks(*arguments)) == list(TASKS)
+    assert capsys.readouterr().out == printed
+
+
+def test_a_task_that_does_not_reach_the_target_is_told_and_the_others_go_on(pair, tmp_path, capsys):
+    settings = {**SETTINGS, "target_loss": 1e-12, "steps": 1}
+    assert prune_tasks(pair.sparse, TASKS, tmp_path, pair.tokenizer, False, settings, False) == {}
+    assert capsys.readouterr().out.count("does not come under target_loss=1e-12") == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["for_while"]["nodes"] is None and summary["for_while"]["loss"] > 1e-12
+    with pytest.raises(ValueError, match="does not come under"):
+        prune_tasks(pair.sparse, TASKS[:1], tmp_path, pair.tokenizer, False, settings, False)
+
+
+def test_a_folder_of_another_model_is_refused(pair, tmp_path):
+    Circuit("for_while", {}, [], {}, fingerprint="bf16:0 fp16:0").save(tmp_path / "for_while")
+    with pytest.raises(ValueError, match="holds circuits of another model"):
+        prune_tasks(pair.sparse, ("for_while",), tmp_path, pair.tokenizer, False, SETTINGS, False)
+
+
+def test_the_command_finds_a_circuit_shows_a_node_and_refuses_in_one_line(monkeypatch, capsys, pair, tmp_path):
+    folder = str(pair.sparse.name_or_path)
+    tokenizer = ("--tokenizer", pair.tokenizer.name_or_path)
+    quick = ("--no-controls", "--steps", 4, "--target-loss", 0.5, "--out", tmp_path / "found")
+    monkeypatch.setattr(many, "prune", lambda *a, **k: bridges.prune(*a, **{**k, "n": 24, "text_tokens": 512}))
+    status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--task", "for_while", *tokenizer, *quick)
+    assert status == 0 and out.startswith("for_while: ") and (tmp_path / "found/for_while/circuit.json").is_file()
+    status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--feature", "final.read.5", *tokenizer)
+    assert status == 0 and out.startswith("final.read.5: active at")
+    sparse_model().save_pretrained(tmp_path / "sparse")
+    for arguments, message in (
+        ((folder, "--task", "nothing"), "--task 'nothing' must be all, or one of single_double_quote"),
+        ((folder, "--feature", "9.attn.q.1", *tokenizer), "is not in the model"),
+        ((str(pair.dense.name_or_path), "--feature", "0.attn.q.1"), "must be a SparseTransformer"),
+    ):
+        status, out, err = run(monkeypatch, capsys, "circuit", *arguments)
+        assert status == 2 and not out and message in err and err.count("\n") == 1
