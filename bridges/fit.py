@@ -42,8 +42,9 @@ from bridges.sparsity.support import use_sparse_kernels
 
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
-RIDGE_SHARE = 2
-"""Ridge penalties are chosen on one token for every so many that the closed form is solved from."""
+RIDGE_SHARE, JUDGED_SHARE = 2, 8
+"""Ridge penalties are chosen on one token for every two that the closed form is solved from; where the penalty is given,
+one for every eight judges whether massive tokens are fitted to."""
 STANDARDIZATION_TOKENS = 8192
 """Tokens that the streams' means and standard deviations come from where there is no closed form."""
 
@@ -223,7 +224,7 @@ class _Run:
         start_rows = 0
         if config.closed_form and steps_done is None:
             tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            start_rows = self.data.start_rows(tokens, tokens // RIDGE_SHARE)
+            start_rows = self.data.start_rows(tokens, self._judging(tokens))
         evaluations = 1
         if config.eval_every:
             evaluations += config.steps // config.eval_every - (steps_done or 0) // config.eval_every
@@ -234,6 +235,10 @@ class _Run:
         )
         seconds = estimate_seconds(self.pair, config, work, rows.batch(0, config.batch_size), self.processes.autocast)
         return describe(self.pair, config, work, seconds)
+
+    def _judging(self, tokens: int) -> int:
+        """Tokens set aside that judge a closed form of so many tokens."""
+        return tokens // (RIDGE_SHARE if self.config.ridge == "auto" else JUDGED_SHARE)
 
     def _selection(self, trainer: Trainer, start: StartState) -> Selection | None:
         """None without steps, and where the sparse model trains: an earlier state of it is not what was asked for."""
@@ -250,7 +255,7 @@ class _Run:
             if not config.closed_form:
                 return self._random_start()
             tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
-            batches, selection = self._train_batches(tokens), self._ridge_batches(tokens // RIDGE_SHARE)
+            batches, selection = self._train_batches(tokens), self._ridge_batches(self._judging(tokens))
             scales = None if config.train_sparse else ReadScales(self.pair)
             groups = len(list(site_groups(self.pair, config.moments_bytes)))
             total = groups * (len(batches) + len(selection))
