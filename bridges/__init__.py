@@ -6,7 +6,8 @@ Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
 Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
-Circuits           prune, PruneConfig, Circuit, controls, feature, node_activations
+Circuits           prune, PruneConfig, Circuit, controls, feature, node_activations,
+                   circuit_to_dense
 Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
@@ -19,6 +20,7 @@ from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.channels.constant_edits import constant_edits
 from bridges.channels.find import find_channels
+from bridges.channels.from_circuit import circuit_to_dense
 from bridges.channels.prompts import Channels
 from bridges.channels.sweep import Sweep, sweep
 from bridges.circuits.circuit import Circuit
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "abs_topk",
     "as_residual",
+    "circuit_to_dense",
     "constant_edits",
     "controls",
     "counterfactual",

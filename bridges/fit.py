@@ -43,8 +43,8 @@ from bridges.sparsity.support import use_sparse_kernels
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
 RIDGE_SHARE, JUDGED_SHARE = 2, 8
-"""Ridge penalties are chosen on one token for every two that the closed form is solved from; where the penalty is given,
-one for every eight judges whether massive tokens are fitted to."""
+"""Ridge penalties are chosen on one token for every two that the closed form is solved from; a given penalty needs
+one for every eight, to judge whether massive tokens are fitted to."""
 STANDARDIZATION_TOKENS = 8192
 """Tokens that the streams' means and standard deviations come from where there is no closed form."""
 
