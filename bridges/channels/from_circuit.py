@@ -17,6 +17,7 @@ from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.nodes import FINAL, Node
 from bridges.models.residual import ResidualModel
+from bridges.objective.hybrid import SIDES, ModelPair
 from bridges.tasks.pairs import TaskPairs, task_pairs
 
 N_PAIRS = 64
@@ -119,23 +120,27 @@ def circuit_to_dense(
         sites = list(dict.fromkeys(one.site for one in found))
         alone = [Channels(one.site, (one.channel,), "residual") for one in found]
         together = [Channels(s, tuple(one.channel for one in found if one.site == s), "residual") for s in sites]
-        edits = [*alone, *together]
-        p_dense, p_sparse = (
-            p_target_under_edits(pair, prompts, edits, side).mean(1).tolist() for side in ("dense", "sparse")
-        )
-        random = [p_target_under_random(pair, prompts, one, N_RANDOM, seed).mean().item() for one in edits]
         nodes = [one.nodes for one in found]
         nodes += [tuple(name for one in found if one.site == site for name in one.nodes) for site in sites]
-        effects = [
-            DenseEffect(edit.site, edit.channels, *rest)
-            for edit, *rest in zip(edits, nodes, p_dense, p_sparse, random, strict=True)
-        ]
-        unedited = [p_target_unedited(pair, prompts, side).mean().item() for side in ("dense", "sparse")]
+        effects = _effects(pair, prompts, [*alone, *together], nodes, seed)
+        before, before_sparse = (p_target_unedited(pair, prompts, side).mean().item() for side in SIDES)
         directions = {
             f"{one.site}.{one.channel}": pair.bridge_set[one.site].decoder_weight[:, one.channel].clone()
             for one in found
         }
-    return CircuitInDense(circuit.task, *unedited, effects[: len(found)], effects[len(found) :], directions, skipped)
+    return CircuitInDense(
+        circuit.task, before, before_sparse, effects[: len(found)], effects[len(found) :], directions, skipped
+    )
+
+
+def _effects(
+    pair: ModelPair, prompts: Prompts, edits: list[Channels], nodes: list[tuple[str, ...]], seed: int
+) -> list[DenseEffect]:
+    dense, sparse = (p_target_under_edits(pair, prompts, edits, side).mean(1).tolist() for side in SIDES)
+    random = [p_target_under_random(pair, prompts, one, N_RANDOM, seed).mean().item() for one in edits]
+    return [
+        DenseEffect(edit.site, edit.channels, nodes[i], dense[i], sparse[i], random[i]) for i, edit in enumerate(edits)
+    ]
 
 
 def stream_channels(circuit: Circuit, sites: list[str], d_model: int) -> tuple[list[StreamChannel], list[str]]:

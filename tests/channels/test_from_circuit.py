@@ -10,18 +10,14 @@ from bridges.circuits.circuit import Circuit
 from bridges.tasks.pairs import TaskPairs
 
 SITES = ["0.attn", "0.mlp", "1.attn", "1.mlp", "final"]
-PLACES = [
-    f"{layer}.{kind}" for layer in (0, 1) for kind in ("attn.read", "attn.q", "attn.write", "mlp.read", "mlp.write")
-]
+KINDS = ("attn.read", "attn.q", "attn.write", "mlp.read", "mlp.write")
+PLACES = [f"{layer}.{kind}" for layer in (0, 1) for kind in KINDS]
 
 
 def circuit(**nodes):
-    given = {
-        place: tuple(nodes.get(place.replace(".", "_"), nodes.get(f"n{place}".replace(".", "_"), ())))
-        for place in PLACES
-    }
-    given["final.read"] = tuple(nodes.get("final_read", ()))
-    return Circuit("mine", given, [], {})
+    """Nodes given as n0_attn_read=[3], in a model of two layers."""
+    given = {place: tuple(nodes.get("n" + place.replace(".", "_"), ())) for place in PLACES}
+    return Circuit("mine", {**given, "final.read": tuple(nodes.get("final_read", ()))}, [], {})
 
 
 def task():
