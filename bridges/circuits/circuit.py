@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ class Circuit:
             raise ValueError(f"{folder / FILE} has no {missing[0]}; it is not a circuit, or damaged")
         values["nodes"] = {place: tuple(indices) for place, indices in values["nodes"].items()}
         values["edges"] = [Edge(*edge) for edge in values["edges"]]
+        for name in ("loss", "loss_full_model"):  # JSON has no NaN
+            values[name] = math.nan if values[name] is None else values[name]
         return cls(means=read_safetensors(folder / MEANS_FILE), **values)
 
     def __str__(self) -> str:

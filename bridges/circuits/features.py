@@ -136,6 +136,7 @@ def feature(
     ('final.read.5', 2048, True)
     """
     model = _sparse(sparse)
+    Node.parse(node, model)
     known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
     rows = torch.cat([ids for ids, _ in mean_text(model, text, known, text_tokens, seed)])
     values = node_activations(model, node, rows)

@@ -65,7 +65,7 @@ def prune(
 
     >>> import bridges
     >>> pair = bridges.load_pair()
-    >>> quick = {"n": 24, "steps": 4, "target_loss": 0.5, "text_tokens": 512, "progress": False}
+    >>> quick = {"n": 8, "steps": 4, "target_loss": 0.5, "text_tokens": 512, "progress": False}
     >>> circuit = prune(pair.sparse, "single_double_quote", tokenizer=pair.tokenizer, **quick)
     >>> circuit.loss <= 0.5 and 0 < circuit.n_nodes
     True

@@ -21,8 +21,9 @@ from bridges.tasks.pairs import TaskPairs
 On = dict[str, Bool[Tensor, " d"]]
 CALIBRATION_PAIRS = 32
 """Training pairs that the scale and the shift of a circuit's logits are fitted on."""
-FAILURES = 12
-"""Nodes in a row that cannot be dropped, after which the others are kept without a trial."""
+TRIALS, FAILURES = 100, 12
+"""Nodes that dropping is tried for at most, and in a row without success: of a circuit of thousands, which masks that
+learned too little leave, each trial costs a pass over the prompts and gains one node."""
 
 
 class TargetNotReached(ValueError):
@@ -179,7 +180,7 @@ class Search:
         nodes = [(place, int(i)) for place, mask in best.on.items() for i in mask.nonzero()]
         nodes.sort(key=lambda node: masks.parameters[node[0]][node[1]].item())
         failures = 0
-        for place, index in nodes:
+        for place, index in nodes[:TRIALS]:
             if failures >= FAILURES:
                 break
             fewer = {**best.on, place: best.on[place].clone()}

@@ -9,7 +9,7 @@ from bridges.circuits import many
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import prune_tasks
 
-SETTINGS = {"steps": 4, "target_loss": 0.5, "n": 24, "text_tokens": 512}
+SETTINGS = {"steps": 3, "target_loss": 0.5, "n": 6, "text_tokens": 256}
 TASKS = ("single_double_quote", "for_while")
 
 
@@ -56,7 +56,7 @@ def test_the_command_finds_a_circuit_shows_a_node_and_refuses_in_one_line(monkey
     folder = str(pair.sparse.name_or_path)
     tokenizer = ("--tokenizer", pair.tokenizer.name_or_path)
     quick = ("--no-controls", "--steps", 4, "--target-loss", 0.5, "--out", tmp_path / "found")
-    monkeypatch.setattr(many, "prune", lambda *a, **k: bridges.prune(*a, **{**k, "n": 24, "text_tokens": 512}))
+    monkeypatch.setattr(many, "prune", lambda *a, **k: bridges.prune(*a, **{**k, "n": 6, "text_tokens": 256}))
     status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--task", "for_while", *tokenizer, *quick)
     assert status == 0 and out.startswith("for_while: ") and (tmp_path / "found/for_while/circuit.json").is_file()
     status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--feature", "final.read.5", *tokenizer)
