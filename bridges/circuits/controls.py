@@ -71,7 +71,10 @@ def controls(
         its circuit, or None and the best loss; `verdict` says in words where a control does as well as the circuit.
     """
     model = as_residual(sparse).model
-    assert isinstance(model, SparseTransformer)
+    if not isinstance(model, SparseTransformer):
+        raise ValueError(
+            f"sparse={type(model).__name__} must be the SparseTransformer that the circuit was pruned from"
+        )
     config = PruneConfig.from_values({k: v for k, v in circuit.settings.items() if k in PruneConfig.model_fields})
     known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
     fresh = task_pairs(circuit.task, known, config.n, config.seed + 1) if pairs is None else pairs

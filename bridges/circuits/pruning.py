@@ -49,7 +49,7 @@ def prune(
     Args:
         sparse: a `SparseTransformer` of any density: an object, a folder or a hub id.
         task: one of `TASKS`, or pairs of prompts; of these the last quarter chooses the size.
-        tokenizer: makes the prompts of a named task; by default the one saved with the model, or the bundled one.
+        tokenizer: makes the prompts of a named task; by default the one saved with the model.
         text: token rows [rows, seq] that the nodes' means are taken over; by default the bundled corpus where its
             tokenizer is the model's, else rows sampled from the model.
         progress: whether to show a progress bar.
