@@ -106,6 +106,16 @@ def circuit_to_dense(
         check_models: whether to refuse models that the bridges were not fitted to.
 
     Raises ValueError if the circuit has no residual node at a bridged site.
+
+    >>> import bridges
+    >>> pair = bridges.load_pair()
+    >>> rows = torch.randint(1024, (64, 16), generator=torch.Generator().manual_seed(0))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, sites=("0.mlp",), progress=False)
+    >>> circuit = Circuit("for_while", {"0.mlp.read": (5,), "0.mlp.neuron": (7,)}, [], {})
+    >>> pairs = task_pairs("for_while", pair.tokenizer, 8)
+    >>> found = circuit_to_dense(pair.dense, pair.sparse, bridge_set, circuit, pairs)
+    >>> [(effect.site, effect.channels, effect.nodes) for effect in found.nodes]
+    [('0.mlp', (5,), ('0.mlp.read.5',))]
     """
     if pairs is None:
         pairs = task_pairs(circuit.task, resolve_tokenizer(dense, tokenizer), N_PAIRS, seed)

@@ -69,6 +69,16 @@ def controls(
         By name: `heldout`, `necessity`, `outside_kept`, `elsewhere`, `interchange`; with `searches` also
         `shuffled_labels`, `meaningless_cue`, `permuted_weights`, `other_seed` and `forbidden`, each with the size of
         its circuit, or None and the best loss; `verdict` says in words where a control does as well as the circuit.
+
+    Raises ValueError if the model is not the one that the circuit was pruned from.
+
+    >>> import bridges, torch
+    >>> pair = bridges.load_pair()
+    >>> rows = torch.randint(1024, (4, 16), generator=torch.Generator().manual_seed(0))
+    >>> circuit = Circuit("for_while", {"final.read": (5, 6)}, [], node_means(pair.sparse, [(rows, None)]))
+    >>> pairs = task_pairs("for_while", pair.tokenizer, 8)
+    >>> sorted(controls(pair.sparse, circuit, pairs, text=rows, searches=False, progress=False))
+    ['elsewhere', 'heldout', 'interchange', 'necessity', 'outside_kept', 'verdict']
     """
     model = as_residual(sparse).model
     if not isinstance(model, SparseTransformer):
