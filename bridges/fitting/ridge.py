@@ -6,6 +6,7 @@ channel of any scale; the solutions are given as plain weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.objective.sums import Reduce, no_reduce, reduce_together
-from bridges.ops.precision import full_precision
 
 RIDGES = tuple(10.0**exponent for exponent in range(-9, 2))
 """The penalties that `Moments.choose_ridge` chooses from."""
@@ -47,8 +47,9 @@ class Penalty(NamedTuple):
 class Moments:
     """Running n, sum x, sum y, X'X, X'Y, Y'Y of paired rows, about a fixed shift, in float64.
 
-    The shift keeps float32 products accurate: uncentred they lose the variance under the mean. Chunks are multiplied
-    in the wider of their dtypes (at least float32) and added up in float64.
+    Products are made in float64 too. In float32 they are off by a ten-millionth, and where some directions of the
+    inputs do not vary, as those of sparse embeddings, a small penalty divides by just that: such a solution sends a
+    token that is new to it a hundred times too far.
     """
 
     def __init__(self, shift_x: Float[Tensor, " d_x"], shift_y: Float[Tensor, " d_y"]):
@@ -61,13 +62,11 @@ class Moments:
 
     def update(self, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> None:
         """Add the rows of one chunk."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        # Rounded after the subtraction: a rounded shift would be off by one and the same amount in every row.
-        x, y = (x.double() - self.shift_x).to(dtype), (y.double() - self.shift_y).to(dtype)
+        x, y = x.double() - self.shift_x, y.double() - self.shift_y
         self.n += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.y += y.sum(0, dtype=torch.float64)
-        with full_precision(x.device.type):  # a run may be in mixed precision, a process may allow TF32
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        with torch.autocast(x.device.type, enabled=False):  # of a run in mixed precision
             self.xx += x.T @ x
             self.xy += x.T @ y
             self.yy += y.T @ y
@@ -142,10 +141,12 @@ class Moments:
         quadratic = (to_eigen.T @ other.xx @ to_eigen) * (onto @ onto.T)
         # Rounding leaves eigenvalues a little under 0 where the inputs span fewer directions than they have channels.
         shrunk = [1 / (values.clamp(min=0) + ridge) for ridge in RIDGES]
-        errors = [(one @ quadratic @ one - 2 * one @ linear).item() for one in shrunk]
         total = other.yy.trace().item()
-        allowed = min(errors) + RIDGE_MARGIN * (total + min(errors)) + EXACT * total
-        return max(ridge for ridge, error in zip(RIDGES, errors, strict=True) if not error > allowed)
+        errors = [total + (one @ quadratic @ one - 2 * one @ linear).item() for one in shrunk]
+        # A square under 0 is rounding that a small penalty has made large, where inputs hardly vary in some direction.
+        errors = [error if error >= -EXACT * total else math.inf for error in errors]
+        allowed = (1 + RIDGE_MARGIN) * min(errors) + EXACT * total
+        return max(ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= allowed)
 
     def nmse(self, solution: Affine, reverse: bool = False) -> float:
         """NMSE of the solution's predictions of y (of x when `reverse`) on these rows; 0 / 0 where nothing varies.
