@@ -273,6 +273,6 @@ def test_directions_in_which_inputs_do_not_vary_get_no_weight_from_rounding():
     tokens = torch.randint(40, (4000,), generator=torch.Generator().manual_seed(0))
     solution = moments_of((embeddings[tokens].float(), values[tokens].float())).solve(1e-9)
     new = solution.weight @ embeddings[40] + solution.bias
-    assert new.norm() < 10 * values.norm(dim=1).max()
+    assert new.norm() < 2 * values.norm(dim=1).max()
     known = embeddings[:40] @ solution.weight.T + solution.bias
     assert (known - values[:40]).norm() / values[:40].norm() < 1e-3
