@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ class _Run:
     processes: ProcessGroup
     data: FitData
 
+    @cached_property
+    def _rows(self) -> FitConfig:
+        """What says which rows are taken; made once, since every step asks."""
+        return _data_settings(self.config, self.processes)
+
     def finish(self) -> SparseTransformer:
         """Do what is left of the run."""
         out, processes = self.config.output_dir, self.processes
@@ -241,12 +247,11 @@ class _Run:
         return time.perf_counter() - started
 
     def _step_batches(self, step: int) -> list[Batch]:
-        settings = _data_settings(self.config, self.processes)
-        return self.data.step_batches(settings, step, self.processes.rank, self.processes.world_size)
+        return self.data.step_batches(self._rows, step, self.processes.rank, self.processes.world_size)
 
     def _heldout(self) -> list[Batch]:
-        settings, processes = _data_settings(self.config, self.processes), self.processes
-        rows = self.data.heldout_rows(settings)
+        processes = self.processes
+        rows = self.data.heldout_rows(self._rows)
         return self.data.heldout_batches(rows, self.config.batch_size, processes.rank, processes.world_size)
 
     def _save(self, trainer: Pretrainer, log: _Log, identity: RunIdentity) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.sparse.model import SparseTransformer
@@ -108,8 +108,3 @@ def _joined(first: TokenSets, second: TokenSets) -> TokenSets:
     width = max(first.distinct.shape[1], second.distinct.shape[1])
     distinct = torch.cat([F.pad(one.distinct, (0, width - one.distinct.shape[1]), value=-1) for one in (first, second)])
     return TokenSets(distinct, torch.cat([first.index, second.index + len(first.distinct)]))
-
-
-def solved(differences: Float[Tensor, " n"]) -> Bool[Tensor, " pairs"]:
-    """Per pair, whether both of its prompts are answered right."""
-    return (differences > 0).view(2, -1).all(0)
