@@ -4,14 +4,18 @@ Ctrl-C (or `timeout -s INT 1h python ...`) stops it with a checkpoint; the same 
 """
 
 import argparse
-from pathlib import Path
+
+from transformers import GPT2LMHeadModel
 
 import bridges
 from bridges.data.corpus import bundled_corpus
+from bridges.sparsity.widening import widen
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--config", default="configs/bundled_pair_6_readable.toml", help="the table [pretrain]")
 parser.add_argument("--start", default="", help="the sparse model's folder to start from; default: the bundled one")
+parser.add_argument("--widen", type=int, default=1, help="make it so many times as wide first, with the same logits")
+parser.add_argument("--dense", default="bridges/assets/dense", help="the teacher's folder")
 parser.add_argument("--run", default="runs/readable", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
 parser.add_argument("--report-to", default="none", help="none or wandb")
@@ -21,11 +25,16 @@ names = [name.removeprefix("--").replace("-", "_") for name in settings[::2]]
 overrides = dict(zip(names, settings[1::2], strict=True))
 
 config = bridges.PretrainConfig.from_file(args.config).with_settings(overrides)
-dense, sparse, tokenizer = bridges.load_pair()
+_, sparse, tokenizer = bridges.load_pair()
+if args.start:
+    sparse = bridges.SparseTransformer.from_pretrained(args.start)
+if args.widen > 1:
+    sparse = widen(sparse, args.widen)
+dense = GPT2LMHeadModel.from_pretrained(args.dense)
 rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridges.pretrain(
-    Path(args.start) if args.start else sparse,
+    sparse,
     rows,
     teacher=dense,
     tokenizer=tokenizer,

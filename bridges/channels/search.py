@@ -68,8 +68,8 @@ class ChannelSet(NamedTuple):
 
     def margin(self, by: By) -> float:
         """P(target) beyond that of random directions; by both models, its geometric mean with the sparse model's."""
-        beyond = self.p_target - self.p_target_random
-        return beyond if by == "dense" else (max(beyond, 0.0) * self.p_target_sparse) ** 0.5
+        sparse = () if by == "dense" else (self.p_target_sparse,)
+        return margin_over_random(self.p_target, self.p_target_random, *sparse)
 
 
 class SearchOptions(NamedTuple):
@@ -142,6 +142,7 @@ class Search:
         self.text = ReferenceText(pair, text, self._channels_per_bridge())
         self._p_target: dict[tuple[Channels, Side], Float[Tensor, " n"]] = {}
         self._ablation_kl: dict[Channels, float] = {}
+        self._p_random: dict[Channels, float] = {}
 
     def _channels_per_bridge(self) -> dict[int, list[int]]:
         """The channels that an ablation may ask for."""
@@ -211,21 +212,30 @@ class Search:
         return grown
 
     def best_single(self, bar: Bar) -> list[list[ChannelSet]]:
-        """The likeliest channel within the budget of every location whose margin might be the largest.
+        """The likeliest channel of each location, where its margin beats those before it and it keeps to the budget.
 
-        A margin is never over the score, so that the search ends at the first channel whose score is under the largest
-        margin so far.
+        Where it beats them and does not keep to the budget, the location's next one counts. A margin is never over the
+        score, so that the search ends at the first channel whose score is under the largest margin so far. Random
+        directions come before the ablation, which takes longer and matters only for one that beats the others.
         """
-        found: dict[tuple[str, EntryPoint], ChannelSet] = {}
-        most, by = -math.inf, self.options.by
+        found: list[Channels] = []
+        done: set[tuple[str, EntryPoint]] = set()
+        most = -math.inf
         for chosen in sorted(self.helpful(self.single_edits), key=self.score, reverse=True):
             if self.score(chosen) < most:
                 break
-            if (chosen.site, chosen.at) not in found and self.within_budget(chosen):
-                one = found[chosen.site, chosen.at] = self.compare_with_random(chosen)
-                most = max(most, one.margin(by))
             bar.advance(note=f"{chosen.site}: {self.score(chosen):.3f}")
-        return [[one] for one in found.values()]
+            location = (chosen.site, chosen.at)
+            if location in done:
+                continue
+            margin = self.margin(chosen)
+            if margin <= most:
+                done.add(location)
+            elif self.within_budget(chosen):
+                done.add(location)
+                found.append(chosen)
+                most = margin
+        return [[self.compare_with_random(chosen)] for chosen in found]
 
     def helpful(self, edits: Sequence[Channels], than: float | None = None) -> list[Channels]:
         """The edits whose score is over another one, by default over that without an edit."""
@@ -291,10 +301,20 @@ class Search:
     def compare_with_random(self, chosen: Channels) -> ChannelSet:
         """The set with what it does, and with what random directions of the same norm do."""
         dense, sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in SIDES)
-        # Another seed than that of the directions that a sweep reports.
-        random = p_target_under_random(self.pair, self.prompts, chosen, SEARCH_DIRECTIONS, seed=0)
-        strongest = random.mean(1).max().item()
-        return ChannelSet(chosen, dense, sparse, strongest, self.ablation_kl(chosen))
+        return ChannelSet(chosen, dense, sparse, self.p_target_random(chosen), self.ablation_kl(chosen))
+
+    def p_target_random(self, chosen: Channels) -> float:
+        """P(target) of the dense model under the strongest of a few random directions with the edit's own norm."""
+        if chosen not in self._p_random:
+            # Another seed than that of the directions that a sweep reports.
+            random = p_target_under_random(self.pair, self.prompts, chosen, SEARCH_DIRECTIONS, seed=0)
+            self._p_random[chosen] = random.mean(1).max().item()
+        return self._p_random[chosen]
+
+    def margin(self, chosen: Channels) -> float:
+        """`margin_over_random` of an edit, with the runs of the models that the search goes by."""
+        p_target, *sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in self.sides)
+        return margin_over_random(p_target, self.p_target_random(chosen), *sparse)
 
     def _refuse(self) -> NoReturn:
         """Say why there is no set: what was tried, and what it would take."""
@@ -313,6 +333,16 @@ class Search:
             f"task={task!r}: no channel raises P(target) (by={by!r}) within budget={budget:g} nats per token "
             f"on other text; the cheapest that raises it costs {cheapest:.3g}; pass a larger budget="
         )
+
+
+def margin_over_random(p_target: float, p_target_random: float, p_target_sparse: float | None = None) -> float:
+    """P(target) of the dense model beyond that of random directions, or its geometric mean with the sparse model's.
+
+    >>> margin_over_random(0.75, 0.25), margin_over_random(0.75, 0.25, 0.5), margin_over_random(0.1, 0.2, 0.5)
+    (0.5, 0.5, 0.0)
+    """
+    beyond = p_target - p_target_random
+    return beyond if p_target_sparse is None else (max(beyond, 0.0) * p_target_sparse) ** 0.5
 
 
 def _geometric_mean(p_per_model: Sequence[Float[Tensor, " b"]]) -> float:

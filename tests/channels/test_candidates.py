@@ -85,11 +85,22 @@ def test_only_places_that_may_win_are_compared_with_random_directions(pair, prom
 
     def against_nothing(chosen):
         compared.append(chosen)
-        return ChannelSet(chosen, search.score(chosen), 0.0, 0.0, 0.0)
+        return 0.0
 
-    monkeypatch.setattr(search, "compare_with_random", against_nothing)
+    monkeypatch.setattr(search, "p_target_random", against_nothing)
     found = search.best_single(Bar())
-    assert compared == [max(search.single_edits, key=search.score)] and len(found) == 1
+    assert set(compared) == {max(search.single_edits, key=search.score)} and len(found) == 1
+
+
+def test_only_channels_that_beat_the_others_are_ablated(pair, prompts, text, monkeypatch):
+    search = Search(pair, prompts, text, SearchOptions(budget=10.0, candidates=8))
+    ablated, compared, ablation_kl, margin = [], [], search.text.ablation_kl, search.margin
+    monkeypatch.setattr(search.text, "ablation_kl", lambda one: ablated.append(one) or ablation_kl(one))
+    monkeypatch.setattr(search, "margin", lambda one: compared.append(one) or margin(one))
+    search.best_single(Bar())
+    margins = [margin(one) for one in compared]
+    assert ablated == [one for i, one in enumerate(compared) if margins[i] > max(margins[:i], default=-math.inf)]
+    assert len(ablated) < len(compared)
 
 
 @pytest.mark.parametrize("by", ["dense", "both"])
