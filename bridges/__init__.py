@@ -1,6 +1,6 @@
 """Linear bridges between a dense language model and a weight-sparse, readable one: fit, measure, steer.
 
-Models             load_pair, as_residual, ResidualModel, SparseTransformer, SparseConfig
+Models             load_pair, load_bridges, as_residual, ResidualModel, SparseTransformer, SparseConfig
 Fit and measure    fit, FitConfig, evaluate, BridgeReport, hybrid_losses, HybridLosses
 Bridges            BridgeSet, Bridge, abs_topk
 Steer              steer, Edit, counterfactual, constant_edits, save_edits, load_edits, directions, export_direction
@@ -29,6 +29,7 @@ from bridges.circuits.features import feature, node_activations
 from bridges.circuits.pruning import prune
 from bridges.circuits.settings import PruneConfig
 from bridges.config import FitConfig
+from bridges.demo import load_bridges
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.models.bundled import load_pair
@@ -78,6 +79,7 @@ __all__ = [
     "find_channels",
     "fit",
     "hybrid_losses",
+    "load_bridges",
     "load_edits",
     "load_pair",
     "node_activations",

@@ -69,11 +69,13 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Where to write; files of an earlier demo are replaced.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(help="Gradient steps after the closed form.")] = SETTINGS.steps,
+    fit_anew: Annotated[bool, typer.Option("--fit", help="Fit the bridges anew, in about four minutes.")] = False,
+    steps: Annotated[int | None, typer.Option(min=0, help="Fit them anew with so many gradient steps.")] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts to steer.")] = 200,
 ) -> None:
-    """Fit bridges for the bundled pair, measure them held-out, steer by one channel and by a few, and draw it all."""
-    demo(out, SETTINGS.with_settings({"steps": steps}), prompts)
+    """Measure the bundled pair's bridges held-out, steer by one channel and by a few, and draw it all."""
+    steps = SETTINGS.steps if steps is None and fit_anew else steps
+    demo(out, None if steps is None else SETTINGS.with_settings({"steps": steps}), prompts)
 
 
 @app.command("fit", context_settings={"ignore_unknown_options": True})

@@ -1,7 +1,9 @@
-"""bridges demo: fit bridges for the bundled pair, measure them, steer the dense model by one channel and by a few."""
+"""bridges demo: measure the bundled bridges, or fit new ones, and steer the dense model by one channel and by a few."""
 
 from __future__ import annotations
 
+import math
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
+from bridges.bridge_report import BridgeReport
 from bridges.channels.find import CHOSEN_ON, find
 from bridges.channels.prompts import frozen_pair
 from bridges.channels.runs import Prompts
@@ -18,6 +21,7 @@ from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
+from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.run_file import RunFile
 from bridges.io.files import write_json
@@ -45,19 +49,32 @@ TEXT_ROWS = 32
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS = 3000, 300
 
 
-def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: int = PROMPTS) -> dict[str, Any]:
-    """Fit, measure and steer the bundled pair; write the files and print the figures of `bridges demo`.
+def load_bridges() -> BridgeSet:
+    """The bridges of the bundled pair, as `bridges demo --fit` fits them; their `report` has the held-out figures.
 
-    `out` gets the bridge folder, both JSON files, both plots and the page. Returns the content of `steering.json`.
+    >>> import bridges
+    >>> pair, bridge_set = bridges.load_pair(), load_bridges()
+    >>> bridge_set.check_models(pair.dense, pair.sparse)
+    >>> bridge_set.sites
+    ['0.attn', '0.mlp', '1.attn', '1.mlp', 'final']
+    """
+    with as_file(files("bridges") / "assets" / "bridges") as folder:
+        return BridgeSet.from_pretrained(folder)
+
+
+def demo(
+    out: str | Path = "runs/demo", config: FitConfig | None = None, prompts: int = PROMPTS, progress: bool = True
+) -> dict[str, Any]:
+    """Measure and steer the bundled pair; write the files and print the figures of `bridges demo`.
+
+    With `config`, the bridges are fitted anew; else they are those of `load_bridges`. `out` gets the bridge folder,
+    both JSON files, both plots and the page. Returns the content of `steering.json`.
     """
     out, console, pair = Path(out), Console(), load_pair()
-    console.print("Fitting bridges for the bundled pair: closed form, then gradient steps.", style="bold")
-    seq_len = config.seq_len or DEFAULT_SEQ_LEN
-    train = demo_rows(pair, "train", TRAIN_DOCUMENTS, seq_len, config.seed)
-    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, seq_len, config.seed)
-    bridge_set = fit(pair.dense, pair.sparse, train, eval_data=heldout, config=config)
-    report = bridge_set.report
-    assert report is not None, "fit always reports"
+    seq_len, seed = (config or SETTINGS).seq_len or DEFAULT_SEQ_LEN, (config or SETTINGS).seed
+    train = demo_rows(pair, "train", TRAIN_DOCUMENTS, seq_len, seed)
+    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, seq_len, seed)
+    bridge_set, report = measured_bridges(pair, train, heldout, config, console, progress)
     bridge_set.save_pretrained(out / "bridges")
     RunFile(sources(pair)).save(out / "bridges")  # so that `bridges steer` finds the models
     report.save(out / "report.json")
@@ -65,7 +82,7 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     console.print("\nHeld-out figures, controls in brackets", style="bold")
     console.print(str(report), highlight=False, soft_wrap=True)
 
-    one, few = steer_quotes(pair, bridge_set, prompts, train[:TEXT_ROWS], heldout[:TEXT_ROWS], config.progress)
+    one, few = steer_quotes(pair, bridge_set, prompts, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
@@ -73,6 +90,23 @@ def demo(out: str | Path = "runs/demo", config: FitConfig = SETTINGS, prompts: i
     console.print(f"\n{one}\n\n{few}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"\nWritten to {out}: index.html shows it all.")
     return steering
+
+
+def measured_bridges(
+    pair: BundledPair, train: Tensor, heldout: Tensor, config: FitConfig | None, console: Console, progress: bool
+) -> tuple[BridgeSet, BridgeReport]:
+    """The bundled bridges, or new ones, and their figures on the held-out rows."""
+    if config is None:
+        console.print("Measuring the bundled bridges; --fit fits them anew.", style="bold")
+        bridge_set = load_bridges()
+        rows = heldout[: math.ceil(SETTINGS.heldout_tokens / heldout.shape[1])]
+        bridge_set.report = evaluate(pair.dense, pair.sparse, bridge_set, rows, progress=progress)
+        return bridge_set, bridge_set.report
+    console.print("Fitting bridges for the bundled pair: closed form, then gradient steps.", style="bold")
+    config = config.with_settings({"progress": progress})
+    bridge_set = fit(pair.dense, pair.sparse, train, eval_data=heldout, config=config)
+    assert bridge_set.report is not None, "fit always reports"
+    return bridge_set, bridge_set.report
 
 
 def demo_rows(pair: BundledPair, split: str, n_documents: int, seq_len: int, seed: int) -> Int[Tensor, "n seq_len"]:

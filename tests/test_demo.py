@@ -17,19 +17,49 @@ INTERFACE = {
 }
 
 
-@pytest.mark.slow
-def test_the_demo_writes_what_the_interface_lists(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demo with less text, and sets of at most three channels."""
     monkeypatch.setattr(module, "TRAIN_DOCUMENTS", 200)
     monkeypatch.setattr(module, "HELDOUT_DOCUMENTS", 40)
     monkeypatch.setattr(module, "MAX_CHANNELS", 3)
-    settings = {"steps": 5, "closed_form_tokens": 20_000, "eval_tokens": 2048, "progress": False}
-    demo(tmp_path, SETTINGS.with_settings(settings), prompts=20)
-    report = json.loads((tmp_path / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_fitted_anew_it_writes_what_the_interface_lists(tmp_path, tiny):
+    settings = {"steps": 5, "closed_form_tokens": 20_000, "eval_tokens": 2048}
+    demo(tmp_path, SETTINGS.with_settings(settings), prompts=20, progress=False)
+    check_files(tmp_path, n_prompts=20)
+
+
+@pytest.mark.slow
+def test_with_the_bundled_bridges_it_writes_the_same(tmp_path, tiny):
+    demo(tmp_path, prompts=20, progress=False)
+    check_files(tmp_path, n_prompts=20)
+
+
+def test_the_bundled_bridges_are_what_their_report_says():
+    """Fitted by the demo's settings; measured anew on a part of what the report is of, they are as good."""
+    pair, bridge_set = bridges.load_pair(), bridges.load_bridges()
+    assert bridge_set.report is not None
+    fitted = bridge_set.provenance["fit"]
+    assert {name: fitted[name] for name in ("steps", "lr", "nmse_weight")} == {
+        name: getattr(SETTINGS, name) for name in ("steps", "lr", "nmse_weight")
+    }
+    rows = module.demo_rows(pair, "heldout", 40, 128, 0)[:24]
+    measured = bridges.evaluate(pair.dense, pair.sparse, bridge_set, rows, progress=False)
+    for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
+        assert measured.mean[name] == pytest.approx(bridge_set.report.mean[name], rel=0.25), name
+
+
+def check_files(folder, n_prompts):
+    """Every file is there, and says the same as the others."""
+    report = json.loads((folder / "report.json").read_text())
     assert [site["name"] for site in report["sites"]] == ["0.attn", "0.mlp", "1.attn", "1.mlp", "final"]
     assert report["mean"]["nmse_decode"] < 0.5 < report["mean"]["nmse_decode_shuffled"]
     assert report["mean"]["kl_sparse_to_dense"] < report["mean"]["kl_sparse_to_dense_mean_ablation"] / 5
-    steering = json.loads((tmp_path / "steering.json").read_text())
-    assert steering["prompts"] == 20
+    steering = json.loads((folder / "steering.json").read_text())
+    assert steering["prompts"] == n_prompts
     for name in INTERFACE:
         assert len(steering[name]) == len(steering["strengths"]) == 11
     assert steering["p_target"][0] < 0.05
@@ -39,9 +69,9 @@ def test_the_demo_writes_what_the_interface_lists(tmp_path, monkeypatch):
     assert -1 <= steering["ranking_agreement"] == few["ranking_agreement"] <= 1
     assert 1 <= len(few["channel"]) <= 3 and few["p_target_sparse_model"][-1] > few["p_target_sparse_model"][0]
     assert steering["side_effects"]["tokens"] > 0 and steering["side_effects"]["kl_other_tasks"] > 0
-    assert bridges.BridgeSet.from_pretrained(tmp_path / "bridges").report.to_dict() == report
-    page = (tmp_path / "index.html").read_text()
+    assert bridges.BridgeSet.from_pretrained(folder / "bridges").report.to_dict() == report
+    page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert f"Channel {steering['channel']}" in page
     for picture in ("quality.png", "steering.png"):
-        assert (tmp_path / picture).stat().st_size > 10_000
+        assert (folder / picture).stat().st_size > 10_000
