@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.attribution import Location, predicted_effects, top_channels
+from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
 from bridges.channels.candidates import LOCATIONS_TRIED_IN_FULL, effects_on_both, spread, top_of_each
 from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
@@ -129,9 +129,10 @@ class Search:
         n_steps = len(self.sides) * len(prompts)
         with progress_bar("predicting effects", n_steps, progress) as bar:
             of_sides = [predicted_effects(pair, prompts, side, bar) for side in self.sides]
-        n, self.dense_effects = options.candidates, of_sides[0]
+        self.effects_on: dict[Side, Effects] = dict(zip(self.sides, of_sides, strict=True))
+        n = options.candidates
         if options.by == "dense":
-            self.effects = self.dense_effects
+            self.effects = self.effects_on["dense"]
             sources = [(self.effects, n)]
         else:
             self.effects = effects_on_both(*of_sides)
@@ -156,7 +157,7 @@ class Search:
 
     def dense_edits(self) -> list[tuple[Channels, float]]:
         """The single channels of largest predicted effect on the dense model, with the prediction."""
-        n, effects = self.options.candidates, self.dense_effects
+        n, effects = self.options.candidates, self.effects_on["dense"]
         edits = spread({at: top_channels(effects[at], n) for at in effects}, effects, LOCATIONS_TRIED_IN_FULL * n)
         return [(self.channels_at(at, (channel,)), effects[at][channel].item()) for at, channel in edits]
 
@@ -198,14 +199,14 @@ class Search:
         """Channels at a location, by the names that users see."""
         return Channels(self.pair.bridge_set.sites[location.bridge], tuple(channels), location.at)
 
-    def find_sets(self) -> list[list[ChannelSet]]:
-        """Sets of 1, 2, ... channels at the locations worth comparing.
+    def find_sets(self, single: bool = False) -> list[list[ChannelSet]]:
+        """Sets of 1, 2, ... channels at the locations worth comparing; with `single` of one channel only.
 
         Raises NoChannelsFoundError if no location has one that raises P(target) within the budget.
         """
         self.run_edits(self.single_edits, f"{len(self.single_edits)} edits of one channel")
         with progress_bar("comparing channels, within the budget", None, self.progress) as bar:
-            grown = self.best_single(bar) if self.options.most == 1 else self.grow_sets(bar)
+            grown = self.best_single(bar) if single or self.options.most == 1 else self.grow_sets(bar)
         if not grown:
             self._refuse()
         return grown
