@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.channels.attribution import log_probability
+from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import Channels, check_text, frozen_pair, resolve_task
 from bridges.channels.runs import Prompts, p_target_unedited
 from bridges.channels.search import (
@@ -23,6 +25,7 @@ from bridges.channels.search import (
     sample_text,
     smallest_sufficient,
 )
+from bridges.circuits.circuit import Circuit
 from bridges.io.progress import announce
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
@@ -57,11 +60,19 @@ class FoundChannels(NamedTuple):
     """Spearman's rank correlation of predicted and measured effects over the ranking."""
     sets: list[ChannelSet]
     """Sets of 1, 2, ... channels at one site, each grown from the one before; the last is `best`."""
+    circuit_nodes: tuple[tuple[str, ...], ...] | None = None
+    """For each channel of `best` the nodes of the circuit that read or write it, none where it is no node of the
+    circuit; None if the search was given no circuit."""
 
     @property
     def best(self) -> Channels:
         """The smallest set whose margin over random directions comes near the largest margin."""
         return self.sets[-1].channels
+
+    @property
+    def in_circuit(self) -> tuple[bool, ...] | None:
+        """For each channel of `best` whether it is a node of the circuit; None if the search was given no circuit."""
+        return None if self.circuit_nodes is None else tuple(map(bool, self.circuit_nodes))
 
 
 def find_channels(
@@ -75,6 +86,7 @@ def find_channels(
     by: By = "dense",
     budget: float = BUDGET,
     candidates: int = CANDIDATES,
+    circuit: Circuit | None = None,
     text: Int[Tensor, "rows seq"] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -96,8 +108,12 @@ def find_channels(
     sampled from the dense model). Measure the result on other prompts and text, as `sweep` does. Memory does not grow
     with the number of pairs or rows. `progress=False` silences the bars on standard error.
 
-    Raises ValueError if an argument is out of range, the bridges are of other models, or no set keeps within the
-    budget.
+    With the task's `circuit` in the sparse model (`prune`) channels are looked for among its nodes first: the channels
+    that its reads and writes are of are candidates at their site, ahead of the `candidates` by prediction and on top of
+    them, and `in_circuit` of the result says which of the chosen channels are nodes.
+
+    Raises ValueError if an argument is out of range, the bridges are of other models, the circuit is of another model
+    or task, or no set keeps within the budget.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
@@ -111,8 +127,9 @@ def find_channels(
     options = SearchOptions(most, by, budget, candidates).checked()
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair:
         prompts = Prompts(pair, resolve_task(task, dense, tokenizer, n, seed))
+        nodes = None if circuit is None else circuit_channels(circuit, pair, prompts.pairs.task, check_models)
         rows = sample_text(pair, seed, sources=(dense, sparse)) if text is None else check_text(pair, text)
-        return find(pair, prompts, rows, options, progress)
+        return find(pair, prompts, rows, options, progress, nodes)
 
 
 @torch.no_grad()
@@ -122,19 +139,24 @@ def find(
     text: Int[Tensor, "rows seq"],
     options: SearchOptions = SearchOptions(),  # noqa: B008, an immutable tuple
     progress: bool = False,
+    circuit_nodes: Mapping[tuple[str, int], tuple[str, ...]] | None = None,
 ) -> FoundChannels:
-    """`find_channels` on prompts and text that are checked."""
+    """`find_channels` on prompts and text that are checked, and a circuit as `circuit_channels` returns it."""
     from scipy.stats import spearmanr
 
     n_sites, n = len(pair.bridge_set), len(prompts)
     announce(
         f"find_channels, {prompts.pairs.task}: {n} pairs, {n_sites} sites, {text.numel()} tokens of text", progress
     )
-    search = Search(pair, prompts, text, options, progress)
+    search = Search(pair, prompts, text, options, progress, circuit_nodes or ())
     ranking = _rank_single_channels(search)
     sets = smallest_sufficient(search.find_sets(), options.by)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
-    return FoundChannels(prompts.pairs.task, ranking, float(agreement), sets)
+    nodes = None
+    if circuit_nodes is not None:
+        best = sets[-1].channels
+        nodes = tuple(circuit_nodes.get((best.site, channel), ()) for channel in best.channels)
+    return FoundChannels(prompts.pairs.task, ranking, float(agreement), sets, nodes)
 
 
 def _rank_single_channels(search: Search) -> list[RankedChannel]:

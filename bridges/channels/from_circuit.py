@@ -120,12 +120,7 @@ def circuit_to_dense(
     if pairs is None:
         pairs = task_pairs(circuit.task, resolve_tokenizer(dense, tokenizer), N_PAIRS, seed)
     with frozen_pair(dense, sparse, bridge_set, check_models) as pair, torch.no_grad():
-        found, skipped = stream_channels(circuit, pair.bridge_set.sites, pair.sparse.d_model)
-        if not found:
-            raise ValueError(
-                f"the circuit of {circuit.task!r} has no read or write at a bridged site, which are "
-                f"{', '.join(bridge_set.sites)}"
-            )
+        found, skipped = _bridged_channels(circuit, pair)
         prompts = Prompts(pair, pairs)
         sites = list(dict.fromkeys(one.site for one in found))
         alone = [Channels(one.site, (one.channel,), "residual") for one in found]
@@ -151,6 +146,33 @@ def _effects(
     return [
         DenseEffect(edit.site, edit.channels, nodes[i], dense[i], sparse[i], random[i]) for i, edit in enumerate(edits)
     ]
+
+
+def circuit_channels(
+    circuit: Circuit, pair: ModelPair, task: str, check_model: bool = True
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The stream channels of a circuit's nodes at bridged sites, as (site, channel), with the names of these nodes.
+
+    Raises ValueError if the circuit is of another task, of another model (unless `check_model` is False), or has no
+    read or write at a bridged site.
+    """
+    if not isinstance(circuit, Circuit):
+        raise ValueError(f"circuit={circuit!r} must be a bridges.Circuit, as prune and Circuit.load return it")
+    if circuit.task != task:
+        raise ValueError(f"circuit is of the task {circuit.task!r}, not of task={task!r}; pass the circuit of that")
+    if check_model:
+        circuit.check_model(pair.sparse.model)
+    return {(one.site, one.channel): one.nodes for one in _bridged_channels(circuit, pair)[0]}
+
+
+def _bridged_channels(circuit: Circuit, pair: ModelPair) -> tuple[list[StreamChannel], list[str]]:
+    found, skipped = stream_channels(circuit, pair.bridge_set.sites, pair.sparse.d_model)
+    if not found:
+        raise ValueError(
+            f"the circuit of {circuit.task!r} has no read or write at a bridged site, which are "
+            f"{', '.join(pair.bridge_set.sites)}"
+        )
+    return found, skipped
 
 
 def stream_channels(circuit: Circuit, sites: list[str], d_model: int) -> tuple[list[StreamChannel], list[str]]:

@@ -7,7 +7,7 @@ A set grows by one channel at a time, at one location. Candidates come from firs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.attribution import Location, predicted_effects, top_channels
+from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
 from bridges.channels.candidates import LOCATIONS_TRIED_IN_FULL, effects_on_both, spread, top_of_each
 from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
@@ -114,7 +114,11 @@ def sample_text(
 
 
 class Search:
-    """One search on one task: makes every edit and every ablation once, and remembers its result."""
+    """One search on one task: makes every edit and every ablation once, and remembers its result.
+
+    `first`: channels, as (site, channel), that are candidates at their site whatever is predicted for them. They come
+    on top of the predicted ones.
+    """
 
     def __init__(
         self,
@@ -123,22 +127,27 @@ class Search:
         text: Int[Tensor, "rows seq"],
         options: SearchOptions = SearchOptions(),  # noqa: B008, an immutable tuple
         progress: bool = False,
+        first: Collection[tuple[str, int]] = (),
     ):
         self.pair, self.prompts, self.options, self.progress = pair, prompts, options, progress
         self.sides: tuple[Side, ...] = ("dense",) if options.by == "dense" else SIDES
         n_steps = len(self.sides) * len(prompts)
         with progress_bar("predicting effects", n_steps, progress) as bar:
             of_sides = [predicted_effects(pair, prompts, side, bar) for side in self.sides]
-        n, self.dense_effects = options.candidates, of_sides[0]
+        self.effects_on: dict[Side, Effects] = dict(zip(self.sides, of_sides, strict=True))
+        n = options.candidates
         if options.by == "dense":
-            self.effects = self.dense_effects
+            self.effects = self.effects_on["dense"]
             sources = [(self.effects, n)]
         else:
             self.effects = effects_on_both(*of_sides)
             # Half the candidates are top-ranked by both models, a few by one model only.
             sources = [(self.effects, n // 2), *((effects, n // 8) for effects in of_sides)]
-        self.candidates = {at: top_of_each(sources, at) for at in self.effects}
-        self.single_edits = self._named(spread(self.candidates, self.effects, LOCATIONS_TRIED_IN_FULL * n))
+        predicted = {at: top_of_each(sources, at) for at in self.effects}
+        sites = pair.bridge_set.sites
+        self.first = {at: [c for site, c in first if site == sites[at.bridge]] for at in self.effects}
+        self.candidates = {at: list(dict.fromkeys([*self.first[at], *predicted[at]])) for at in self.effects}
+        self.single_edits = self._named(self._first_and(spread(predicted, self.effects, LOCATIONS_TRIED_IN_FULL * n)))
         self.text = ReferenceText(pair, text, self._channels_per_bridge())
         self._p_target: dict[tuple[Channels, Side], Float[Tensor, " n"]] = {}
         self._ablation_kl: dict[Channels, float] = {}
@@ -155,11 +164,17 @@ class Search:
     def _named(self, edits: Sequence[tuple[Location, int]]) -> list[Channels]:
         return [self.channels_at(location, (channel,)) for location, channel in edits]
 
+    def _first_and(self, edits: Sequence[tuple[Location, int]]) -> list[tuple[Location, int]]:
+        first = [(at, channel) for at, channels in self.first.items() for channel in channels]
+        return list(dict.fromkeys([*first, *edits]))
+
     def dense_edits(self) -> list[tuple[Channels, float]]:
-        """The single channels of largest predicted effect on the dense model, with the prediction."""
-        n, effects = self.options.candidates, self.dense_effects
+        """The single channels of largest predicted effect on the dense model, with the prediction; `first` ahead."""
+        n, effects = self.options.candidates, self.effects_on["dense"]
         edits = spread({at: top_channels(effects[at], n) for at in effects}, effects, LOCATIONS_TRIED_IN_FULL * n)
-        return [(self.channels_at(at, (channel,)), effects[at][channel].item()) for at, channel in edits]
+        return [
+            (self.channels_at(at, (channel,)), effects[at][channel].item()) for at, channel in self._first_and(edits)
+        ]
 
     def run_edits(self, edits: Sequence[Channels], what: str | None = None, side: Side | None = None) -> None:
         """Make the edits that have not been made, in the models that the search goes by, or in one."""
@@ -199,14 +214,14 @@ class Search:
         """Channels at a location, by the names that users see."""
         return Channels(self.pair.bridge_set.sites[location.bridge], tuple(channels), location.at)
 
-    def find_sets(self) -> list[list[ChannelSet]]:
-        """Sets of 1, 2, ... channels at the locations worth comparing.
+    def find_sets(self, single: bool = False) -> list[list[ChannelSet]]:
+        """Sets of 1, 2, ... channels at the locations worth comparing; with `single` of one channel only.
 
         Raises NoChannelsFoundError if no location has one that raises P(target) within the budget.
         """
         self.run_edits(self.single_edits, f"{len(self.single_edits)} edits of one channel")
         with progress_bar("comparing channels, within the budget", None, self.progress) as bar:
-            grown = self.best_single(bar) if self.options.most == 1 else self.grow_sets(bar)
+            grown = self.best_single(bar) if single or self.options.most == 1 else self.grow_sets(bar)
         if not grown:
             self._refuse()
         return grown
@@ -259,28 +274,38 @@ class Search:
     def likely_locations(self) -> tuple[list[Location], list[Location]]:
         """The locations whose likeliest channels are predicted to do most together, and the others in that order.
 
-        All are likely where there are no more than `LOCATIONS_TRIED_IN_FULL`.
+        All are likely where there are no more than `LOCATIONS_TRIED_IN_FULL`; else those of the
+        channels that come first are ahead.
         """
         n, most = LOCATIONS_TRIED_IN_FULL, self.options.most
         if len(self.effects) <= n:
             return list(self.effects), []
-        ranked = sorted(self.effects, key=lambda at: -self.effects[at].topk(most).values.sum().item())
+        together = {at: effects.topk(most).values.sum().item() for at, effects in self.effects.items()}
+        ranked = sorted(self.effects, key=lambda at: (not self.first[at], -together[at]))
         return ranked[:n], ranked[n:]
 
     def rank_locations(self, locations: Sequence[Location]) -> list[Location]:
-        """Locations by the score of their likeliest channels within the budget, edited together."""
-        most = self.options.most
-        together: dict[Location, Channels] = {}
-        for location in locations:
-            likely: tuple[int, ...] = ()
-            for channel in top_channels(self.effects[location], 2 * most):
-                if len(likely) < most and self.within_budget(self.channels_at(location, (*likely, channel))):
-                    likely = (*likely, channel)
-            if likely:
-                together[location] = self.channels_at(location, likely)
-        self.run_edits(list(together.values()), "likeliest channels of each site, together")
-        scores = {at: self.score(together[at]) if at in together else 0.0 for at in locations}
+        """Locations by the score of their likeliest channels within the budget, edited together.
+
+        Where channels come first, those alone and the likeliest of all are tried, and the better score counts.
+        """
+        n = 2 * self.options.most
+        together: dict[Location, list[Channels]] = {}
+        for at in locations:
+            first = sorted(self.first[at], key=lambda channel, at=at: -self.effects[at][channel].item())[:n]
+            together[at] = [*self._likeliest(at, first), *self._likeliest(at, top_channels(self.effects[at], n))]
+        edits = [one for sets in together.values() for one in sets]
+        self.run_edits(edits, "likeliest channels of each site, together")
+        scores = {at: max(map(self.score, sets), default=0.0) for at, sets in together.items()}
         return sorted(locations, key=scores.__getitem__, reverse=True)
+
+    def _likeliest(self, location: Location, channels: Sequence[int]) -> list[Channels]:
+        """One set of the first of these channels, as many as it may have within the budget; none if none keeps it."""
+        likely: tuple[int, ...] = ()
+        for channel in channels:
+            if len(likely) < self.options.most and self.within_budget(self.channels_at(location, (*likely, channel))):
+                likely = (*likely, channel)
+        return [self.channels_at(location, likely)] if likely else []
 
     def grow_at(self, location: Location) -> list[ChannelSet]:
         """Sets of 1, 2, ... channels: each adds the best candidate within the budget, as long as the score grows."""

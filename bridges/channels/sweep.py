@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bridges.channels.curves import (
     with_band,
 )
 from bridges.channels.find import CHOSEN_ON, FoundChannels, find
+from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import (
     Channels,
     check_channels,
@@ -36,6 +38,7 @@ from bridges.channels.runs import Prompts, p_target_under_edit, part_solved
 from bridges.channels.search import BUDGET, SAMPLED_ROWS, By, SearchOptions, sample_text
 from bridges.channels.side_effects import other_tasks, side_effects
 from bridges.channels.sweep_result import Sweep
+from bridges.circuits.circuit import Circuit
 from bridges.io.progress import announce, progress_bar
 from bridges.models.residual import ResidualModel, context_limit
 from bridges.objective.hybrid import SIDES, ModelPair
@@ -55,6 +58,7 @@ def sweep(
     *,
     by: By = "dense",
     budget: float = BUDGET,
+    circuit: Circuit | None = None,
     n: int = 200,
     tokenizer: Any = None,
     seed: int = 0,
@@ -68,15 +72,15 @@ def sweep(
     made with `tokenizer` (None: the one saved with the dense model), or `TaskPairs`, 66 or more.
 
     `channels` are edited as given: `Channels`, or the result of `find_channels`. A number (None: 1) searches first, as
-    `find_channels(most=channels, by=by, budget=budget)` does. The search and the dense model's own directions use 64
-    pairs of the task; the curves are measured on the others, `n` of a named task. P(target) is the full-vocabulary
-    probability of what answers the counterfactual prompt. Side effects are measured on `text` [rows, seq], token ids
-    that have nothing to do with the task (None: sampled from the dense model; a search takes up to half of the given
-    rows for its budget), and with a tokenizer on the other tasks. Memory does not grow with the number of pairs or
-    rows. `progress=False` silences the bars on standard error.
+    `find_channels(most=channels, by=by, budget=budget, circuit=circuit)` does. The search and the dense model's own
+    directions use 64 pairs of the task; the curves are measured on the others, `n` of a named task. P(target) is the
+    full-vocabulary probability of what answers the counterfactual prompt. Side effects are measured on `text` [rows,
+    seq], token ids that have nothing to do with the task (None: sampled from the dense model; a search takes up to half
+    of the given rows for its budget), and with a tokenizer on the other tasks. Memory does not grow with the number of
+    pairs or rows. `progress=False` silences the bars on standard error.
 
-    Raises ValueError for an argument that is out of range, an unknown task, site or channel, bridges of other models,
-    or a search that finds nothing within its budget.
+    Raises ValueError for an argument that is out of range, an unknown task, site or channel, bridges of other models, a
+    circuit of another model or task, or a search that finds nothing within its budget.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
@@ -90,6 +94,8 @@ def sweep(
     """
     if not isinstance(channels, Channels | FoundChannels | Integral | None):
         raise ValueError(f"channels={channels!r} must be bridges.Channels, what find_channels returned, or how many")
+    if circuit is not None and isinstance(channels, Channels | FoundChannels):
+        raise ValueError(f"circuit of {circuit.task!r} is for a search; give channels= as a number, or no circuit")
     most = int(channels) if isinstance(channels, Integral) else 1
     options = SearchOptions(most, by, budget).checked("channels")
     strengths = check_strengths(strengths)
@@ -102,13 +108,17 @@ def sweep(
         chosen_on, reported = (Prompts(pair, half) for half in halves)
         rows = None if text is None else check_text(pair, text)
         if not isinstance(channels, Channels | FoundChannels):
-            channels, rows = _search(pair, chosen_on, rows, options, seed, progress, (dense, sparse))
-        chosen, agreement = (
-            (channels.best, channels.agreement) if isinstance(channels, FoundChannels) else (channels, None)
+            nodes = None if circuit is None else circuit_channels(circuit, pair, pairs.task, check_models)
+            channels, rows = _search(pair, chosen_on, rows, options, seed, progress, (dense, sparse), nodes)
+        chosen, agreement, in_circuit = (
+            (channels.best, channels.agreement, channels.in_circuit)
+            if isinstance(channels, FoundChannels)
+            else (channels, None, None)
         )
         rows = sample_text(pair, seed, for_search=False, sources=(dense, sparse)) if rows is None else rows
         others = [] if tokenizer is None else other_tasks(pairs.task, tokenizer, context_limit(pair.dense, pair.sparse))
-        return sweep_prompts(pair, chosen_on, reported, chosen, strengths, rows, others, agreement, progress)
+        result = sweep_prompts(pair, chosen_on, reported, chosen, strengths, rows, others, agreement, progress)
+        return replace(result, in_circuit=in_circuit)
 
 
 def check_strengths(strengths: Any) -> list[float]:
@@ -140,6 +150,7 @@ def _search(
     seed: int,
     progress: bool,
     sources: tuple[Any, Any],
+    circuit_nodes: Mapping[tuple[str, int], tuple[str, ...]] | None,
 ) -> tuple[FoundChannels, Tensor | None]:
     """Search for channels, and return the rows of text that are left to report on.
 
@@ -150,7 +161,7 @@ def _search(
         rows = sample_text(pair, seed, sources=sources)
     else:
         rows, text = text[:n_rows], text[n_rows:]
-    return find(pair, prompts, rows, options, progress), text
+    return find(pair, prompts, rows, options, progress, circuit_nodes), text
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ class Sweep:
     effects: SideEffects
     ranking_agreement: float | None = None
     """Rank correlation of predicted and measured effects if the channels were searched for."""
+    in_circuit: tuple[bool, ...] | None = None
+    """For each channel whether it is a node of the circuit, if they were searched for with one."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `steering.json`."""
@@ -70,6 +72,7 @@ class Sweep:
             "agreement": self.agreement._asdict(),
             "side_effects": self.effects._asdict(),
             "ranking_agreement": self.ranking_agreement,
+            **({} if self.in_circuit is None else {"in_circuit": list(self.in_circuit)}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -90,10 +93,16 @@ class Sweep:
             self._line("p_target", f"{what} at {self.chosen.site} ({self.chosen.at})"),
             *(self._line(name, CURVES[name].label) for name in BASELINES),
             f"  at strength 1, by task order: {first:.3f} and {second:.3f}",
+            *self._of_circuit(),
             f"  {self.agreement}",
             f"  {self.effects}",
         ]
         return "\n".join(lines)
+
+    def _of_circuit(self) -> list[str]:
+        if self.in_circuit is None:
+            return []
+        return [f"  nodes of the circuit: {sum(self.in_circuit)} of {len(self.in_circuit)} channels"]
 
     def _line(self, name: str, label: str) -> str:
         """One curve: its mean at the first and the last strength, and the interval at the last."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridges.circuits.masks import ablated
 from bridges.circuits.nodes import place_sizes
@@ -103,12 +103,12 @@ class Circuit:
 
     def apply(self, sparse: SparseTransformer) -> AbstractContextManager[None]:
         """Context in which the model runs as the circuit: every other node is frozen at its mean."""
-        self._check(sparse)
+        self.check_model(sparse)
         return ablated(sparse, self.masks(sparse), self.means)
 
     def ablate(self, sparse: SparseTransformer) -> AbstractContextManager[None]:
         """Context in which only the circuit's nodes are frozen at their means."""
-        self._check(sparse)
+        self.check_model(sparse)
         return ablated(sparse, {place: ~mask for place, mask in self.masks(sparse).items()}, self.means)
 
     @torch.no_grad()
@@ -148,7 +148,8 @@ class Circuit:
             f"scaled by {self.scale:.2g} (whole model {self.loss_full_model:.3f})"
         )
 
-    def _check(self, sparse: SparseTransformer) -> None:
+    def check_model(self, sparse: nn.Module) -> None:
+        """Raise ValueError unless this is the model that the circuit was pruned from."""
         given = fingerprint(sparse) if self.fingerprint else ""
         if self.fingerprint and not same_model(self.fingerprint, given):
             raise ValueError(
