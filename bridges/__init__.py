@@ -19,13 +19,14 @@ from importlib.metadata import version
 from bridges.bridge import Bridge, BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.channels.constant_edits import constant_edits
+from bridges.channels.feature import feature
 from bridges.channels.find import find_channels
 from bridges.channels.from_circuit import circuit_to_dense
 from bridges.channels.prompts import Channels
 from bridges.channels.sweep import Sweep, sweep
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.controls import controls
-from bridges.circuits.features import feature, node_activations
+from bridges.circuits.features import node_activations
 from bridges.circuits.pruning import prune
 from bridges.circuits.settings import PruneConfig
 from bridges.config import FitConfig

@@ -14,10 +14,11 @@ from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from bridges.bridge import BridgeSet
+from bridges.channels.feature import feature
 from bridges.channels.prompts import Channels
 from bridges.channels.search import BUDGET, check_search
 from bridges.channels.sweep import STRENGTHS, sweep
-from bridges.circuits.features import feature
+from bridges.circuits.feature_view import Feature
 from bridges.circuits.many import prune_tasks
 from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.sources import load_rows
@@ -122,9 +123,11 @@ def pretrain_command(
 
 @app.command("circuit")
 def circuit_command(
-    model: Annotated[str, typer.Argument(help="A sparse model's folder or hub id, or a run folder of `bridges fit`.")],
+    model: Annotated[str, typer.Argument(help="A sparse model's folder or hub id, or a folder of `bridges fit`.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}, or all.")] = "",
-    node: Annotated[str, typer.Option("--feature", help="Look at a node instead, as 1.attn.read.118.")] = "",
+    node: Annotated[
+        str, typer.Option("--feature", help="Look at a node instead, as 1.attn.read.118; --task is for its dense side.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Where to write; circuits that are there are not searched anew.")] = Path(
         "runs/circuits"
     ),
@@ -140,7 +143,7 @@ def circuit_command(
     known = RunFile({"data": {"tokenizer": tokenizer}}).tokenizer() if tokenizer else find_tokenizer(source)
     known = run.tokenizer() if known is None and "sparse" in run.tables else known
     if node:
-        print(feature(source, node, tokenizer=known))
+        print(_look_at(node, model, run, source, task, known))
         return
     if task not in (*TASKS, "all"):
         raise ValueError(f"--task {task!r} must be all, or one of {', '.join(TASKS)}")
@@ -202,6 +205,16 @@ def steer_command(
     found.save(folder / f"{task}.json")
     found.plot(folder / f"{task}.png")
     print(f"{found}\nWritten to {folder / task}.json and .png")
+
+
+def _look_at(node: str, folder: str, run: RunFile, source: str, task: str, tokenizer: Any) -> Feature:
+    """What a node does; in the dense model too, where the folder is that of a fit."""
+    if "dense" not in run.tables:
+        if task:
+            raise ValueError(f"--task {task!r} is for the dense side of --feature; give a folder of `bridges fit`")
+        return feature(source, node, tokenizer=tokenizer)
+    bridge_set, (dense, sparse) = BridgeSet.from_pretrained(folder), run.load_models()
+    return feature(sparse, node, dense=dense, bridge_set=bridge_set, task=task or None, tokenizer=tokenizer)
 
 
 def _run_of(run_dir: Path, dense: str, sparse: str, tokenizer: str) -> RunFile:

@@ -134,6 +134,22 @@ def test_evaluate_loads_each_model_once(monkeypatch, capsys, config, tmp_path):
     assert loaded == ["dense", "sparse"]
 
 
+def test_circuit_shows_a_node_in_both_models_of_a_run_and_in_one_without(monkeypatch, capsys, config, tmp_path):
+    out, node = tmp_path / "run", ("--feature", "1.attn.read.3")
+    assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out)[0] == 0
+    status, printed, err = run(monkeypatch, capsys, "circuit", out, *node)
+    assert status == 0, err
+    assert printed.startswith("1.attn.read.3: active at") and "dense model at 1.attn, by channel 3" in printed
+    status, alone, _ = run(monkeypatch, capsys, "circuit", tmp_path / "sparse", *node)
+    assert status == 0 and alone.splitlines()[0] == printed.splitlines()[0] and "dense" not in alone
+    for folder, message in (
+        (tmp_path / "sparse", "--task 'for_while' is for the dense side"),
+        (out, "needs tokenizer"),
+    ):
+        status, _, err = run(monkeypatch, capsys, "circuit", folder, *node, "--task", "for_while")
+        assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
 def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
     status, _, err = run(monkeypatch, capsys, "evaluate", tmp_path)
     assert (status, "no config.json" in err) == (2, True)
@@ -180,6 +196,14 @@ def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys
     content = json.loads((tmp_path / "for_while.json").read_text())
     assert content["strengths"] == [0.0, 2.0] and content["prompts"] == 6 and content["channel"] == [3, 4]
     assert (tmp_path / "for_while.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_circuit_compares_a_node_with_the_dense_models_mean_difference(monkeypatch, capsys, bundled_run):
+    arguments = ("--feature", "1.attn.read.118", "--task", "for_while")
+    status, printed, err = run(monkeypatch, capsys, "circuit", bundled_run, *arguments)
+    assert status == 0, err
+    assert "the dense model's mean difference of for_while: " in printed and "logits raised: " in printed
 
 
 @pytest.mark.parametrize(

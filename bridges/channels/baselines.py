@@ -28,6 +28,28 @@ def dense_directions(
     One row for each task order. Both come from the dense stream (or read) of original and counterfactual prompts, at
     the tokens that the edit changes; the probe is a logistic regression that separates the two.
     """
+    edited = _edited_activations(pair, prompts, chosen)
+    differences = [_unit((after - before).sum(0)) for before, after in edited]
+    probes = [_unit(_probe(before, after)) for before, after in edited]
+    return torch.stack(differences), torch.stack(probes)
+
+
+def mean_difference(pair: ModelPair, prompts: Prompts, chosen: Channels) -> Float[Tensor, " d_dense"]:
+    """The dense model's mean difference where an edit enters, towards the task's second prompt, as a unit direction.
+
+    The mean is over the tokens that the edit changes, in pairs of both task orders; zeros where it changes none.
+    """
+    (first, second), (later, earlier) = _edited_activations(pair, prompts, chosen)
+    return _unit((second - first).sum(0) + (later - earlier).sum(0))
+
+
+def _edited_activations(
+    pair: ModelPair, prompts: Prompts, chosen: Channels
+) -> list[tuple[Float[Tensor, "n d_dense"], Float[Tensor, "n d_dense"]]]:
+    """Per task order the dense stream (or read) at the tokens that an edit changes: of original prompts, of the others.
+
+    Rows of one task order follow each other as the pairs do.
+    """
     bridge = pair.bridge_set.index(chosen.site)
     site, runs = pair.site("dense", bridge), prompts.runs
     largest = max(edit_addend(pair, run, chosen).norm(dim=-1).max().item() for run in runs([bridge]))
@@ -40,13 +62,13 @@ def dense_directions(
         edited = edit_addend(pair, run, chosen).norm(dim=-1) > TOUCHED * largest
         for row, one, before, after in zip(run.rows.tolist(), edited, original, counterfactual, strict=True):
             found[row] = before[one], after[one]
-    differences, probes = [], []
+    nothing = torch.zeros(0, pair.dense.d_model, dtype=pair.dense.dtype, device=pair.dense.device)
+    activations = []
     for direction in (0, 1):
         rows = (prompts.pairs.direction == direction).nonzero().flatten().tolist()
-        before, after = (torch.cat([found[row][k] for row in rows]) for k in (0, 1))
-        differences.append(_unit((after - before).sum(0)))
-        probes.append(_unit(_probe(before, after)))
-    return torch.stack(differences), torch.stack(probes)
+        before, after = (torch.cat([nothing, *(found[row][k] for row in rows)]) for k in (0, 1))
+        activations.append((before, after))
+    return activations
 
 
 def _activations(

@@ -179,8 +179,9 @@ def stream_channels(circuit: Circuit, sites: list[str], d_model: int) -> tuple[l
     """The stream channels that the circuit's reads and writes are of, in the order of `sites`, and nodes at no site."""
     nodes: dict[tuple[str, int], list[str]] = {}
     skipped = []
+    n_layers = 1 + max((int(place.split(".")[0]) for place in circuit.nodes if place != FINAL), default=0)
     for place, indices in circuit.nodes.items():
-        site = _site(place, circuit)
+        site = stream_site(place, n_layers)
         for index in indices if site is not None else ():
             name = str(Node(place, index))
             if site in sites and index < d_model:
@@ -191,8 +192,12 @@ def stream_channels(circuit: Circuit, sites: list[str], d_model: int) -> tuple[l
     return [StreamChannel(site, channel, tuple(nodes[site, channel])) for site, channel in order], skipped
 
 
-def _site(place: str, circuit: Circuit) -> str | None:
-    """The site whose stream a place reads, or the one after what it writes; None for q, k, v and neurons."""
+def stream_site(place: str, n_layers: int) -> str | None:
+    """The site whose stream a place reads, or the one after what it writes; None for q, k, v and neurons.
+
+    >>> stream_site("0.attn.read", 2), stream_site("0.mlp.write", 2), stream_site("1.mlp.write", 2)
+    ('0.attn', '1.attn', 'final')
+    """
     if place == FINAL:
         return "final"
     layer, module, kind = place.split(".")
@@ -202,5 +207,4 @@ def _site(place: str, circuit: Circuit) -> str | None:
         return None
     if module == "attn":
         return f"{layer}.mlp"
-    last = max(int(one.split(".")[0]) for one in circuit.nodes if one != FINAL)
-    return "final" if int(layer) == last else f"{int(layer) + 1}.attn"
+    return "final" if int(layer) == n_layers - 1 else f"{int(layer) + 1}.attn"

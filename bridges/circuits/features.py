@@ -1,8 +1,7 @@
-"""feature(): what a node does on text: contexts of both signs, how often and how strongly it is active, its weights."""
+"""What a node of a weight-sparse transformer does on text: its contexts of both signs, its figures, its weights."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bridges.circuits.feature_view import Context, Feature
 from bridges.circuits.nodes import FINAL, Node, recorded_nodes
 from bridges.circuits.pruning import frozen_and_fast
-from bridges.circuits.text import mean_text
-from bridges.models.loading import as_residual, find_tokenizer
+from bridges.models.loading import as_residual
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 
@@ -22,65 +21,6 @@ ROWS = 32
 BEFORE, AFTER = 12, 4
 """Tokens of a context before and after the one that is shown."""
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-
-
-@dataclass(frozen=True)
-class Context:
-    """A token of text with what stands around it, and the node's value at each of these tokens."""
-
-    row: int
-    position: int
-    value: float
-    tokens: list[str]
-    values: list[float]
-    at: int
-    """Which of the tokens it is."""
-
-    def __str__(self) -> str:
-        text = "".join(f"⟦{t}⟧" if i == self.at else t for i, t in enumerate(self.tokens))
-        return f"{self.value:+8.3f}  {text!r}"
-
-
-@dataclass(frozen=True)
-class Feature:
-    """What a node does on text."""
-
-    node: str
-    tokens: int
-    """Tokens of the text."""
-    density: float
-    """The share of tokens at which the node is not zero."""
-    mean: float
-    percentiles: dict[str, float]
-    """Of its values where it is not zero; empty where it never is."""
-    positive: list[Context]
-    """The tokens of largest value, no two in one row if there are enough; only values over 0."""
-    negative: list[Context]
-    """The tokens of smallest value, only values under 0: both signs mean something."""
-    random: list[Context]
-    """Tokens at which it is not zero, drawn evenly."""
-    weights_in: list[tuple[str, float]]
-    """The nodes it reads from, and tokens that write to its stream channel, with their weights, largest first."""
-    weights_out: list[tuple[str, float]]
-    """The nodes that read it, and tokens whose logits it moves."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        lines = [f"{self.node}: active at {self.density:.2%} of {self.tokens} tokens, mean {self.mean:.3f}"]
-        if self.percentiles:
-            lines.append("where active: " + ", ".join(f"{k} % {v:.3f}" for k, v in self.percentiles.items()))
-        for title, contexts in (
-            ("most positive", self.positive),
-            ("most negative", self.negative),
-            ("random", self.random),
-        ):
-            lines += [f"{title}:", *(f"  {context}" for context in contexts)] if contexts else [f"{title}: none"]
-        for title, weights in (("weights in", self.weights_in), ("weights out", self.weights_out)):
-            lines.append(f"{title}: " + (", ".join(f"{name} {weight:+.3f}" for name, weight in weights) or "none"))
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -94,7 +34,7 @@ def node_activations(
     >>> node_activations(pair.sparse, "1.attn.read.118", torch.randint(1024, (2, 8))).shape
     torch.Size([2, 8])
     """
-    model = _sparse(sparse)
+    model = sparse_transformer(sparse)
     place, index = Node.parse(node, model)
     found = []
     with frozen_and_fast(model), recorded_nodes(model, [place]) as values:
@@ -104,44 +44,22 @@ def node_activations(
     return torch.cat(found)
 
 
-def feature(
-    sparse: nn.Module | ResidualModel | str | Path,
+def describe_node(
+    model: SparseTransformer,
     node: str,
-    text: Int[Tensor, "rows seq"] | None = None,
-    *,
-    tokenizer: Any = None,
-    contexts: int = 8,
-    weights: int = 12,
-    text_tokens: int = 65_536,
-    seed: int = 0,
+    rows: Int[Tensor, "rows seq"],
+    values: Float[Tensor, "rows seq"],
+    names: list[str],
+    contexts: int,
+    weights: int,
+    seed: int,
 ) -> Feature:
-    """Look at what a node of a weight-sparse transformer does.
+    """A node's contexts, figures and weights, from its `values` on text.
 
-    Args:
-        sparse: a `SparseTransformer`: an object, a folder or a hub id.
-        node: as `1.attn.read.118`.
-        text: token rows; by default the bundled corpus where its tokenizer is the model's, else sampled rows.
-        tokenizer: turns tokens into text; by default the one saved with the model, else tokens are shown as numbers.
-        contexts: how many of each kind.
-        weights: how many of each side.
-        text_tokens: tokens of the text that are used, at most.
-        seed: of the random contexts, and of the text where none is given.
-
-    Raises ValueError if the model has no such node.
-
-    >>> import bridges
-    >>> pair = bridges.load_pair()
-    >>> found = feature(pair.sparse, "final.read.5", tokenizer=pair.tokenizer, text_tokens=2048, contexts=2)
-    >>> found.node, found.tokens, len(found.random) <= 2
-    ('final.read.5', 2048, True)
+    `names`: the text of every token; `contexts` of each kind and `weights` of each side, at most; `seed` of the random
+    contexts.
     """
-    model = _sparse(sparse)
-    Node.parse(node, model)
-    known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
-    rows = torch.cat([ids for ids, _ in mean_text(model, text, known, text_tokens, seed)])
-    values = node_activations(model, node, rows)
     active = values[values != 0]
-    names = _token_names(known, model.config.vocab_size)
     extremes = [_extreme(values, sign, contexts) for sign in (1, -1)]
     drawn = (values != 0).nonzero()
     drawn = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:contexts]]
@@ -265,7 +183,7 @@ def _context(
     return Context(row, position, values[row, position].item(), tokens, around, position - start)
 
 
-def _token_names(tokenizer: Any, vocab_size: int) -> list[str]:
+def token_names(tokenizer: Any, vocab_size: int) -> list[str]:
     """The text of every token, or its number in brackets where there is no tokenizer."""
     if tokenizer is None:
         return [f"[{i}]" for i in range(vocab_size)]
@@ -273,7 +191,8 @@ def _token_names(tokenizer: Any, vocab_size: int) -> list[str]:
     return [tokenizer.decode([i]) if i < known else f"[{i}]" for i in range(vocab_size)]
 
 
-def _sparse(sparse: nn.Module | ResidualModel | str | Path) -> SparseTransformer:
+def sparse_transformer(sparse: nn.Module | ResidualModel | str | Path) -> SparseTransformer:
+    """The sparse model that is given, or is at a folder or hub id; ValueError if it is one of another kind."""
     model = as_residual(sparse).model
     if not isinstance(model, SparseTransformer):
         raise ValueError(f"sparse={type(model).__name__} must be a SparseTransformer; other models have no such nodes")

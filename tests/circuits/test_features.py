@@ -6,7 +6,8 @@ from pairs import gpt2, sparse_model, tokens
 from planted import CUE_A, CUE_B, planted_model, planted_text
 
 import bridges
-from bridges.circuits.features import feature, neighbours, node_activations
+from bridges.channels.feature import feature
+from bridges.circuits.features import neighbours, node_activations
 from bridges.circuits.nodes import place_sizes, recorded_nodes
 from bridges.sparsity import projection
 
