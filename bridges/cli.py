@@ -134,6 +134,10 @@ def circuit_command(
     with_controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Measure the controls too.")] = True,
     target_loss: Annotated[float, typer.Option(help="Nats that the circuit's loss may be.")] = 0.15,
     steps: Annotated[int, typer.Option(help="Training steps of the masks.")] = 200,
+    method: Annotated[str, typer.Option(help="How nodes are ranked: masks, which learn, or attribution.")] = "masks",
+    dense_twin: Annotated[
+        str, typer.Option(help="A model of the same class with dense weights; its circuits' sizes are a control.")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="Searches; the smallest circuit counts.")] = 1,
     tokenizer: Tokenizer = "",
 ) -> None:
@@ -147,8 +151,11 @@ def circuit_command(
         return
     if task not in (*TASKS, "all"):
         raise ValueError(f"--task {task!r} must be all, or one of {', '.join(TASKS)}")
-    settings = {"target_loss": target_loss, "steps": steps, "seeds": seeds}
-    prune_tasks(source, TASKS if task == "all" else (task,), out, known, with_controls, settings)
+    if dense_twin and not with_controls:
+        raise ValueError(f"--dense-twin {dense_twin!r} is one of the controls; leave out --no-controls")
+    settings = {"target_loss": target_loss, "steps": steps, "seeds": seeds, "method": method}
+    tasks = TASKS if task == "all" else (task,)
+    prune_tasks(source, tasks, out, known, with_controls, settings, dense_twin=dense_twin or None)
 
 
 @app.command("evaluate")

@@ -1,4 +1,4 @@
-"""controls(): what else does a circuit's task, without which its figures mean nothing (method, section 6, a to i).
+"""controls(): what else does a circuit's task, without which its figures mean nothing (method, section 6, a to k).
 
 Complete ablation can fit a nonsense task or a model with permuted weights. So beside a circuit's loss stand its
 necessity, what happens when nodes outside it run, and the circuits of tasks and models that have nothing to find.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bridges.circuits.circuit import Circuit, figures
+from bridges.circuits.dense_twin import as_small, load_dense_twin, same_class_sizes, twin_verdict
 from bridges.circuits.masks import ablated
 from bridges.circuits.nodes import node_means, recorded_nodes, replaced_nodes
 from bridges.circuits.pruning import frozen_and_fast
-from bridges.circuits.search import Search, TargetNotReached
+from bridges.circuits.search import Search, searched_size
 from bridges.circuits.settings import PruneConfig
 from bridges.circuits.task_loss import Calibration, Presented, accuracy, answer_differences, calibrate, task_loss
 from bridges.circuits.text import mean_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.models.loading import as_residual, find_tokenizer
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.ops.kl import kl_divergence
 from bridges.sparsity.projection import sparse_parameters
@@ -37,8 +39,6 @@ KEPT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 DRAWS = 5
 TEXT_ROWS = 16
 OTHER_TASK_PAIRS = 24
-SMALL = 0.8
-"""A control's circuit of at least this share of the circuit's size, or less, does as well."""
 
 
 @torch.inference_mode(False)
@@ -51,6 +51,7 @@ def controls(
     tokenizer: Any = None,
     text: Int[Tensor, "rows seq"] | None = None,
     searches: bool = True,
+    dense_twin: nn.Module | ResidualModel | str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure the controls of a circuit; `dataclasses.replace(circuit, controls=...)` stores them with it.
@@ -63,14 +64,20 @@ def controls(
         text: token rows for means and side effects; by default as in `prune`.
         searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels, of a cue that
             means nothing, of permuted weights, of another seed, and without the nodes of this circuit.
+        dense_twin: a `SparseTransformer` with dense weights, the same tokens and about the same loss on text, in which
+            the task's circuit is searched for too, also with `searches=False`; by default there is none.
         progress: whether to show a progress bar.
 
     Returns:
         By name: `heldout`, `necessity`, `outside_kept`, `elsewhere`, `interchange`; with `searches` also
         `shuffled_labels`, `meaningless_cue`, `permuted_weights`, `other_seed` and `forbidden`, each with the size of
-        its circuit, or None and the best loss; `verdict` says in words where a control does as well as the circuit.
+        its circuit, or None and the best loss; with `dense_twin` also `attribution`, the size of the model's own
+        circuit by attribution, and `dense_twin`, sizes in the other model by `masks` and by `attribution`, with both
+        models' losses on text (`text_ce`, `text_ce_own`); `verdict` says in words where a control does as well as the
+        circuit.
 
-    Raises ValueError if the model is not the one that the circuit was pruned from.
+    Raises ValueError if the model is not the one that the circuit was pruned from, or `dense_twin` is of another class
+    or has other tokens.
 
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
@@ -87,8 +94,10 @@ def controls(
         )
     config = PruneConfig.from_values({k: v for k, v in circuit.settings.items() if k in PruneConfig.model_fields})
     known = tokenizer if tokenizer is not None else find_tokenizer(sparse)
+    twin = None if dense_twin is None else load_dense_twin(dense_twin, model, known)
     fresh = task_pairs(circuit.task, known, config.n, config.seed + 1) if pairs is None else pairs
-    with frozen_and_fast(model), progress_bar(f"controls of {circuit.task}", None, progress) as bar:
+    frozen_twin = nullcontext() if twin is None else frozen_and_fast(twin)
+    with frozen_and_fast(model), frozen_twin, progress_bar(f"controls of {circuit.task}", None, progress) as bar:
         batches = mean_text(model, text, known, config.text_tokens, config.seed + 1)
         found: dict[str, Any] = {
             "heldout": circuit.evaluate(model, fresh)._asdict(),
@@ -99,8 +108,10 @@ def controls(
         }
         bar.advance()
         if searches:
-            for name, search in _searches(model, circuit, fresh, config).items():
-                found[name] = _size(search, bar)
+            for name, search in _searches(model, circuit, fresh, config, batches).items():
+                found[name] = searched_size(lambda search=search: search(bar))
+        if twin is not None:
+            found |= same_class_sizes(model, twin, circuit.means, fresh, config, batches, bar)
     return {**found, "verdict": verdict(circuit, found)}
 
 
@@ -180,14 +191,18 @@ def interchange(model: SparseTransformer, circuit: Circuit, pairs: TaskPairs) ->
 
 
 def _searches(
-    model: SparseTransformer, circuit: Circuit, pairs: TaskPairs, config: PruneConfig
+    model: SparseTransformer, circuit: Circuit, pairs: TaskPairs, config: PruneConfig, text: Sequence[Batch]
 ) -> Mapping[str, Callable[[Bar], Circuit]]:
     """One function for each control that searches for a circuit."""
     means = {place: mean.to(model.device) for place, mean in circuit.means.items()}
 
     def pruned(other: SparseTransformer, of: TaskPairs, seed: int = 0, **options: Any) -> Callable[[Bar], Circuit]:
-        own = means if other is model else node_means(other, [(of.input_ids, of.attention_mask)])
-        return lambda bar: Search(other, of, own, config, **options).run(seed, bar)
+        def search(bar: Bar) -> Circuit:
+            with frozen_and_fast(other):
+                own = means if other is model else node_means(other, text)
+                return Search(other, of, own, config, **options).run(seed, bar)
+
+        return search
 
     return {
         "shuffled_labels": pruned(model, shuffled_labels(pairs, config.seed)),
@@ -196,15 +211,6 @@ def _searches(
         "other_seed": pruned(model, pairs, seed=1),
         "forbidden": pruned(model, pairs, forbidden=circuit.masks(model)),
     }
-
-
-def _size(search: Callable[[Bar], Circuit], bar: Bar) -> dict[str, Any]:
-    """The size of what a search finds, None where it does not reach the target."""
-    try:
-        found = search(bar)
-    except TargetNotReached as error:
-        return {"nodes": None, "edges": None, "loss": error.loss}
-    return {"nodes": found.n_nodes, "edges": found.n_edges, "loss": found.loss}
 
 
 def shuffled_labels(pairs: TaskPairs, seed: int = 0) -> TaskPairs:
@@ -243,6 +249,8 @@ def meaningless_cue(pairs: TaskPairs, seed: int = 0) -> TaskPairs:
 def permuted_weights(model: SparseTransformer, seed: int = 0) -> SparseTransformer:
     """(e) A copy whose nonzero weights are permuted within each tensor: the same support and the same values."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for module in other.modules():
+        vars(module).pop("forward", None)  # inside `use_sparse_kernels` it multiplies by the nonzeros of `model`
     for _, parameter in sparse_parameters(other):
         at = parameter.flatten().nonzero().squeeze(1)
         order = torch.randperm(len(at), generator=generator).to(at.device)
@@ -269,11 +277,12 @@ def verdict(circuit: Circuit, found: Mapping[str, Any]) -> list[str]:
         lines.append(f"exchanging its nodes moves the whole model's answer only {followed:.0%} of the way")
     for name in ("shuffled_labels", "meaningless_cue", "permuted_weights"):
         nodes = found.get(name, {}).get("nodes")
-        if nodes is not None and nodes * SMALL <= circuit.n_nodes:
+        if nodes is not None and as_small(nodes, circuit.n_nodes):
             lines.append(
                 f"{name.replace('_', ' ')}: a circuit of {nodes} nodes is found there too, against {circuit.n_nodes}"
             )
     nodes = found.get("forbidden", {}).get("nodes")
     if nodes is not None:
         lines.append(f"redundant: without these nodes another circuit of {nodes} nodes is found")
+    lines += twin_verdict(circuit, found)
     return lines or ["no control does as well as the circuit"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from bridges.circuits.circuit import FILE, Circuit
 from bridges.circuits.controls import controls
+from bridges.circuits.dense_twin import load_dense_twin
 from bridges.circuits.pruning import prune
 from bridges.circuits.search import TargetNotReached
 from bridges.io.files import write_json
@@ -26,15 +27,17 @@ def prune_tasks(
     with_controls: bool = True,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
+    dense_twin: Any = None,
 ) -> dict[str, Circuit]:
     """Find the circuit of each task and print it, with the verdict of its controls; those in `out` are read instead.
 
     `out` gets a folder for every task and `summary.json`: sizes and losses, and the best loss where a task does not
-    reach the target. Raises ValueError if `out` holds circuits of another model; of a single task that does not reach
-    the target, that error.
+    reach the target. `dense_twin` is that of `controls`. Raises ValueError if `out` holds circuits of another model; of
+    a single task that does not reach the target, that error.
     """
     model = as_residual(sparse).model
     own, found, summary = fingerprint(model), {}, {}
+    twin = None if dense_twin is None else load_dense_twin(dense_twin, model, tokenizer)
     for task in tasks:
         folder = out / task
         if (folder / FILE).is_file():
@@ -51,7 +54,7 @@ def prune_tasks(
                 summary[task] = {"nodes": None, "edges": None, "loss": error.loss}
                 continue
             if with_controls:
-                measured = controls(model, circuit, tokenizer=tokenizer, progress=progress)
+                measured = controls(model, circuit, tokenizer=tokenizer, dense_twin=twin, progress=progress)
                 circuit = replace(circuit, controls=measured)
             circuit.save(folder)
         found[task] = circuit

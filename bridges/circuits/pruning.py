@@ -44,7 +44,8 @@ def prune(
 
     Masks learn on task loss + price * (nodes on), where the price follows the loss; then the number of nodes is
     bisected until the loss on pairs of its own is at `target_loss`, and nodes without which it stays there are dropped
-    (paper 2.2 and A.5; method, section 6).
+    (paper 2.2 and A.5; method, section 6). With `method="attribution"` nodes are ranked by gradient times difference
+    from the mean instead of by masks; the rest is the same.
 
     Args:
         sparse: a `SparseTransformer` of any density: an object, a folder or a hub id.
@@ -82,7 +83,7 @@ def prune(
     with frozen_and_fast(model):
         batches = mean_text(model, text, known, config.text_tokens, config.seed)
         search = Search(model, pairs, node_means(model, batches), config)
-        total = config.seeds * config.steps
+        total = config.seeds * config.steps if config.method == "masks" else None
         with progress_bar(f"pruning {pairs.task}", total, progress) as bar:
             found = [search.run(seed, bar) for seed in range(config.seeds)]
     best = min(found, key=lambda circuit: circuit.n_nodes)

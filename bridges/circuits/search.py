@@ -1,14 +1,15 @@
-"""The search for one task's circuit: masks that learn, a bisection of the size, and dropping nodes one by one."""
+"""The search for one task's circuit: a ranking of nodes, a bisection of the size, and dropping nodes one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bridges.circuits.attribution import attributions
 from bridges.circuits.circuit import Circuit, edges_between
 from bridges.circuits.masks import Masks, ablated
 from bridges.circuits.paths import on_paths
@@ -40,6 +41,15 @@ class Judged(NamedTuple):
     on: On
     loss: float
     calibration: Calibration
+
+
+class Ranking(NamedTuple):
+    """The order in which a circuit takes nodes: those of the largest scores first."""
+
+    scores: Mapping[str, Float[Tensor, " d"]]
+    """By place; minus infinity where a node stays off."""
+    first_try: int
+    """How many nodes the bisection begins with."""
 
 
 class Search:
@@ -74,10 +84,10 @@ class Search:
         self.paths = on_paths(model, self.tokens, self.answers, allowed)
 
     def run(self, seed: int, bar: Bar) -> Circuit:
-        """One search, with masks of its own."""
+        """One search; with masks these are its own, by attribution every seed gives the same."""
         whole = self.judged({place: torch.ones_like(mask) for place, mask in self.paths.items()})
-        masks = self._learned(seed, bar)
-        best = self._dropped(self._bisected(masks), masks)
+        ranking = self._attributed(bar) if self.config.method == "attribution" else self._learned(seed, bar)
+        best = self._dropped(self._bisected(ranking), ranking)
         nodes = {place: tuple(mask.nonzero().squeeze(1).tolist()) for place, mask in best.on.items()}
         return Circuit(
             self.task,
@@ -100,8 +110,14 @@ class Search:
         loss = task_loss(on_judge.double(), self.judge.sign.double(), *calibration).item()
         return Judged(on, loss, calibration)
 
-    def _learned(self, seed: int, bar: Bar) -> Masks:
-        """Train the masks of the nodes on paths."""
+    def _attributed(self, bar: Bar) -> Ranking:
+        """Rank the nodes on paths by what freezing each does to the loss on training pairs, of either sign."""
+        prompts = Presented.of(self.train, self.model.device)
+        found = attributions(self.model, prompts, self.means, 2 * self.config.pairs_per_step, bar.advance)
+        return Ranking({place: self._on_paths(place, one.abs()) for place, one in found.items()}, 1)
+
+    def _learned(self, seed: int, bar: Bar) -> Ranking:
+        """Train the masks of the nodes on paths, and rank them by their parameters."""
         c = self.config
         generator = torch.Generator().manual_seed(c.seed * 1009 + seed)
         masks = Masks(self.means, self.paths, generator)
@@ -133,18 +149,22 @@ class Search:
             if step % 20 == 19 or step + 1 == c.steps:
                 note = f"loss {loss.item():.3f}, {sum(int(mask.sum()) for mask in masks.on().values())} nodes"
             bar.advance(note=note)
-        return masks
-
-    def _bisected(self, masks: Masks) -> Judged:
-        """The fewest nodes, those of the largest parameters, that reach the target."""
-        order = torch.cat([torch.where(masks.allowed[p], masks.parameters[p].detach(), -2.0) for p in self.paths])
-        ranking = order.argsort(descending=True)
-        low, high = 0, int((order > -2).sum())
-        learned = int((order > 0).sum())
+        scores = {place: self._on_paths(place, one.detach()) for place, one in masks.parameters.items()}
         # First up from what the masks have learned, since they may have gone a little too far.
-        best, n = None, max(1, learned)
+        return Ranking(scores, max(1, sum(int(mask.sum()) for mask in masks.on().values())))
+
+    def _on_paths(self, place: str, scores: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """Scores of the nodes of a place, where those that are on no path come last."""
+        return torch.where(self.paths[place], scores, -torch.inf)
+
+    def _bisected(self, ranking: Ranking) -> Judged:
+        """The fewest nodes, those of the largest scores, that reach the target."""
+        scores = torch.cat([ranking.scores[place] for place in self.paths])
+        order = scores.argsort(descending=True, stable=True)
+        low, high = 0, int((scores > -torch.inf).sum())
+        best, n = None, ranking.first_try
         while best is None:
-            judged = self.judged(self._first(ranking, n))
+            judged = self.judged(self._first(order, n))
             if judged.loss <= self.config.target_loss:
                 best, high = judged, n
             elif n >= high:
@@ -157,28 +177,28 @@ class Search:
                 low, n = n, min(high, 2 * n)
         while high - low > 1:
             middle = (low + high) // 2
-            judged = self.judged(self._first(ranking, middle))
+            judged = self.judged(self._first(order, middle))
             if judged.loss <= self.config.target_loss:
                 best, high = judged, middle
             else:
                 low = middle
         return best
 
-    def _first(self, ranking: Int[Tensor, " nodes"], n: int) -> On:
-        """The first n nodes of a ranking over all places."""
-        chosen = torch.zeros(len(ranking), dtype=torch.bool, device=ranking.device)
-        chosen[ranking[:n]] = True
+    def _first(self, order: Int[Tensor, " nodes"], n: int) -> On:
+        """The first n nodes of an order over all places."""
+        chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        chosen[order[:n]] = True
         sizes = [len(mask) for mask in self.paths.values()]
         return dict(zip(self.paths, chosen.split(sizes), strict=True))
 
-    def _dropped(self, best: Judged, masks: Masks) -> Judged:
+    def _dropped(self, best: Judged, ranking: Ranking) -> Judged:
         """Without nodes that are on no path of the circuit, then without those that it does not need.
 
-        The nodes of the smallest parameters are tried first.
+        The nodes of the smallest scores are tried first.
         """
         best = self._connected(best)
         nodes = [(place, int(i)) for place, mask in best.on.items() for i in mask.nonzero()]
-        nodes.sort(key=lambda node: masks.parameters[node[0]][node[1]].item())
+        nodes.sort(key=lambda node: ranking.scores[node[0]][node[1]].item())
         failures = 0
         for place, index in nodes[:TRIALS]:
             if failures >= FAILURES:
@@ -196,3 +216,12 @@ class Search:
         """Without the nodes that no path through the circuit joins to a token and an answer, if that may be."""
         judged = self.judged(on_paths(self.model, self.tokens, self.answers, best.on))
         return judged if judged.loss <= self.config.target_loss else best
+
+
+def searched_size(search: Callable[[], Circuit]) -> dict[str, Any]:
+    """The size of what a search finds, None where it does not reach the target, and the loss."""
+    try:
+        found = search()
+    except TargetNotReached as error:
+        return {"nodes": None, "edges": None, "loss": error.loss}
+    return {"nodes": found.n_nodes, "edges": found.n_edges, "loss": found.loss}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from bridges.config import Settings
 
@@ -18,6 +20,10 @@ class PruneConfig(Settings):
 
     target_loss: float = Field(default=0.15, gt=0)
     """Nats; the circuit is the smallest found whose loss on pairs of its own is at most this."""
+    method: Literal["masks", "attribution"] = "masks"
+    """How nodes are ranked before the size is bisected. "masks": by masks that learn, at the cost of `steps` training
+    steps. "attribution": by the size of the gradient of the loss times the difference from the mean, at the cost of one
+    pass over the training pairs; settings of the masks do nothing then, and every seed gives the same."""
     n: int = Field(default=256, ge=4)
     """Pairs of prompts: three quarters train masks, one quarter chooses the size."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -38,3 +44,12 @@ class PruneConfig(Settings):
     """How much the price rises in a step whose loss is under the target, and falls in any other."""
     text_tokens: int = Field(default=16_384, ge=1)
     """Tokens of text that the nodes' means are taken over, at most."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PruneConfig:
+        if self.method == "attribution" and self.seeds > 1:
+            raise ValueError(
+                f"seeds={self.seeds} with method='attribution' would repeat one search, which draws nothing; leave out "
+                "seeds, or set method='masks'"
+            )
+        return self

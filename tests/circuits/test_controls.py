@@ -19,7 +19,7 @@ from bridges.circuits.controls import (
     permuted_weights,
     shuffled_labels,
 )
-from bridges.circuits.pruning import prune
+from bridges.circuits.pruning import frozen_and_fast, prune
 from bridges.sparsity.projection import sparse_parameters
 
 SETTINGS = {"steps": 60, "progress": False}
@@ -156,6 +156,18 @@ def test_permuted_weights_have_the_same_support_and_the_same_values():
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
         changed |= not torch.equal(before, after)
     assert changed
+
+
+def test_weights_are_permuted_also_where_the_model_runs_by_its_nonzeros_alone():
+    """A copy made there would keep the products with the nonzeros of the model."""
+    model = planted_model().float()
+    outside = permuted_weights(model)
+    with torch.no_grad(), frozen_and_fast(model):
+        inside = permuted_weights(model)
+        with frozen_and_fast(inside):
+            logits = inside(FRESH.input_ids).logits
+        torch.testing.assert_close(logits, outside(FRESH.input_ids).logits, rtol=1e-4, atol=1e-5)
+        assert (logits - model(FRESH.input_ids).logits).abs().max() > 0.1
 
 
 def test_every_node_of_the_second_path_is_found_when_the_first_is_forbidden(redundant):

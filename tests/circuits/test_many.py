@@ -46,6 +46,24 @@ def test_a_task_that_does_not_reach_the_target_is_told_and_the_others_go_on(pair
         prune_tasks(pair.sparse, TASKS[:1], tmp_path, pair.tokenizer, False, settings, False)
 
 
+def test_the_twin_is_handed_to_the_controls_and_refused_before_any_search(pair, tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def measured(model, circuit, **options):
+        given.update(options)
+        return {"verdict": ["as expected"]}
+
+    monkeypatch.setattr(many, "controls", measured)
+    pair.sparse.save_pretrained(tmp_path / "twin")
+    arguments = (pair.sparse, ("for_while",), tmp_path / "found", pair.tokenizer, True, SETTINGS, False)
+    prune_tasks(*arguments, dense_twin=tmp_path / "twin")
+    assert isinstance(given["dense_twin"], bridges.SparseTransformer) and given["dense_twin"] is not pair.sparse
+    assert "as expected" in capsys.readouterr().out
+    monkeypatch.setattr(many, "prune", None)  # a search would fail
+    with pytest.raises(ValueError, match="dense_twin=GPT2LMHeadModel must be"):
+        prune_tasks(pair.sparse, TASKS, tmp_path / "other", pair.tokenizer, dense_twin=pair.dense)
+
+
 def test_a_folder_of_another_model_is_refused(pair, tmp_path):
     Circuit("for_while", {}, [], {}, fingerprint="bf16:0 fp16:0").save(tmp_path / "for_while")
     with pytest.raises(ValueError, match="holds circuits of another model"):
@@ -63,6 +81,8 @@ def test_the_command_finds_a_circuit_shows_a_node_and_refuses_in_one_line(monkey
     assert status == 0 and out.startswith("final.read.5: active at")
     sparse_model().save_pretrained(tmp_path / "sparse")
     for arguments, message in (
+        ((folder, "--task", "for_while", "--no-controls", "--dense-twin", "there"), "'there' is one of the controls"),
+        ((folder, "--task", "for_while", "--method", "best", *tokenizer), "method='best' is invalid"),
         ((folder, "--task", "nothing"), "--task 'nothing' must be all, or one of single_double_quote"),
         ((folder, "--feature", "9.attn.q.1", *tokenizer), "is not in the model"),
         ((str(pair.dense.name_or_path), "--feature", "0.attn.q.1"), "must be a SparseTransformer"),

@@ -1,5 +1,6 @@
 """The steps of pretraining against the same training written out on whole tensors, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from pairs import MASK, gpt2, sparse_model, tokens
 
 from bridges.models.loading import as_residual
+from bridges.models.sparse.config import SparseConfig
+from bridges.models.sparse.model import SparseTransformer
 from bridges.sparsity import projection
 from bridges.sparsity.moving import moved_mask, moving_share
 from bridges.sparsity.pretraining import Pretrainer, prune_to_start
@@ -134,6 +137,34 @@ def test_projected_training_is_adamw_and_then_the_paper_s_projection():
         projection.project(expected, kept, 2)
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_at_a_density_of_one_a_new_model_trains_whole_its_zero_biases_included():
+    """The settings of configs/dense_twin.toml: AdamW on every weight, and nothing is pruned."""
+    own = {"support": "projected", "start_density": 1.0, "target_density": 1.0}
+    config = PretrainConfig(**{**SETTINGS, **own})
+    torch.manual_seed(0)
+    model = SparseTransformer(SparseConfig(vocab_size=17, n_layer=1, d_model=12, d_head=4, block_size=12)).double()
+    expected = copy.deepcopy(model)
+    assert projection.density(model) < 1
+    trainer = Pretrainer(model, None, config, prune_to_start(model, config))
+    matrices = [p for p in expected.parameters() if p.requires_grad and p.ndim == 2]
+    rest = [p for p in expected.parameters() if p.requires_grad and p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=config.eps)
+    for t in range(1, 4):
+        ids = tokens(seed=t)
+        trainer.train_step([(ids, None)])
+        optimizer.zero_grad()
+        logits = expected(ids).logits[:, :-1].flatten(0, 1)
+        (0.7 * torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())).backward()
+        projection.clip_to_rms([*matrices, *rest])
+        for group in optimizer.param_groups:
+            group["lr"] = projection.learning_rate(t, 12, 0.02, config.warmup)
+        optimizer.step()
+    for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10, msg=name)
+    assert model.blocks[0].mlp.c_fc.bias.any() and model.blocks[0].attn.c_proj.bias.all()
 
 
 def test_a_fixed_support_keeps_its_zeros_and_moves_never():
