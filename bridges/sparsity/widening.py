@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.model import SparseTransformer
@@ -31,7 +31,8 @@ def widen(sparse: SparseTransformer, factor: int = 2, seed: int = 0) -> SparseTr
     (64, True)
     """
     config = _wider_config(sparse.config, factor)
-    wide = SparseTransformer(config).to(device=sparse.device, dtype=sparse.dtype).train(sparse.training)
+    wide = SparseTransformer(config).train(sparse.training)
+    nn.Module.to(wide, sparse.device, sparse.dtype)
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(wide.named_parameters())
     for name, value in sparse.named_parameters():
