@@ -1,4 +1,4 @@
-"""bridges demo: measure the bundled bridges, or fit new ones, and steer the dense model by one channel and by a few."""
+"""bridges demo: bridges of the bundled pair, a circuit of its sparse model, one of its channels read and turned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
+from bridges.channels.feature import feature
 from bridges.channels.find import CHOSEN_ON, find
+from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import frozen_pair
 from bridges.channels.runs import Prompts
 from bridges.channels.search import MAX_CHANNELS, SearchOptions
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
+from bridges.circuits.circuit import Circuit
+from bridges.circuits.controls import necessity
+from bridges.circuits.feature_view import Feature
+from bridges.circuits.pruning import prune
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 from bridges.evaluate import evaluate
@@ -28,7 +34,7 @@ from bridges.io.files import write_json
 from bridges.models.bundled import BundledPair, load_pair
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
-from bridges.tasks.pairs import task_pairs
+from bridges.tasks.pairs import TaskPairs, task_pairs
 
 SETTINGS = FitConfig(
     steps=400,
@@ -47,6 +53,9 @@ PROMPTS = 200
 TEXT_ROWS = 32
 """Rows of text that ablations are measured on: of the training split to choose channels, of the held-out to report."""
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS = 3000, 300
+PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
+"""Of the bundled circuit."""
+EDGES_SHOWN, CONTEXTS = 20, 4
 
 
 def load_bridges() -> BridgeSet:
@@ -65,10 +74,11 @@ def load_bridges() -> BridgeSet:
 def demo(
     out: str | Path = "runs/demo", config: FitConfig | None = None, prompts: int = PROMPTS, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure and steer the bundled pair; write the files and print the figures of `bridges demo`.
+    """Measure, read and steer the bundled pair; write the files and print the figures of `bridges demo`.
 
-    With `config`, the bridges are fitted anew; else they are those of `load_bridges`. `out` gets the bridge folder,
-    both JSON files, both plots and the page. Returns the content of `steering.json`.
+    With `config`, bridges are fitted and the circuit is pruned anew; else they are the bundled ones. `out` gets the
+    bridge folder, the circuit's folder, three JSON files, both plots and the page. Returns the content of
+    `steering.json`.
     """
     out, console, pair = Path(out), Console(), load_pair()
     seq_len, seed = (config or SETTINGS).seq_len or DEFAULT_SEQ_LEN, (config or SETTINGS).seed
@@ -82,7 +92,17 @@ def demo(
     console.print("\nHeld-out figures, controls in brackets", style="bold")
     console.print(str(report), highlight=False, soft_wrap=True)
 
-    one, few = steer_quotes(pair, bridge_set, prompts, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
+    circuit = demo_circuit(pair, anew=config is not None, progress=progress)
+    circuit.save(out / "circuit")
+    pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts)
+    console.print("\nThe circuit of closing quotes in the sparse model", style="bold")
+    console.print(circuit_text(pair, circuit, pairs.rows(CHOSEN_ON)), highlight=False, soft_wrap=True, markup=False)
+
+    one, few = steer_quotes(pair, bridge_set, pairs, circuit, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
+    read = read_node(pair, bridge_set, one, heldout, progress)
+    write_json(out / "feature.json", read.to_dict())
+    console.print("\nThe channel that turns both models, on text", style="bold")
+    console.print(str(read), highlight=False, soft_wrap=True, markup=False)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
@@ -124,28 +144,59 @@ def sources(pair: BundledPair) -> dict[str, dict[str, str]]:
     }
 
 
+def demo_circuit(pair: BundledPair, anew: bool = False, progress: bool = False) -> Circuit:
+    """The circuit of closing quotes in the bundled sparse model: the bundled one, or pruned anew."""
+    if anew:
+        return prune(pair.sparse, TASK, tokenizer=pair.tokenizer, progress=progress, **PRUNE_SETTINGS)
+    with as_file(files("bridges") / "assets" / "circuit") as folder:
+        return Circuit.load(folder)
+
+
+def circuit_text(pair: BundledPair, circuit: Circuit, pairs: TaskPairs) -> str:
+    """The circuit's size and edges, and its figures on pairs that it was not found on."""
+    fresh, without = circuit.evaluate(pair.sparse, pairs), necessity(pair.sparse, circuit, pairs)
+    lines = [str(circuit)]
+    lines += [f"  {source} -> {target}  {weight:+.3f}" for source, target, weight in circuit.edges[:EDGES_SHOWN]]
+    if circuit.n_edges > EDGES_SHOWN:
+        lines.append(f"  and {circuit.n_edges - EDGES_SHOWN} more")
+    lines.append(
+        f"on {len(pairs)} other pairs: the circuit alone, all else at its mean, is right in {fresh.accuracy:.0%} "
+        f"(loss {fresh.loss:.3f}, {fresh.loss_unscaled:.3f} unscaled); the model without the circuit in "
+        f"{without['accuracy']:.0%} (loss {without['loss']:.3f}; guessing is 0.693)"
+    )
+    return "\n".join(lines)
+
+
+def read_node(pair: BundledPair, bridge_set: BridgeSet, one: Sweep, text: Tensor, progress: bool) -> Feature:
+    """What the channel of a sweep does on text, in both models."""
+    node = f"{one.chosen.site}.read.{one.chosen.channels[0]}"
+    models = {"dense": pair.dense, "bridge_set": bridge_set, "tokenizer": pair.tokenizer}
+    return feature(pair.sparse, node, text, task=TASK, contexts=CONTEXTS, progress=progress, **models)
+
+
 def steer_quotes(
     pair: BundledPair,
     bridge_set: BridgeSet,
-    n_prompts: int,
+    pairs: TaskPairs,
+    circuit: Circuit,
     search_text: Tensor,
     reported_text: Tensor,
     progress: bool = False,
 ) -> tuple[Sweep, Sweep]:
-    """Edit the one channel that does most to the dense model's answer, then the few that flip both models' answers.
+    """Edit the one channel that does most to both models' answers, then the few that do; those of the circuit first.
 
-    Channels are chosen on other prompts and other text than those reported on.
+    Channels are chosen on the first `CHOSEN_ON` pairs and on other text than those reported on.
     """
-    pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + n_prompts)
     others = other_tasks(TASK, pair.tokenizer)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
+        nodes = circuit_channels(circuit, models, TASK)
         chosen_on, reported = (Prompts(models, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
-        one = find(models, chosen_on, search_text, progress=progress)
-        few = find(models, chosen_on, search_text, SearchOptions(MAX_CHANNELS, by="both"), progress)
-        one_sweep, few_sweep = (
-            sweep_prompts(
-                models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement, progress
+        sweeps = []
+        for most in (1, MAX_CHANNELS):
+            found = find(models, chosen_on, search_text, SearchOptions(most, by="both"), progress, nodes)
+            sweeps.append(
+                sweep_prompts(
+                    models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement, progress
+                )
             )
-            for found in (one, few)
-        )
-    return one_sweep, few_sweep
+    return sweeps[0], sweeps[1]
