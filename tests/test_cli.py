@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_evaluate_loads_each_model_once(monkeypatch, capsys, config, tmp_path):
 
 
 def test_circuit_shows_a_node_in_both_models_of_a_run_and_in_one_without(monkeypatch, capsys, config, tmp_path):
+    monkeypatch.setattr(cli, "feature", partial(bridges.feature, text_tokens=600))
     out, node = tmp_path / "run", ("--feature", "1.attn.read.3")
     assert run(monkeypatch, capsys, "fit", config, "--fit.output_dir", out)[0] == 0
     status, printed, err = run(monkeypatch, capsys, "circuit", out, *node)

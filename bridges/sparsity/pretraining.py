@@ -126,7 +126,8 @@ class Pretrainer:
         """The losses of some batches over all processes; with `train` their weighted sum is backpropagated."""
         n_predicting, n_real = self._token_counts(batches)
         device = self.model.device
-        ce, kl = torch.zeros((), device=device), torch.zeros((), device=device)
+        # In float64, whatever the model: a process without batches adds its zeros to the others' sums.
+        ce, kl = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         for input_ids, attention_mask in batches:
             ids = input_ids.to(device)
             mask = None if attention_mask is None else attention_mask.to(device)

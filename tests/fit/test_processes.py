@@ -1,29 +1,16 @@
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fits import DATA, SPARSE, files, rows, shallow
 from pairs import join, relative, sparse_model
+from several_processes import finished, separately
 
 from bridges.bridge import BridgeSet
 from bridges.evaluate import measure
 from bridges.fitting.closed_form import measure_read_scales, solve_bridges
 from bridges.models.sparse.model import SparseTransformer
-
-TESTS = Path(__file__).parent.parent
-
-
-def separately(*arguments, **variables):
-    """Start `separate_runs.py` in a process of its own."""
-    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
-    command = [sys.executable, str(TESTS / "separate_runs.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def two_processes(out, *settings):
@@ -34,13 +21,6 @@ def two_processes(out, *settings):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     ranks = (("0", settings[0]), ("1", settings[-1]))
     return [separately("fit", out, json.dumps(own), RANK=rank, LOCAL_RANK=rank, **shared) for rank, own in ranks]
-
-
-def finished(*processes):
-    """Wait for processes; the standard error of one that fails is shown."""
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
 
 
 @pytest.mark.slow

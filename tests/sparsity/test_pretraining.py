@@ -12,7 +12,7 @@ from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.model import SparseTransformer
 from bridges.sparsity import projection
 from bridges.sparsity.moving import moved_mask, moving_share
-from bridges.sparsity.pretraining import Pretrainer, prune_to_start
+from bridges.sparsity.pretraining import Pretrainer, Processes, prune_to_start
 from bridges.sparsity.settings import PretrainConfig
 
 SETTINGS = {
@@ -200,3 +200,21 @@ def test_a_model_s_own_density_is_what_a_run_starts_from_and_keeps():
     assert projection.density(model) == own
     prune_to_start(model, PretrainConfig(start_density=0.1))
     assert projection.density(model) < own
+
+
+def test_a_process_without_rows_adds_zeros_of_the_others_dtype():
+    summed = []
+
+    def reduce(tensor):
+        summed.append(tensor.clone())
+        return tensor
+
+    model, config = sparse_model(layers=1), PretrainConfig(**SETTINGS)
+    densities = prune_to_start(model, config)
+    trainer = Pretrainer(model, as_residual(gpt2(layers=1)), config, densities, Processes(reduce=reduce))
+    with torch.no_grad():
+        trainer.losses(BATCHES[0])
+        trainer.losses([])
+    assert len(summed) == 4 and not summed[2].any() and not summed[3].any()
+    for with_rows, without in zip(summed[:2], summed[2:], strict=True):
+        assert with_rows.dtype == without.dtype and with_rows.shape == without.shape
