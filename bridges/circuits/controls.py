@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from bridges.circuits.dense_twin import as_small, load_dense_twin, same_class_si
 from bridges.circuits.masks import ablated
 from bridges.circuits.nodes import node_means, recorded_nodes, replaced_nodes
 from bridges.circuits.pruning import frozen_and_fast
-from bridges.circuits.search import Search, searched_size
+from bridges.circuits.search import Search, found_size, search_result
+from bridges.circuits.seeds import over_seeds
 from bridges.circuits.settings import PruneConfig
 from bridges.circuits.task_loss import Calibration, Presented, accuracy, answer_differences, calibrate, task_loss
 from bridges.circuits.text import mean_text
@@ -71,10 +73,11 @@ def controls(
     Returns:
         By name: `heldout`, `necessity`, `outside_kept`, `elsewhere`, `interchange`; with `searches` also
         `shuffled_labels`, `meaningless_cue`, `permuted_weights`, `other_seed` and `forbidden`, each with the size of
-        its circuit, or None and the best loss; with `dense_twin` also `attribution`, the size of the model's own
-        circuit by attribution, and `dense_twin`, sizes in the other model by `masks` and by `attribution`, with both
-        models' losses on text (`text_ce`, `text_ce_own`); `verdict` says in words where a control does as well as the
-        circuit.
+        its circuit, or None and the best loss; `other_seed` also with sizes, overlap and union over as many circuits as
+        the setting `seeds` says, this one included, two at least; with `dense_twin` also `attribution`, the size of the
+        model's own circuit by attribution, and `dense_twin`, sizes in the other model by `masks` and by `attribution`,
+        with both models' losses on text (`text_ce`, `text_ce_own`); `verdict` says where a control does as well as the
+        circuit, in lines of a few words, a colon and the figures.
 
     Raises ValueError if the model is not the one that the circuit was pruned from, or `dense_twin` is of another class
     or has other tokens.
@@ -108,8 +111,11 @@ def controls(
         }
         bar.advance()
         if searches:
-            for name, search in _searches(model, circuit, fresh, config, batches).items():
-                found[name] = searched_size(lambda search=search: search(bar))
+            for name, of_seeds in _searches(model, circuit, fresh, config, batches).items():
+                results = [search_result(lambda search=search: search(bar)) for search in of_seeds]
+                found[name] = found_size(results[0])
+                if name == "other_seed":
+                    found[name] |= over_seeds(circuit, results)
         if twin is not None:
             found |= same_class_sizes(model, twin, circuit.means, fresh, config, batches, bar)
     return {**found, "verdict": verdict(circuit, found)}
@@ -192,23 +198,25 @@ def interchange(model: SparseTransformer, circuit: Circuit, pairs: TaskPairs) ->
 
 def _searches(
     model: SparseTransformer, circuit: Circuit, pairs: TaskPairs, config: PruneConfig, text: Sequence[Batch]
-) -> Mapping[str, Callable[[Bar], Circuit]]:
-    """One function for each control that searches for a circuit."""
+) -> Mapping[str, list[Callable[[Bar], Circuit]]]:
+    """The searches of each control, one of them or one for each seed."""
     means = {place: mean.to(model.device) for place, mean in circuit.means.items()}
 
-    def pruned(other: SparseTransformer, of: TaskPairs, seed: int = 0, **options: Any) -> Callable[[Bar], Circuit]:
-        def search(bar: Bar) -> Circuit:
+    def pruned(
+        other: SparseTransformer, of: TaskPairs, seeds: Sequence[int] = (0,), **options: Any
+    ) -> list[Callable[[Bar], Circuit]]:
+        def search(bar: Bar, seed: int) -> Circuit:
             with frozen_and_fast(other):
                 own = means if other is model else node_means(other, text)
                 return Search(other, of, own, config, **options).run(seed, bar)
 
-        return search
+        return [partial(search, seed=seed) for seed in seeds]
 
     return {
         "shuffled_labels": pruned(model, shuffled_labels(pairs, config.seed)),
         "meaningless_cue": pruned(model, meaningless_cue(pairs, config.seed)),
         "permuted_weights": pruned(permuted_weights(model, config.seed), pairs),
-        "other_seed": pruned(model, pairs, seed=1),
+        "other_seed": pruned(model, pairs, range(1, max(2, config.seeds))),
         "forbidden": pruned(model, pairs, forbidden=circuit.masks(model)),
     }
 
@@ -259,11 +267,14 @@ def permuted_weights(model: SparseTransformer, seed: int = 0) -> SparseTransform
 
 
 def verdict(circuit: Circuit, found: Mapping[str, Any]) -> list[str]:
-    """In words, every control that does as well as the circuit; one line that says so where none does."""
+    """In words, every control that does as well as the circuit; one line that says so where none does.
+
+    A line is a few words, a colon and the figures.
+    """
     lines = []
     target = circuit.settings.get("target_loss", math.inf)
     if found["heldout"]["loss"] > 2 * target:
-        lines.append(f"on new pairs the loss is {found['heldout']['loss']:.3f}, over twice the target")
+        lines.append(f"fails on new pairs: the loss there is {found['heldout']['loss']:.3f}, over twice the target")
     if found["necessity"]["loss"] < math.log(2) / 2:
         lines.append(
             f"not necessary: without the circuit the model does the task too (loss {found['necessity']['loss']:.3f}), "
@@ -271,10 +282,12 @@ def verdict(circuit: Circuit, found: Mapping[str, Any]) -> list[str]:
         )
     worst = max(row["worst"] for row in found["outside_kept"])
     if worst > 2 * max(target, circuit.loss):
-        lines.append(f"with some of the nodes outside it running, the loss rises to {worst:.3f}")
+        lines.append(f"disturbed from outside: with some other nodes running, the loss rises to {worst:.3f}")
     if found["interchange"]["followed"] < 0.5:
         followed = found["interchange"]["followed"]
-        lines.append(f"exchanging its nodes moves the whole model's answer only {followed:.0%} of the way")
+        lines.append(
+            f"does not carry the answer: exchanging its nodes moves the whole model's only {followed:.0%} of the way"
+        )
     for name in ("shuffled_labels", "meaningless_cue", "permuted_weights"):
         nodes = found.get(name, {}).get("nodes")
         if nodes is not None and as_small(nodes, circuit.n_nodes):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.nodes import node_means
-from bridges.circuits.search import Search, searched_size
+from bridges.circuits.search import Search, found_size, search_result
 from bridges.circuits.settings import PruneConfig
 from bridges.io.progress import Bar
 from bridges.models.loading import ModelSource, as_residual, find_tokenizer
@@ -80,7 +80,7 @@ def same_class_sizes(
 
     def size(one: SparseTransformer, own_means: Mapping[str, Tensor], method: str) -> dict[str, Any]:
         settings = config.with_settings({"method": method, "seeds": 1})
-        return searched_size(lambda: Search(one, pairs, own_means, settings).run(0, bar))
+        return found_size(search_result(lambda: Search(one, pairs, own_means, settings).run(0, bar)))
 
     in_twin: dict[str, Any] = {method: size(twin, twin_means, method) for method in METHODS}
     in_twin |= {"density": density(twin), "text_ce": text_ce(twin, text), "text_ce_own": text_ce(model, text)}

@@ -10,11 +10,14 @@ from typing import Any
 from bridges.circuits.circuit import FILE, Circuit
 from bridges.circuits.controls import controls
 from bridges.circuits.dense_twin import load_dense_twin
+from bridges.circuits.features import sparse_transformer
 from bridges.circuits.pruning import prune
 from bridges.circuits.search import TargetNotReached
-from bridges.io.files import write_json
+from bridges.circuits.settings import PruneConfig
+from bridges.circuits.summary import MEAN, Row, failed_row, found_row, print_table, with_means
+from bridges.io.files import read_json, write_json
 from bridges.io.fingerprint import fingerprint, same_model
-from bridges.models.loading import as_residual
+from bridges.models.sparse.model import SparseTransformer
 
 SUMMARY = "summary.json"
 
@@ -31,36 +34,78 @@ def prune_tasks(
 ) -> dict[str, Circuit]:
     """Find the circuit of each task and print it, with the verdict of its controls; those in `out` are read instead.
 
-    `out` gets a folder for every task and `summary.json`: sizes and losses, and the best loss where a task does not
-    reach the target. `dense_twin` is that of `controls`. Raises ValueError if `out` holds circuits of another model; of
-    a single task that does not reach the target, that error.
+    `out` gets a folder for every task, and `summary.json`, written after each: sizes, losses and controls, the best
+    loss where a task does not reach the target, and the geometric means of nodes and edges. A task that has not reached
+    the target is not searched again with the same settings. With several tasks in the summary it is printed as a table
+    at the end. `dense_twin` is that of `controls`. Raises ValueError if `out` holds circuits of another model; of a
+    single task that does not reach the target, that error.
     """
-    model = as_residual(sparse).model
-    own, found, summary = fingerprint(model), {}, {}
+    model = sparse_transformer(sparse)
+    own, found = fingerprint(model), {}
     twin = None if dense_twin is None else load_dense_twin(dense_twin, model, tokenizer)
+    config = PruneConfig().with_settings(dict(settings or {})).recorded()
+    rows = _earlier_rows(out, own)
     for task in tasks:
-        folder = out / task
-        if (folder / FILE).is_file():
-            circuit = Circuit.load(folder)
-            if not same_model(circuit.fingerprint, own):
-                raise ValueError(f"out={str(out)!r} holds circuits of another model; pass another folder")
-        else:
+        circuit = _saved(out, task, own)
+        if circuit is None and not _has_failed(rows.get(task), config):
             try:
-                circuit = prune(model, task, tokenizer=tokenizer, progress=progress, **(settings or {}))
+                circuit = _pruned(model, task, out, tokenizer, with_controls, settings or {}, progress, twin)
             except TargetNotReached as error:
-                if len(tasks) == 1:
-                    raise
-                print(f"{task}: {error}")
-                summary[task] = {"nodes": None, "edges": None, "loss": error.loss}
-                continue
-            if with_controls:
-                measured = controls(model, circuit, tokenizer=tokenizer, dense_twin=twin, progress=progress)
-                circuit = replace(circuit, controls=measured)
-            circuit.save(folder)
-        found[task] = circuit
-        summary[task] = {"nodes": circuit.n_nodes, "edges": circuit.n_edges, "loss": circuit.loss}
-        print(circuit)
-        for line in circuit.controls.get("verdict", ()):
+                rows[task] = failed_row(error, config, own)
+        if circuit is not None:
+            found[task], rows[task] = circuit, found_row(circuit)
+        write_json(out / SUMMARY, with_means(rows))
+        if circuit is None and len(tasks) == 1:
+            raise TargetNotReached(rows[task]["message"], rows[task]["loss"])
+        print(f"{task}: {rows[task]['message']}" if circuit is None else circuit)
+        for line in () if circuit is None else circuit.controls.get("verdict", ()):
             print(f"  {line}")
-    write_json(out / SUMMARY, summary)
+    if len(rows) > 1:
+        print_table(with_means(rows))
     return found
+
+
+def _saved(out: Path, task: str, own: str) -> Circuit | None:
+    """The circuit that an earlier call has found; ValueError if it is of another model."""
+    if not (out / task / FILE).is_file():
+        return None
+    circuit = Circuit.load(out / task)
+    if not same_model(circuit.fingerprint, own):
+        raise ValueError(f"out={str(out)!r} holds circuits of another model; pass another folder")
+    return circuit
+
+
+def _pruned(
+    model: SparseTransformer,
+    task: str,
+    out: Path,
+    tokenizer: Any,
+    with_controls: bool,
+    settings: Mapping[str, Any],
+    progress: bool,
+    dense_twin: SparseTransformer | None,
+) -> Circuit:
+    """Search for a circuit and save it with its controls."""
+    circuit = prune(model, task, tokenizer=tokenizer, progress=progress, **settings)
+    if with_controls:
+        measured = controls(model, circuit, tokenizer=tokenizer, dense_twin=dense_twin, progress=progress)
+        circuit = replace(circuit, controls=measured)
+    circuit.save(out / task)
+    return circuit
+
+
+def _earlier_rows(out: Path, own: str) -> dict[str, Row]:
+    """The rows of an earlier call: of the same model, and not of a circuit whose folder is gone."""
+    rows = read_json(out / SUMMARY) if (out / SUMMARY).is_file() else {}
+    return {
+        task: row
+        for task, row in rows.items()
+        if task != MEAN
+        and same_model(row.get("fingerprint", ""), own)
+        and (row["nodes"] is None or (out / task / FILE).is_file())
+    }
+
+
+def _has_failed(row: Row | None, config: Mapping[str, Any]) -> bool:
+    """Whether an earlier call has searched with the same settings, and found that the target is not reached."""
+    return row is not None and row["nodes"] is None and row["settings"] == config

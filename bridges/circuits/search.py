@@ -218,10 +218,16 @@ class Search:
         return judged if judged.loss <= self.config.target_loss else best
 
 
-def searched_size(search: Callable[[], Circuit]) -> dict[str, Any]:
-    """The size of what a search finds, None where it does not reach the target, and the loss."""
+def search_result(search: Callable[[], Circuit]) -> Circuit | TargetNotReached:
+    """What a search finds, or why it finds nothing."""
     try:
-        found = search()
+        return search()
     except TargetNotReached as error:
-        return {"nodes": None, "edges": None, "loss": error.loss}
+        return error
+
+
+def found_size(found: Circuit | TargetNotReached) -> dict[str, Any]:
+    """The size of what a search finds, None where it does not reach the target, and the loss."""
+    if isinstance(found, TargetNotReached):
+        return {"nodes": None, "edges": None, "loss": found.loss}
     return {"nodes": found.n_nodes, "edges": found.n_edges, "loss": found.loss}
