@@ -202,6 +202,7 @@ def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_circuit_compares_a_node_with_the_dense_models_mean_difference(monkeypatch, capsys, bundled_run):
+    monkeypatch.setattr(cli, "feature", partial(bridges.feature, text_tokens=2048))
     arguments = ("--feature", "1.attn.read.118", "--task", "for_while")
     status, printed, err = run(monkeypatch, capsys, "circuit", bundled_run, *arguments)
     assert status == 0, err
