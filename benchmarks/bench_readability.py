@@ -16,8 +16,8 @@ what `bridges.channels.agreement.changed_channels` counts, over all reported pai
 over pairs of the same count for one pair.
 
 Channels are chosen on 64 pairs and on rows of the training split; figures are of other pairs, half of them in each task
-order, and of rows of the held-out split. Bridges that are not given are fitted in closed form. `--out` is written after
-every task; a second call measures the tasks that it lacks.
+order, and of rows of the held-out split. Bridges that are not given are fitted in closed form and saved beside `--out`,
+which is written after every task; a second call measures the tasks that it lacks.
 """
 
 import argparse
@@ -291,10 +291,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     missing = [task for task in args.tasks if task not in content["tasks"]]
     if missing:
-        if bridge_set is None:
+        folder = args.out.with_suffix(".bridges")  # those that were fitted before the first task
+        if bridge_set is None and content["report"]:
+            bridge_set = bridges.BridgeSet.from_pretrained(folder)
+        elif bridge_set is None:
             bridge_set = bridged(dense, sparse, train, heldout, args.closed_form_tokens)
+            bridge_set.save_pretrained(folder)
         report = bridge_set.report or bridges.evaluate(dense, sparse, bridge_set, heldout)
         content["report"] = means(report)
+        write_json(args.out, content)
     search = SearchOptions(MOST, "both", args.budget, args.candidates).checked()
     options = Options(search, train[: args.rows], heldout[: args.rows])
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)

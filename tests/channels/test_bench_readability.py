@@ -138,3 +138,28 @@ def test_the_bundled_pair_is_measured_task_by_task_and_a_second_call_goes_on(tmp
     assert bench.main([*arguments, "--tasks", "for_while"]) == json.loads(out.read_text())
     with pytest.raises(ValueError, match="was written with another prompts; pass another file"):
         bench.main([*arguments, "--prompts", "4"])
+
+
+def test_a_second_call_measures_the_tasks_that_are_missing_with_the_bridges_of_the_first(tmp_path, monkeypatch):
+    fits, asked = [], []
+
+    def bridged(dense, sparse, train, heldout, tokens):
+        fits.append(tokens)
+        settings = {"eval_data": heldout[:4, :32], "steps": 0, "sites": ("0.mlp",), "progress": False}
+        return bridges.fit(dense, sparse, train[:64, :32], **settings)
+
+    def measured(models, pairs, options):
+        asked.append((pairs.task, len(pairs), models.bridge_set["0.mlp"].decoder_weight.double().sum().item()))
+        return made_up(0.9, 0.8, 0.4)
+
+    monkeypatch.setattr(bench, "bridged", bridged)
+    monkeypatch.setattr(bench, "measured", measured)
+    monkeypatch.setattr(bench, "TRAIN_DOCUMENTS", 40)
+    arguments = ["--prompts", "4", "--closed-form-tokens", "500", "--out", str(tmp_path / "a.json")]
+    bench.main([*arguments, "--tasks", "for_while"])
+    content = bench.main([*arguments, "--tasks", "for_while", "with_as"])
+    assert fits == [500] and [one[:2] for one in asked] == [("for_while", 68), ("with_as", 68)]
+    assert asked[0][2] == asked[1][2]
+    assert content == json.loads((tmp_path / "a.json").read_text()) and content["summary"]["tasks"] == 2
+    with pytest.raises(ValueError, match="was written with another prompts; pass another file"):
+        bench.main([*arguments, "--prompts", "5"])
