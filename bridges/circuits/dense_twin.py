@@ -43,7 +43,8 @@ def load_dense_twin(source: ModelSource, model: SparseTransformer, tokenizer: An
         )
     sizes = twin.config.vocab_size, model.config.vocab_size
     own = None if tokenizer is None else find_tokenizer(source)
-    if sizes[0] != sizes[1] or (own is not None and own.get_vocab() != tokenizer.get_vocab()):
+    other_words = own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab()
+    if sizes[0] != sizes[1] or other_words:
         raise ValueError(
             f"dense_twin has other tokens than the model ({sizes[0]} and {sizes[1]} of them); pass one that was "
             "trained with the same tokenizer"
