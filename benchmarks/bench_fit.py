@@ -15,7 +15,7 @@ PROBE_TOKENS, PROBE_STEPS = 100_000, 30
 def timed(pair, train, heldout, **settings):
     """(seconds, report) of one fit."""
     started = time.perf_counter()
-    config = SETTINGS.with_settings({"progress": False, "interchange_weight": 0.0, **settings})
+    config = SETTINGS.with_settings({"progress": False, **settings})
     report = bridges.fit(pair.dense, pair.sparse, train, eval_data=heldout, config=config).report
     return time.perf_counter() - started, report
 

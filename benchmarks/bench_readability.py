@@ -232,8 +232,8 @@ def lines(of: Mapping[str, Any], report: Mapping[str, float]) -> list[str]:
 
 
 def bridged(dense: nn.Module, sparse: nn.Module, train: Tensor, heldout: Tensor, tokens: int) -> bridges.BridgeSet:
-    """Bridges by closed form alone, as the demo's but without its interchange loss."""
-    settings: dict[str, Any] = {"steps": 0, "interchange_weight": 0.0, "closed_form_tokens": tokens, "progress": False}
+    """Bridges by closed form alone, else as the demo's."""
+    settings: dict[str, Any] = {"steps": 0, "closed_form_tokens": tokens, "progress": False}
     config = SETTINGS.with_settings({**settings, "seq_len": train.shape[1]})
     return bridges.fit(dense, sparse, train, eval_data=heldout, config=config)
 

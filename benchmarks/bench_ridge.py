@@ -32,7 +32,7 @@ def main() -> None:
     print("| ridge | nmse_decode | kl_dense_to_sparse | kl_sparse_to_dense | channel | P(target) | random directions |")
     print(f"|{'---|' * 7}", flush=True)
     for ridge in ridges:
-        config = SETTINGS.with_settings({"ridge": ridge, "interchange_weight": 0.0, "progress": False})
+        config = SETTINGS.with_settings({"ridge": ridge, "progress": False})
         bridge_set = bridges.fit(pair.dense, pair.sparse, train, eval_data=rows, config=config)
         assert bridge_set.report is not None, "fit always reports"
         mean = bridge_set.report.to_dict()["mean"]

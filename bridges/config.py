@@ -119,11 +119,6 @@ class FitConfig(Settings):
     """w_sd: weight of the KL of the dense tail that runs on the decoder's output."""
     ce_weight: float = Field(default=1.0, ge=0)
     """w_ce: weight of the sparse model's next-token loss; counts where that model trains."""
-    interchange_weight: float = Field(default=0.0, ge=0)
-    """w_i: weight of the interchange loss, by which single channels carry what changes when one token does. In the
-    closed form its ratio to `nmse_weight` counts."""
-    interchange_pairs: int = Field(default=512, ge=1)
-    """Pairs of rows that the interchange loss is computed from."""
 
     train_sparse: bool = False
     """Train the sparse model together with the bridges."""
@@ -167,19 +162,9 @@ class FitConfig(Settings):
             raise ValueError(f"sites_per_step={self.sites_per_step} must be at least 1, or 'all'")
         if self.target_density is not None and not self.train_sparse:
             raise ValueError(f"target_density={self.target_density} needs train_sparse=True")
-        if self.interchange_weight > 0:
-            self._interchange_is_possible()
         if self.resume and self.output_dir is None:
             raise ValueError("resume=True needs output_dir, the run folder to continue")
         return self
-
-    def _interchange_is_possible(self) -> None:
-        """The interchange loss is computed once, with the closed form's decoders, for a frozen sparse model."""
-        name = f"interchange_weight={self.interchange_weight}"
-        if not self.closed_form or self.nmse_weight == 0:
-            raise ValueError(f"{name} is solved in the closed form: pass closed_form=True and an nmse_weight over 0")
-        if self.train_sparse:
-            raise ValueError(f"{name} needs a frozen sparse model; train it first, then fit with train_sparse=False")
 
     def step_rows(self, world_size: int = 1) -> int:
         """Rows that all steps take together, each counted as often as it is taken."""

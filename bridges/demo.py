@@ -43,7 +43,6 @@ SETTINGS = FitConfig(
     seq_len=DEFAULT_SEQ_LEN,
     ridge=1e-3,
     nmse_weight=0.25,
-    interchange_weight=0.05,
     closed_form_tokens=50_000,
     sites_per_step=1,
 )

@@ -21,7 +21,6 @@ from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_gr
 from bridges.fitting.gradients import trained_parameters
 from bridges.fitting.guards import warn_of_poor_sites
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
-from bridges.fitting.interchange import PerturbationBatch
 from bridges.fitting.massive import SAMPLED_TOKENS, set_norm_limits
 from bridges.fitting.plan import Work, describe, estimate_seconds
 from bridges.fitting.progress import summary
@@ -266,8 +265,6 @@ class _Run:
                     config.ridge,
                     config.moments_bytes,
                     processes.all_reduce,
-                    self._perturbations(),
-                    config.interchange_weight / config.nmse_weight if config.interchange_weight else 0.0,
                     selection=selection,
                     read_scales=scales,
                     advance=bar.advance,
@@ -281,7 +278,7 @@ class _Run:
                 site: list(directions) for site, directions in zip(sites, found.fitted_to_massive, strict=True)
             },
         }
-        return StartState(interchange=found.interchange, standardizations=found.standardizations)
+        return StartState(standardizations=found.standardizations)
 
     def _random_start(self) -> StartState:
         """Random maps between standardised streams."""
@@ -298,12 +295,6 @@ class _Run:
         threshold = None if self.config.massive_threshold == "off" else self.config.massive_threshold
         rows = self.data.train_batches(SAMPLED_TOKENS, self.config.batch_size, 0, 1)
         set_norm_limits(self.pair, rows, threshold, sides, self.processes.broadcast)
-
-    def _perturbations(self) -> list[PerturbationBatch]:
-        """This process's rows for the interchange loss; none where that is off."""
-        if self.config.interchange_weight == 0:
-            return []
-        return self.data.pair_batches(self.config, self.processes.rank, self.processes.world_size)
 
     def _step_batches(self, step: int) -> list[Batch]:
         return self.data.step_batches(self.config, step, self.processes.rank, self.processes.world_size)

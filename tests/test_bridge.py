@@ -2,7 +2,9 @@ import copy
 import filecmp
 import json
 import os
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +189,27 @@ def test_save_load_save_gives_the_same_bytes(bridge_set, tmp_path):
     for name, tensor in bridge_set.tensors().items():
         assert torch.equal(loaded.tensors()[name], tensor) and loaded.tensors()[name].dtype == tensor.dtype
     assert [b.k for b in loaded] == [K] * 3 and loaded[0].encoder_weight.requires_grad
+
+
+def test_a_folder_with_settings_that_have_left_loads_and_is_saved_as_it_was(tmp_path):
+    """The bundled bridges, with the interchange loss in settings and history as earlier versions wrote it."""
+    bundled, loss = Path(bridges.bridge.__file__).parent / "assets/bridges", "train/interchange/final"
+    shutil.copytree(bundled, tmp_path / "a")
+    left = {"interchange_weight": 0.05, "interchange_pairs": 512}
+    for name, table in (("config.json", "fit"), ("report.json", "settings")):
+        content = json.loads((tmp_path / "a" / name).read_text())
+        content[table] |= left
+        (tmp_path / "a" / name).write_text(json.dumps(content))
+    history = json.loads((tmp_path / "a/history.json").read_text())
+    (tmp_path / "a/history.json").write_text(json.dumps([{**row, loss: 0.5} for row in history]))
+    loaded = BridgeSet.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    again = BridgeSet.from_pretrained(tmp_path / "b")
+    for one in (loaded, again):
+        assert one.report is not None and one.report.mean == BridgeSet.from_pretrained(bundled).report.mean
+        assert left.items() <= one.provenance["fit"].items() and left.items() <= one.report.settings.items()
+        assert {row[loss] for row in one.history} == {0.5}
+    assert filecmp.cmp(bundled / "bridges.safetensors", tmp_path / "b/bridges.safetensors", shallow=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

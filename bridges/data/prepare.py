@@ -8,10 +8,6 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.rows import Rows
 from bridges.data.sampled import SharedTokens, sampled_text
@@ -90,16 +86,6 @@ class FitData:
         judging = 0 if len(self.train) < 2 else self.selection.rows_holding(n_judging)
         return self.fitted.rows_holding(n_tokens, shuffled=True) + judging
 
-    def pair_batches(
-        self, config: FitConfig, rank: int, world_size: int
-    ) -> list[tuple[Tensor, Tensor | None, Float[Tensor, "rows 2"]]]:
-        """One process's part of the rows for the interchange loss, with two random numbers per row."""
-        fitted = self.fitted
-        n_rows = min(len(fitted), config.interchange_pairs)
-        draws = torch.rand(n_rows, 2, generator=torch.Generator().manual_seed(config.seed))
-        parts = share(n_rows, config.batch_size, rank, world_size)
-        return [(*fitted.take(rows.start, len(rows)), draws[rows.start : rows.stop]) for rows in parts]
-
     def selection_batches(self, n_tokens: int, batch_size: int, rank: int, world_size: int) -> list[Batch]:
         """One process's part of the first rows of the selection, as many as hold `n_tokens`."""
         return _part(self.selection, self.selection.rows_holding(n_tokens), batch_size, rank, world_size)
@@ -150,7 +136,7 @@ def prepare(
     else:
         if isinstance(data, str | PathLike):
             seq_len = seq_len or default_seq_len(context)
-        n_rows = max(config.step_rows(world_size), config.interchange_pairs if config.interchange_weight else 0)
+        n_rows = config.step_rows(world_size)
         n_tokens = config.closed_form_tokens_for(max(dense.d_model, sparse.d_model))
         enough = ReadLimit(math.ceil(n_rows / TRAIN_FRACTION) + 2, math.ceil(n_tokens / TRAIN_FRACTION))
         rows = load_rows(data, tokenizer, seq_len, enough, config.seed)
@@ -212,8 +198,7 @@ def sampled_rows(config: FitConfig, width: int, seq_len: int, world_size: int = 
         return config.sampled_rows
     for_steps = min(config.step_rows(world_size), MAX_SAMPLED_ROWS)
     for_closed_form = math.ceil(config.closed_form_tokens_for(width) / seq_len) if config.closed_form else 0
-    pairs = config.interchange_pairs if config.interchange_weight else 0
-    return math.ceil(max(for_steps, for_closed_form, pairs, 2) / (1 - SELECTION_FRACTION))
+    return math.ceil(max(for_steps, for_closed_form, 2) / (1 - SELECTION_FRACTION))
 
 
 def sampled_heldout_rows(config: FitConfig, n_rows: int, seq_len: int) -> int:

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.bridge import Bridge
-from bridges.fitting.interchange import PerturbationBatch, QuadraticTerm, gather_quadratic_terms
 from bridges.fitting.massive import MassiveMoments, with_massive
-from bridges.fitting.ridge import Affine, Moments, Penalty, Standardization, gather
+from bridges.fitting.ridge import Affine, Moments, Standardization, gather
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import SIDES, ModelPair, residuals_at, trace_pair
 from bridges.objective.normalizers import counted_tokens
@@ -33,8 +32,6 @@ def solve_bridges(
     ridge: float | Literal["auto"],
     memory_bytes: float,
     reduce: Reduce = no_reduce,
-    perturbations: Sequence[PerturbationBatch] = (),
-    interchange_weight: float = 0.0,
     *,
     selection: Sequence[Batch] = (),
     read_scales: ReadScales | None = None,
@@ -44,14 +41,12 @@ def solve_bridges(
 
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
     moments fit into `memory_bytes`. The `selection`, this process's part of other rows, judges whether massive tokens
-    are fitted to; with `ridge="auto"` the penalty of every site and direction is chosen on it too. Where
-    `interchange_weight` is over 0, the decoders found choose the channels of the interchange loss on the
-    `perturbations`, and are then solved again for NMSE + interchange_weight * interchange. `read_scales` are measured
-    in the same pass. `advance` is called after every batch, and after every site that is solved.
+    are fitted to; with `ridge="auto"` the penalty of every site and direction is chosen on it too. `read_scales` are
+    measured in the same pass. `advance` is called after every batch, and after every site that is solved.
 
     Raises FloatingPointError, naming the site, if a stream is not finite.
     """
-    found = ClosedForm([], [], [], [])
+    found = ClosedForm([], [], [])
     for sites in site_groups(pair, memory_bytes):
         massive_tokens = MassiveMoments(pair.bridge_set)
         moments = gather(_chunks(pair, batches, sites, advance, read_scales, massive_tokens), reduce)
@@ -59,7 +54,6 @@ def solve_bridges(
         heldout = gather(_chunks(pair, selection, sites, advance), reduce)
         _refuse_not_finite(pair, sites, moments)
         _refuse_not_finite(pair, sites, heldout, " on the training rows set aside")
-        decoder_moments: list[Moments] = []
         for i, one, judge in zip(sites, moments, heldout, strict=True):
             ridges = _ridges(one, judge) if ridge == "auto" else (ridge, ridge)
             everything = one + massive[i] if i in massive else None
@@ -68,18 +62,10 @@ def solve_bridges(
             )
             _set_encoder(pair.bridge_set[i], encoder.solution)
             _set_decoder(pair.bridge_set[i], decoder.solution)
-            decoder_moments.append(decoder.moments)
             found.ridges.append(ridges)
-            found.fitted_to_massive.append((encoder.moments is not one, decoder.moments is not one))
+            found.fitted_to_massive.append((encoder.to_massive, decoder.to_massive))
             found.standardizations.append(one.standardization())
             advance()
-        if interchange_weight > 0:
-            found.interchange.extend(gather_quadratic_terms(pair, perturbations, sites, reduce))
-            for i, one in zip(sites, decoder_moments, strict=True):
-                term = found.interchange[i]
-                penalty = Penalty(term.squares, term.products, interchange_weight)
-                solution = one.solve(found.ridges[i][1], reverse=True, penalty=penalty)
-                _set_decoder(pair.bridge_set[i], solution)
     return found
 
 
@@ -92,8 +78,6 @@ class ClosedForm(NamedTuple):
     """Whether encoder and decoder are fitted to the site's massive tokens too, shortened (`with_massive`)."""
     standardizations: list[tuple[Standardization, Standardization]]
     """Mean and standard deviation of every channel of the dense and of the sparse stream."""
-    interchange: list[QuadraticTerm]
-    """The interchange loss; empty where that is off."""
 
 
 def _refuse_not_finite(pair: ModelPair, sites: Sequence[int], moments: Sequence[Moments], where: str = "") -> None:

@@ -13,24 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.data.random_state import RandomState, draws_from, random_state
-from bridges.fitting.interchange import QuadraticTerm
 from bridges.models.residual import Batch, Trace
 from bridges.objective.hybrid import ModelPair, Traces, batch_moments, ce_sum, kl_sum, squared_errors, trace_pair
 from bridges.objective.normalizers import BatchMoments, Normalizers, combine_moments, nmse
 from bridges.objective.sums import Reduce, Sums, no_reduce
 
-SITE_LOSSES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense", "interchange")
+SITE_LOSSES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
 """The losses that every site has of its own."""
 
 
 class Weights(NamedTuple):
-    """w_n, w_ds, w_sd, w_ce and w_i of the objective."""
+    """w_n, w_ds, w_sd and w_ce of the objective."""
 
     nmse: float = 1.0
     kl_dense_to_sparse: float = 1.0
     kl_sparse_to_dense: float = 1.0
     ce: float = 1.0
-    interchange: float = 0.0
 
 
 @dataclass
@@ -44,7 +42,6 @@ class StepLosses:
     nmse_decode: dict[str, float] = field(default_factory=dict)
     kl_dense_to_sparse: dict[str, float] = field(default_factory=dict)
     kl_sparse_to_dense: dict[str, float] = field(default_factory=dict)
-    interchange: dict[str, float] = field(default_factory=dict)
     ce: float | None = None
     """The sparse model's own cross-entropy; None where it does not train."""
     loss: float = 0.0
@@ -67,8 +64,6 @@ class Objective(NamedTuple):
     autocast: Callable[[], AbstractContextManager] = nullcontext
     loss_scale: float = 1.0
     """Static factor on every loss, so that gradients do not underflow in float16; they are divided by it at the end."""
-    interchange: Sequence[QuadraticTerm] = ()
-    """The interchange loss of every site; on one process alone, since it belongs to no batch."""
 
     def backward(self, loss: Float[Tensor, ""], weight: float) -> None:
         """Add the gradient of `weight * loss`."""
@@ -84,7 +79,6 @@ class StepSums(Sums):
     nmse_decode: Float[Tensor, " n_sites"]
     kl_dense_to_sparse: Float[Tensor, " n_sites"]
     kl_sparse_to_dense: Float[Tensor, " n_sites"]
-    interchange: Float[Tensor, " n_sites"]
     ce: Float[Tensor, ""]
 
     @classmethod
@@ -103,14 +97,9 @@ def step_gradients(
     gradient. `batches` are micro-batches. What the sums are divided by is gathered over all of them and over all
     processes first, since ratios do not add. The caller sums the gradients over processes.
     """
-    n = len(pair.bridge_set)
     moments, passes = _forward_passes(pair, batches, objective)
     normalizers = combine_moments(moments, objective.reduce)
-    sums = StepSums.zeros(n)
-    for i, term in enumerate(objective.interchange):
-        loss = term.loss(pair.bridge_set[i].decoder_weight)
-        sums.interchange[i] += figure(loss)
-        objective.backward(loss, objective.weights.interchange / n)
+    sums = StepSums.zeros(len(pair.bridge_set))
     for forward in passes:
         _micro_batch(sums, pair, forward(), normalizers, sampled, objective)
     if objective.loss_scale != 1:
@@ -236,7 +225,6 @@ def step_losses(
         nmse_decode=by_site(sums.nmse_decode, varying(normalizers.variance_dense)),
         kl_dense_to_sparse=by_site(sums.kl_dense_to_sparse, sampled),
         kl_sparse_to_dense=by_site(sums.kl_sparse_to_dense, sampled),
-        interchange=by_site(sums.interchange, range(n)) if weights.interchange else {},
         ce=sums.ce.item() if objective.train_sparse else None,
         tokens=int(normalizers.tokens),
     )
@@ -244,6 +232,5 @@ def step_losses(
     losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n
     losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / max(len(sampled), 1)
     losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / max(len(sampled), 1)
-    losses.loss += weights.interchange * sum(losses.interchange.values()) / n
     losses.loss += weights.ce * (losses.ce or 0.0)
     return losses

@@ -43,6 +43,7 @@ class RunIdentity:
 
 def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
     """ValueError, naming both values, if the `stored` identity has other settings, data or models than `here`."""
+    _refuse_loss_that_left(stored["settings"])
     for name, value in here.settings.items():
         # A setting that was added after the run had started had its default value.
         field = FitConfig.model_fields.get(name)
@@ -68,6 +69,15 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
         raise ValueError(
             f"resume=True with other data ({here.data}, the run was started with {stored['data']}); "
             "pass the same data, or another output_dir"
+        )
+
+
+def _refuse_loss_that_left(settings: dict[str, Any]) -> None:
+    """ValueError if a run of an earlier version had the interchange loss: its objective would be another."""
+    if weight := settings.get("interchange_weight"):
+        raise ValueError(
+            f"resume=True, but the run was started with interchange_weight={weight!r}, and the interchange loss left "
+            "in this version; use another output_dir, or finish the run with the version that started it"
         )
 
 

@@ -133,10 +133,10 @@ class MassiveMoments:
 
 
 class Fitted(NamedTuple):
-    """The solution of a site and direction, and the moments that it is solved from."""
+    """The solution of a site and direction, and whether massive tokens are among what it is solved from."""
 
     solution: Affine
-    moments: Moments
+    to_massive: bool
 
 
 def with_massive(
@@ -148,10 +148,10 @@ def with_massive(
     of the solution without massive tokens. A token whose two streams have little to do with each other is so left out.
     `everything` is None where no token is massive.
     """
-    without = Fitted(usual.solve(ridge, reverse), usual)
+    without = Fitted(usual.solve(ridge, reverse), False)
     if everything is None:
         return without
-    having = Fitted(everything.solve(ridge, reverse), everything)
+    having = Fitted(everything.solve(ridge, reverse), True)
     judge = heldout if heldout.n >= 2 else usual
     least, nmse = (judge.nmse(one.solution, reverse) for one in (without, having))
     return having if nmse <= (1 + MAX_COST) * least + MAX_ADDED else without

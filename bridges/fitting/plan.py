@@ -93,10 +93,7 @@ def _start(config: FitConfig, work: Work) -> str:
         return f"resumes at step {work.steps_done}"
     if not config.closed_form:
         return "random start"
-    start = f"closed form from {count(work.real_tokens(work.start_rows))} tokens"
-    if not config.interchange_weight:
-        return start
-    return f"{start} and {min(config.interchange_pairs, work.train_rows)} pairs of rows"
+    return f"closed form from {count(work.real_tokens(work.start_rows))} tokens"
 
 
 def estimate_seconds(
@@ -148,12 +145,7 @@ def _closed_form_seconds(pair: ModelPair, config: FitConfig, work: Work, part: T
     run, counted = rows * work.seq_len, rows * work.seq_len * work.real_share
     for_medians = SAMPLED_TOKENS / work.real_share
     seconds = (groups * run + for_medians) * per_token * part.streams
-    seconds += counted * per_token * n * part.moments + n * part.solve
-    if config.interchange_weight:
-        pairs = min(config.interchange_pairs, work.train_rows) * work.seq_len / work.world_size
-        # Both rows forward, one of them backward.
-        seconds += pairs * per_token * (4 * part.streams + n * part.reconstruction)
-    return seconds
+    return seconds + counted * per_token * n * part.moments + n * part.solve
 
 
 def sampled_sites(config: FitConfig, n_sites: int) -> int:

@@ -33,17 +33,6 @@ class Affine(NamedTuple):
     bias: Float[Tensor, " d_out"]
 
 
-class Penalty(NamedTuple):
-    """A quadratic term in the weight W [d_out, d_in] that is minimised together with the NMSE of W x + bias.
-
-    weight * (sum_c diagonal[c] |W[:, c]|^2 - 2 sum(cross * W))
-    """
-
-    diagonal: Float[Tensor, " d_in"]
-    cross: Float[Tensor, "d_out d_in"]
-    weight: float
-
-
 class Moments:
     """Running n, sum x, sum y, X'X, X'Y, Y'Y of paired rows, about a fixed shift, in float64.
 
@@ -102,24 +91,19 @@ class Moments:
         for into, total in zip(self.tensors(), reduce_together(self.tensors(), reduce), strict=True):
             into.copy_(total)
 
-    def solve(self, ridge: float, reverse: bool = False, penalty: Penalty | None = None) -> Affine:
+    def solve(self, ridge: float, reverse: bool = False) -> Affine:
         """Ridge regression of y on x, or of x on y when `reverse`, in float64.
 
         It minimises the mean square error of each output plus `ridge` times the square of its weights on the
-        standardised input (an input channel has variance 1); the intercept is not penalised. `penalty` is added to the
-        NMSE. Raises ValueError if there are fewer than two rows.
+        standardised input (an input channel has variance 1); the intercept is not penalised. Raises ValueError if there
+        are fewer than two rows.
         """
         mean, cov = self._mean(), self._covariances()
         if reverse:
             mean, cov = mean.reversed(), cov.reversed()
         std = standard_deviations(cov.xx)
-        penalised, cross = cov.xx, cov.xy
-        if penalty is not None:
-            scale = penalty.weight * cov.yy.trace()  # the covariances are those of the NMSE times the target's variance
-            penalised = penalised + scale * penalty.diagonal.to(cov.xx).diag()
-            cross = cross + scale * penalty.cross.to(cov.xx).T
-        penalised = penalised / torch.outer(std, std) + ridge * torch.eye(len(std)).to(std)
-        weight = (_solve(penalised, cross / std[:, None]) / std[:, None]).T
+        penalised = cov.xx / torch.outer(std, std) + ridge * torch.eye(len(std)).to(std)
+        weight = (_solve(penalised, cov.xy / std[:, None]) / std[:, None]).T
         return Affine(weight, mean.y - weight @ mean.x)
 
     def choose_ridge(self, heldout: Moments, reverse: bool = False) -> float:

@@ -72,8 +72,6 @@ class Selection:
                     traces = trace_pair(pair, *batch)
                 moments.append(batch_moments(pair, traces))
                 self._add(sums, traces)
-        for i, term in enumerate(self.objective.interchange):  # the main process alone has them
-            sums.interchange[i] += figure(term.loss(pair.bridge_set[i].decoder_weight))
         normalizers = combine_moments(moments or [empty_moments(pair)], reduce)
         sums = sums.reduced(reduce)
         tokens = normalizers.tokens.cpu().clamp(min=1)

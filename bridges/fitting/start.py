@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bridges.fitting.checkpoint import Checkpoint
-from bridges.fitting.interchange import QuadraticTerm, terms_from_tensors
 from bridges.fitting.selection import BestState
 from bridges.fitting.standardized import Standardizations, standardizations_from
 from bridges.objective.hybrid import ModelPair
 
-INTERCHANGE_FILE = "carried"
-"""The file of the interchange loss in a checkpoint, under its first name, so that older checkpoints resume."""
 STANDARDIZED_FILE = "standardized"
 BEST_FILE = "best"
 
@@ -27,8 +24,6 @@ class StartState:
 
     step: int = 0
     """Steps done."""
-    interchange: Sequence[QuadraticTerm] = ()
-    """The interchange loss of every site; empty without that loss."""
     standardizations: Standardizations = ()
     """Mean and standard deviation of the streams at every site; the gradient steps run between standardised streams."""
     standardized: Mapping[str, Tensor] = field(default_factory=dict)
@@ -53,13 +48,9 @@ def start_from_checkpoint(pair: ModelPair, checkpoint: Checkpoint) -> StartState
     if "sparse" in tensors:
         for name, parameter in pair.sparse.model.named_parameters():
             parameter.copy_(tensors["sparse"][name])
-    interchange = []
-    if INTERCHANGE_FILE in tensors:
-        interchange = terms_from_tensors(pair.bridge_set.sites, tensors[INTERCHANGE_FILE], pair.dense.device)
     standardized = tensors.get(STANDARDIZED_FILE, {})
     return StartState(
         checkpoint.step,
-        interchange,
         standardizations_from(standardized, len(pair.bridge_set), pair.dense.device) if standardized else (),
         standardized,
         _best(checkpoint),

@@ -18,10 +18,9 @@ from bridges.data.random_state import preserve_random_state
 from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
-from bridges.fitting.interchange import terms_to_tensors
 from bridges.fitting.selection import Selection, interval
 from bridges.fitting.standardized import StandardizedBridges
-from bridges.fitting.start import BEST_FILE, INTERCHANGE_FILE, STANDARDIZED_FILE, StartState
+from bridges.fitting.start import BEST_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
@@ -117,7 +116,6 @@ class Trainer:
         start = start or StartState()
         self.pair, self.config, self.processes = pair, config, processes
         self.step = start.step
-        self.interchange = start.interchange
         self.support = _support(pair, config, start)
         """The nonzeros that alone train, where the zeros of the start are kept."""
         self.maps = StandardizedBridges(pair.bridge_set, start.standardizations)
@@ -131,7 +129,7 @@ class Trainer:
         """None where the sparse model is frozen."""
         if self.sparse_optimizer is not None:
             restore_optimizer(self.sparse_optimizer, start.sparse_optimizer)
-        self.objective = _objective(config, processes, start)
+        self.objective = _objective(config, processes)
 
     def sampled_sites(self, step: int) -> list[int]:
         """The sites whose hybrid passes run in a step: drawn evenly by seed and step, the same on every process."""
@@ -181,8 +179,6 @@ class Trainer:
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
             STANDARDIZED_FILE: self.maps.tensors(),
         }
-        if self.interchange:
-            tensors[INTERCHANGE_FILE] = terms_to_tensors(self.pair.bridge_set.sites, self.interchange)
         if self.sparse_optimizer is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
             tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
@@ -231,20 +227,18 @@ def _sparse_optimizer(pair: ModelPair, config: FitConfig, support: Support | Non
     )
 
 
-def _objective(config: FitConfig, processes: ProcessGroup, start: StartState) -> Objective:
+def _objective(config: FitConfig, processes: ProcessGroup) -> Objective:
     return Objective(
         Weights(
             config.nmse_weight,
             config.kl_dense_to_sparse_weight,
             config.kl_sparse_to_dense_weight,
             config.ce_weight,
-            config.interchange_weight,
         ),
         config.train_sparse,
         processes.all_reduce,
         processes.autocast,
         FP16_LOSS_SCALE if config.mixed_precision == "fp16" else 1.0,
-        start.interchange if processes.is_main else (),  # gradients are summed over processes
     )
 
 

@@ -248,10 +248,9 @@ def trace_pair(
     pair: ModelPair,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    differentiable: bool = False,
     with_logits: bool = True,
 ) -> Traces:
-    """Run both models on one batch, each on its own device; options as in `ResidualModel.trace`.
+    """Run both models on one batch, each on its own device.
 
     Without logits each model runs up to its last bridged site. Logits that one model alone has are cut off: its
     vocabulary may be padded to a round number.
@@ -259,13 +258,12 @@ def trace_pair(
 
     def on(model: ResidualModel, last_site: int) -> Trace:
         mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        return model.trace(input_ids.to(model.device), mask, differentiable, with_logits, last_site)
+        return model.trace(input_ids.to(model.device), mask, with_logits=with_logits, last_site=last_site)
 
     last = len(pair.bridge_set) - 1
     dense, sparse = (on(pair.model(side), pair.site(side, last)) for side in SIDES)
     width = min(dense.logits.shape[-1], sparse.logits.shape[-1])
-    with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
-        return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
+    return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
 
 
 def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:

@@ -60,17 +60,9 @@ REFUSED = {
         "sparse=GPT2LMHeadModel: train_sparse=True needs a SparseTransformer",
     ),
     "density of a frozen model": (lambda _: {"target_density": 0.5}, "target_density=0.5 needs train_sparse=True"),
-    "interchange without a closed form": (
-        lambda _: {"interchange_weight": 0.5, "closed_form": False},
-        "interchange_weight=0.5 is solved in the closed form: pass closed_form=True",
-    ),
-    "interchange without reconstruction": (
-        lambda _: {"interchange_weight": 0.5, "nmse_weight": 0.0},
-        "interchange_weight=0.5 is .* an nmse_weight over 0",
-    ),
-    "interchange with a model that trains": (
-        lambda _: {"interchange_weight": 0.5, "train_sparse": True},
-        "interchange_weight=0.5 needs a frozen sparse model",
+    "the setting of a loss that has left": (
+        lambda _: {"interchange_weight": 0.5},
+        "interchange_weight=0.5 is not a setting of fit; the settings are steps, ",
     ),
     "resume from nowhere": (lambda _: {"resume": True, "output_dir": None}, "resume=True needs output_dir"),
 }

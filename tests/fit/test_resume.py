@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from importlib import import_module
@@ -6,6 +7,7 @@ import pytest
 import torch
 from fits import SPARSE, files, raiser, rows, run, same, shallow
 from pairs import sparse_model
+from safetensors.torch import save_file
 
 from bridges.fitting.checkpoint import last_checkpoint
 from bridges.fitting.trainer import Trainer
@@ -125,19 +127,40 @@ def test_a_finished_run_resumed_returns_bridges_on_the_dense_models_device(tmp_p
 
 def test_checkpoints_keep_the_names_of_their_files_and_tensors(tmp_path, monkeypatch):
     """So that a run of an earlier version resumes."""
-    settings = {"checkpoint_every": 1, "interchange_weight": 0.5}
     stop = raiser(SystemExit)
     monkeypatch.setattr(fit_module, "measure", stop)
     with pytest.raises(SystemExit):
-        run(**settings, output_dir=tmp_path / "frozen")
+        run(checkpoint_every=1, output_dir=tmp_path / "frozen")
     with pytest.raises(SystemExit):
         run(train_sparse=True, output_dir=tmp_path / "trained")
     frozen, trained = (last_checkpoint(tmp_path / name / "checkpoints").tensors for name in ("frozen", "trained"))
-    assert frozen.keys() == {"bridges", "bridge_optimizer", "carried", "standardized", "best"}
-    assert frozen["carried"].keys() == {
-        f"{site}.{name}" for site in ("0.attn", "0.mlp", "final") for name in ("squares", "products")
-    }
+    assert frozen.keys() == {"bridges", "bridge_optimizer", "standardized", "best"}
     assert {"0.exp_avg", "0.exp_avg_sq", "0.step"} <= frozen["bridge_optimizer"].keys()
     assert {"0.attn.encoder_weight", "final.decoder_bias"} <= frozen["bridges"].keys()
     assert trained.keys() == {"bridges", "bridge_optimizer", "standardized", "sparse", "sparse_optimizer", "supports"}
     assert "transformer.wte.weight" in trained["sparse"].keys() & trained["supports"].keys()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_checkpoint_of_an_earlier_version_resumes_unless_it_has_the_interchange_loss(tmp_path, monkeypatch, weight):
+    """That version stored the loss in a file of its own where its weight was not 0."""
+    run(output_dir=tmp_path / "whole")
+    interrupt(monkeypatch, 2, [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        run(eval_every=1, output_dir=tmp_path / "run")
+    monkeypatch.undo()
+    for state in (tmp_path / "run/checkpoints").glob("step-*/state.json"):
+        stored = json.loads(state.read_text())
+        stored["settings"] |= {"interchange_weight": weight, "interchange_pairs": 512}
+        state.write_text(json.dumps(stored))
+        if weight:
+            save_file({"0.attn.squares": torch.ones(12)}, state.parent / "carried.safetensors")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    if weight:
+        with pytest.raises(ValueError, match=r"started with interchange_weight=0\.5, and the interchange loss left"):
+            run(eval_every=1, output_dir=tmp_path / "run", resume=True)
+        assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    else:
+        run(eval_every=1, output_dir=tmp_path / "run", resume=True)
+        name = "bridges.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -31,8 +31,6 @@ RESULT_DEPENDS_ON = {
     "target_density": (0.3, SPARSE),
     "start_density": (0.6, SPARSE),
     "anneal": (1.0, SPARSE),
-    "interchange_weight": (0.5, {}),
-    "interchange_pairs": (5, {"interchange_weight": 0.5}),
     "sparse_lr": (1e-3, SPARSE),
     "sparse_weight_decay": (5.0, SPARSE),
     "sparse_eps": (1e-2, SPARSE),

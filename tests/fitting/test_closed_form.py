@@ -137,9 +137,8 @@ class OtherProcess:
 @pytest.mark.parametrize("what", ["bridges", "read scales"])
 def test_a_process_without_batches_ends_with_the_sums_of_the_others(pair, what):
     other = OtherProcess()
-    # An interchange loss of zero pairs: its sums are reduced too.
     runs = {
-        "bridges": lambda rows, reduce: solve_bridges(pair, rows, 1e-3, 1e9, reduce, [], 0.5),
+        "bridges": lambda rows, reduce: solve_bridges(pair, rows, 1e-3, 1e9, reduce),
         "read scales": lambda rows, reduce: measure_read_scales(pair, rows, reduce),
     }
     runs[what](batches(), other.record)

@@ -49,10 +49,21 @@ def test_a_resume_with_the_models_swapped_says_so_whatever_the_data():
 
 def test_a_setting_added_after_a_run_started_had_its_default():
     stored = identity().to_dict()
-    stored["settings"] = {k: v for k, v in stored["settings"].items() if not k.startswith("interchange")}
+    del stored["settings"]["massive_threshold"]
     refuse_other_run(stored, identity())
-    with pytest.raises(ValueError, match=r"interchange_weight=0\.5, but .* started with interchange_weight=0\.0"):
-        refuse_other_run(stored, identity(interchange_weight=0.5))
+    with pytest.raises(ValueError, match=r"massive_threshold=9\.0, but .* started with massive_threshold=20\.0"):
+        refuse_other_run(stored, identity(massive_threshold=9.0))
+
+
+def test_a_run_of_an_earlier_version_resumes_unless_it_had_the_interchange_loss():
+    stored = identity().to_dict()
+    stored["settings"] |= {"interchange_weight": 0.0, "interchange_pairs": 512}
+    refuse_other_run(stored, identity())
+    stored["settings"]["interchange_weight"] = 0.05
+    with pytest.raises(
+        ValueError, match=r"interchange_weight=0\.05, and the interchange loss left in this version; use"
+    ):
+        refuse_other_run(stored, identity())
 
 
 def test_a_sparse_model_that_trains_may_have_changed_weights():

@@ -40,8 +40,7 @@ def test_the_plan_names_the_start_and_the_sites_of_a_step():
     steps = plan(closed_form=False, sites_per_step="all", steps=0)[3]
     assert steps == "random start, then 0 steps of 16 rows = 0 tokens, 5 of 5 sites a step"
     few = WORK._replace(train_rows=30, start_rows=30)
-    started = "closed form from 300 tokens and 30 pairs of rows, then"
-    assert plan(work=few, interchange_weight=0.1)[3].startswith(started)
+    assert plan(work=few)[3].startswith("closed form from 300 tokens, then")
 
 
 def test_tokens_of_the_plan_are_those_without_padding():
@@ -52,7 +51,7 @@ def test_tokens_of_the_plan_are_those_without_padding():
 
 def test_a_resumed_run_says_where_it_resumes_and_plans_what_is_left():
     resumed = WORK._replace(steps_done=40, start_rows=0)
-    lines = plan(work=resumed, interchange_weight=0.1)
+    lines = plan(work=resumed)
     assert lines[3] == "resumes at step 40, then 60 steps of 16 rows = 9.6k tokens, 2 of 5 sites a step"
     assert lines[4].endswith("0 MiB for moments")
     assert plan(work=resumed, steps=40)[3].startswith("resumes at step 40, then 0 steps")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bridges.fitting.ridge import RIDGES, STD_FLOOR, Moments, Penalty, gather, standard_deviations
+from bridges.fitting.ridge import RIDGES, STD_FLOOR, Moments, gather, standard_deviations
 
 
 def rows(n, d, seed, dtype=torch.float64, offset=0.0, condition=1.0):
@@ -239,23 +239,6 @@ def test_two_processes_share_the_mean_of_their_first_chunks_as_shift_and_end_wit
     torch.testing.assert_close(found.shift_x, shift[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(found.solve(0.0).weight, regress(x, y)[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.solve(0.0).bias, regress(x, y)[1], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_penalty_is_minimised_together_with_the_nmse(reverse):
-    """The gradient of NMSE + ridge + penalty, by autograd, is zero at the solution."""
-    x, y = rows(100, 4, 40, offset=2.0), rows(100, 3, 41)
-    source, target = (y, x) if reverse else (x, y)
-    d_in, d_out, generator = source.shape[1], target.shape[1], torch.Generator().manual_seed(42)
-    diagonal = torch.rand(d_in, generator=generator, dtype=torch.float64)
-    cross = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    found = moments_of((x, y)).solve(0.2, reverse, Penalty(diagonal, cross, 0.7))
-    weight, bias = (tensor.clone().requires_grad_() for tensor in found)
-    variance = (target - target.mean(0)).square().sum()
-    ridge = 0.2 * len(source) * (weight.square() * source.var(0, unbiased=False)).sum() / variance
-    penalty = 0.7 * ((weight.square() * diagonal).sum() - 2 * (weight * cross).sum())
-    loss = (source @ weight.T + bias - target).square().sum() / variance + ridge + penalty
-    assert max(slope.abs().max() for slope in torch.autograd.grad(loss, [weight, bias])) < 1e-12
 
 
 def test_moments_keep_their_precision_in_a_run_of_mixed_precision():

@@ -11,7 +11,7 @@ from bridges.fitting.gradients import Objective, Weights
 from bridges.fitting.selection import KL_SITES, Selection, interval
 from bridges.fitting.start import start_from_checkpoint
 
-WEIGHTS = Weights(0.5, 1.5, 2.0, 1.0, 0.0)
+WEIGHTS = Weights(0.5, 1.5, 2.0, 1.0)
 
 
 def selection(pair=None, batches=None, **settings):
