@@ -60,6 +60,8 @@ EDGES_SHOWN, CONTEXTS = 20, 4
 def load_bridges() -> BridgeSet:
     """The bridges of the bundled pair, as `bridges demo --fit` fits them; their `report` has the held-out figures.
 
+    They are stored in half precision, which makes the package 5 MB smaller, and given in float32.
+
     >>> import bridges
     >>> pair, bridge_set = bridges.load_pair(), load_bridges()
     >>> bridge_set.check_models(pair.dense, pair.sparse)
@@ -67,7 +69,7 @@ def load_bridges() -> BridgeSet:
     ['0.attn', '0.mlp', '1.attn', '1.mlp', 'final']
     """
     with as_file(files("bridges") / "assets" / "bridges") as folder:
-        return BridgeSet.from_pretrained(folder)
+        return BridgeSet.from_pretrained(folder).float()
 
 
 def demo(
