@@ -237,8 +237,8 @@ def test_with_dropout_micro_batches_are_divided_by_the_variance_of_the_streams_t
     batches = [(ids[:1], MASK[:1]), (ids[1:], MASK[1:])]
     runs, trace = [], pair.sparse.trace
 
-    def recorded(*args):
-        runs.append(trace(*args))
+    def recorded(*args, **options):
+        runs.append(trace(*args, **options))
         return runs[-1]
 
     monkeypatch.setattr(pair.sparse, "trace", recorded)
