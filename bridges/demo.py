@@ -51,7 +51,9 @@ PROMPTS = 200
 """Prompts that steering is reported on, others than those that channels are chosen on."""
 TEXT_ROWS = 32
 """Rows of text that ablations are measured on: of the training split to choose channels, of the held-out to report."""
-TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS = 3000, 300
+TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
+KL_TOKENS, FEATURE_TOKENS = 4096, 16_384
+"""Held-out tokens for the KLs of bundled bridges, whose report has them on more, and for what a channel does on text."""
 PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
 """Of the bundled circuit."""
 EDGES_SHOWN, CONTEXTS = 20, 4
@@ -83,7 +85,8 @@ def demo(
     """
     out, console, pair = Path(out), Console(), load_pair()
     seq_len, seed = (config or SETTINGS).seq_len or DEFAULT_SEQ_LEN, (config or SETTINGS).seed
-    train = demo_rows(pair, "train", TRAIN_DOCUMENTS, seq_len, seed)
+    # Without a fit only the first rows of the training split are needed, to choose channels on.
+    train = demo_rows(pair, "train", SEARCH_DOCUMENTS if config is None else TRAIN_DOCUMENTS, seq_len, seed)
     heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, seq_len, seed)
     bridge_set, report = measured_bridges(pair, train, heldout, config, console, progress)
     bridge_set.save_pretrained(out / "bridges")
@@ -102,7 +105,7 @@ def demo(
     one, few = steer_quotes(pair, bridge_set, pairs, circuit, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
     read = read_node(pair, bridge_set, one, heldout, progress)
     write_json(out / "feature.json", read.to_dict())
-    console.print("\nThe channel that turns both models, on text", style="bold")
+    console.print("\nThe channel that does most to both models, on text", style="bold")
     console.print(str(read), highlight=False, soft_wrap=True, markup=False)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
@@ -121,7 +124,7 @@ def measured_bridges(
         console.print("Measuring the bundled bridges; --fit fits them anew.", style="bold")
         bridge_set = load_bridges()
         rows = heldout[: math.ceil(SETTINGS.heldout_tokens / heldout.shape[1])]
-        bridge_set.report = evaluate(pair.dense, pair.sparse, bridge_set, rows, progress=progress)
+        bridge_set.report = evaluate(pair.dense, pair.sparse, bridge_set, rows, kl_tokens=KL_TOKENS, progress=progress)
         return bridge_set, bridge_set.report
     console.print("Fitting bridges for the bundled pair: closed form, then gradient steps.", style="bold")
     config = config.with_settings({"progress": progress})
@@ -172,7 +175,9 @@ def read_node(pair: BundledPair, bridge_set: BridgeSet, one: Sweep, text: Tensor
     """What the channel of a sweep does on text, in both models."""
     node = f"{one.chosen.site}.read.{one.chosen.channels[0]}"
     models = {"dense": pair.dense, "bridge_set": bridge_set, "tokenizer": pair.tokenizer}
-    return feature(pair.sparse, node, text, task=TASK, contexts=CONTEXTS, progress=progress, **models)
+    return feature(
+        pair.sparse, node, text, task=TASK, contexts=CONTEXTS, text_tokens=FEATURE_TOKENS, progress=progress, **models
+    )
 
 
 def steer_quotes(
