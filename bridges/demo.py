@@ -18,7 +18,7 @@ from bridges.channels.find import CHOSEN_ON, find
 from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import frozen_pair
 from bridges.channels.runs import Prompts
-from bridges.channels.search import MAX_CHANNELS, SearchOptions
+from bridges.channels.search import SearchOptions
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
 from bridges.circuits.circuit import Circuit
@@ -53,10 +53,10 @@ TEXT_ROWS = 32
 """Rows of text that ablations are measured on: of the training split to choose channels, of the held-out to report."""
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
 KL_TOKENS, FEATURE_TOKENS = 4096, 16_384
-"""Held-out tokens for the KLs of bundled bridges, whose report has them on more, and for what a channel does on text."""
+"""Held-out tokens for the KLs of the bundled bridges, and for what a channel does on text."""
 PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
 """Of the bundled circuit."""
-EDGES_SHOWN, CONTEXTS = 20, 4
+EDGES_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 4, 4
 
 
 def load_bridges() -> BridgeSet:
