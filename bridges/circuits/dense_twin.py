@@ -25,7 +25,7 @@ SMALL = 0.8
 """A control's circuit of which this share is no more than the circuit does as well."""
 
 
-def load_dense_twin(source: ModelSource, model: SparseTransformer, tokenizer: Any) -> SparseTransformer:
+def load_dense_twin(source: ModelSource, model: ModelSource, tokenizer: Any) -> SparseTransformer:
     """The model that `source` is or holds.
 
     Raises ValueError unless it is another `SparseTransformer` with the tokens of `model`; its tokenizer is compared
@@ -35,16 +35,16 @@ def load_dense_twin(source: ModelSource, model: SparseTransformer, tokenizer: An
     if not isinstance(twin, SparseTransformer):
         raise ValueError(
             f"dense_twin={type(twin).__name__} must be a SparseTransformer with dense weights: nodes of another class "
-            "are not comparable; bridges.pretrain with target_density=1 trains one"
+            "are not comparable; bridges.pretrain with support='projected' and target_density=1 trains one"
         )
-    if twin is model:
+    own = as_residual(model)
+    if twin is own.model:
         raise ValueError(
             "dense_twin is the model that the circuit was pruned from; pass one trained with dense weights"
         )
-    sizes = twin.config.vocab_size, model.config.vocab_size
-    own = None if tokenizer is None else find_tokenizer(source)
-    other_words = own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab()
-    if sizes[0] != sizes[1] or other_words:
+    sizes, saved = (twin.config.vocab_size, own.vocab_size), find_tokenizer(source)
+    known = tokenizer is not None and saved is not None
+    if sizes[0] != sizes[1] or (known and saved.get_vocab() != tokenizer.get_vocab()):
         raise ValueError(
             f"dense_twin has other tokens than the model ({sizes[0]} and {sizes[1]} of them); pass one that was "
             "trained with the same tokenizer"
