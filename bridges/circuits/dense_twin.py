@@ -43,8 +43,8 @@ def load_dense_twin(source: ModelSource, model: ModelSource, tokenizer: Any) -> 
             "dense_twin is the model that the circuit was pruned from; pass one trained with dense weights"
         )
     sizes, saved = (twin.config.vocab_size, own.vocab_size), find_tokenizer(source)
-    known = tokenizer is not None and saved is not None
-    if sizes[0] != sizes[1] or (known and saved.get_vocab() != tokenizer.get_vocab()):
+    other_words = tokenizer is not None and saved is not None and saved.get_vocab() != tokenizer.get_vocab()
+    if sizes[0] != sizes[1] or other_words:
         raise ValueError(
             f"dense_twin has other tokens than the model ({sizes[0]} and {sizes[1]} of them); pass one that was "
             "trained with the same tokenizer"
