@@ -47,7 +47,7 @@ def attributions(
     >>> pairs = bridges.task_pairs("for_while", tokenizer, 4)
     >>> means = node_means(sparse, [(pairs.input_ids, pairs.attention_mask)])
     >>> attributions(sparse, Presented.of(pairs, "cpu"), means)["final.read"].shape
-    torch.Size([1024])
+    torch.Size([2048])
     """
     n = len(prompts.sign)
     # A node at (1 - share) * value + share * mean: the gradient of a share that is zero is the attribution, summed over

@@ -134,7 +134,7 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     >>> input_ids = torch.tensor([[5, 17, 4]])
     >>> residuals, logits = residual_model.residuals(input_ids)
     >>> residuals[0].shape
-    torch.Size([1, 3, 64])
+    torch.Size([1, 3, 128])
     >>> torch.equal(residual_model.run_from("1.attn", residuals[2], input_ids), dense(input_ids).logits)
     True
     """

@@ -71,12 +71,11 @@ def steer(
     than those the bridges were fitted to (unless `check_models` is False), at strength 0 too.
 
     >>> import bridges, torch
-    >>> pair = bridges.load_pair()
-    >>> ids = torch.randint(1024, (16, 16), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
-    >>> with steer(pair.dense, bridge_set, Edit("0.mlp", 3, 2.0, "add")) as dense, torch.no_grad():
-    ...     steered = dense(ids[:1]).logits  # [1, 16, 1024]
-    >>> torch.equal(steered, pair.dense(ids[:1]).logits)
+    >>> pair, bridge_set = bridges.load_pair(), bridges.load_bridges()
+    >>> ids = torch.randint(1024, (1, 16), generator=torch.Generator().manual_seed(0))
+    >>> with steer(pair.dense, bridge_set, Edit("0.mlp", 753, 2.0, "add")) as dense, torch.no_grad():
+    ...     steered = dense(ids).logits  # [1, 16, 1024]
+    >>> torch.equal(steered, pair.dense(ids).logits)
     False
     """
     edits = as_edit_list(edits)

@@ -34,7 +34,7 @@ def searched(monkeypatch):
         pairs = planted_pairs(shuffled=task == "nonsense").replaced(task=task)
         return prune(model, pairs, text=planted_text(), progress=False, **settings)
 
-    def planted_controls(model, circuit, *, tokenizer, progress):
+    def planted_controls(model, circuit, *, tokenizer, dense_twin, progress):
         return controls(model, circuit, FRESH, text=planted_text(), progress=False)
 
     monkeypatch.setattr(many, "prune", planted_prune)
