@@ -1,4 +1,4 @@
-"""bridges demo: bridges of the bundled pair, a circuit of its sparse model, one of its channels read and turned."""
+"""bridges demo: bridges of the bundled pair, a circuit of its sparse model, its channels read and turned."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ KL_TOKENS, FEATURE_TOKENS = 4096, 16_384
 """Held-out tokens for the KLs of the bundled bridges, and for what a channel does on text."""
 PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
 """Of the bundled circuit."""
-EDGES_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 4, 4
+EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
 
 
 def load_bridges() -> BridgeSet:
@@ -102,11 +102,12 @@ def demo(
     console.print("\nThe circuit of closing quotes in the sparse model", style="bold")
     console.print(circuit_text(pair, circuit, pairs.rows(CHOSEN_ON)), highlight=False, soft_wrap=True, markup=False)
 
+    read = read_circuit(pair, bridge_set, circuit, heldout, progress)
+    write_json(out / "features.json", [one.to_dict() for one in read])
+    console.print("\nWhat its channels of the stream do on text, in both models", style="bold")
+    console.print("\n\n".join(map(str, read)), highlight=False, soft_wrap=True, markup=False)
+
     one, few = steer_quotes(pair, bridge_set, pairs, circuit, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
-    read = read_node(pair, bridge_set, one, heldout, progress)
-    write_json(out / "feature.json", read.to_dict())
-    console.print("\nThe channel that does most to both models, on text", style="bold")
-    console.print(str(read), highlight=False, soft_wrap=True, markup=False)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
@@ -171,13 +172,14 @@ def circuit_text(pair: BundledPair, circuit: Circuit, pairs: TaskPairs) -> str:
     return "\n".join(lines)
 
 
-def read_node(pair: BundledPair, bridge_set: BridgeSet, one: Sweep, text: Tensor, progress: bool) -> Feature:
-    """What the channel of a sweep does on text, in both models."""
-    node = f"{one.chosen.site}.read.{one.chosen.channels[0]}"
+def read_circuit(
+    pair: BundledPair, bridge_set: BridgeSet, circuit: Circuit, text: Tensor, progress: bool
+) -> list[Feature]:
+    """What the channels that the circuit reads do on text, in both models."""
+    options = {"task": TASK, "contexts": CONTEXTS, "weights": CONTEXTS, "text_tokens": FEATURE_TOKENS}
     models = {"dense": pair.dense, "bridge_set": bridge_set, "tokenizer": pair.tokenizer}
-    return feature(
-        pair.sparse, node, text, task=TASK, contexts=CONTEXTS, text_tokens=FEATURE_TOKENS, progress=progress, **models
-    )
+    reads = [f"{place}.{i}" for place, nodes in circuit.nodes.items() if place.endswith("read") for i in nodes]
+    return [feature(pair.sparse, node, text, progress=progress, **models, **options) for node in reads[:READS_SHOWN]]
 
 
 def steer_quotes(

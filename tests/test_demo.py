@@ -6,6 +6,7 @@ import pytest
 
 import bridges
 from bridges import demo as module
+from bridges.circuits.controls import necessity
 from bridges.demo import SETTINGS, demo
 
 INTERFACE = {
@@ -52,6 +53,20 @@ def test_the_bundled_bridges_are_what_their_report_says():
         assert measured.mean[name] == pytest.approx(bridge_set.report.mean[name], rel=0.25), name
 
 
+def test_the_bundled_circuit_is_what_it_says():
+    """Of the bundled model; its figures can be computed again; it is right on new pairs and nothing is without it."""
+    pair, circuit = bridges.load_pair(), module.demo_circuit(bridges.load_pair())
+    circuit.check_model(pair.sparse)
+    assert circuit.n_nodes <= 15 and circuit.n_edges <= 12
+    pairs = bridges.task_pairs(module.TASK, pair.tokenizer, 64, seed=7)
+    fresh = circuit.evaluate(pair.sparse, pairs)
+    assert fresh.accuracy == 1 and fresh.loss < 0.05
+    without = necessity(pair.sparse, circuit, pairs)
+    assert without["accuracy"] < 0.6 and without["loss"] > 0.6
+    for name in ("shuffled_labels", "meaningless_cue", "permuted_weights", "forbidden"):
+        assert circuit.controls[name]["nodes"] is None, name
+
+
 def check_files(folder, n_prompts):
     """Every file is there, and says the same as the others."""
     report = json.loads((folder / "report.json").read_text())
@@ -70,6 +85,10 @@ def check_files(folder, n_prompts):
     assert 1 <= len(few["channel"]) <= 3 and few["p_target_sparse_model"][-1] > few["p_target_sparse_model"][0]
     assert steering["side_effects"]["tokens"] > 0 and steering["side_effects"]["kl_other_tasks"] > 0
     assert bridges.BridgeSet.from_pretrained(folder / "bridges").report.to_dict() == report
+    circuit = bridges.Circuit.load(folder / "circuit")
+    features = json.loads((folder / "features.json").read_text())
+    assert circuit.task == module.TASK and 1 <= len(features) <= module.READS_SHOWN
+    assert all(".read." in one["node"] and one["dense"] is not None for one in features)
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert f"Channel {steering['channel']}" in page

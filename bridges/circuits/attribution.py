@@ -21,10 +21,10 @@ PROMPTS_PER_PASS = 64
 def attributions(
     model: SparseTransformer,
     prompts: Presented,
-    means: Mapping[str, Float[Tensor, " d"]],
+    means: Mapping[str, Float[Tensor, " _"]],
     prompts_per_pass: int = PROMPTS_PER_PASS,
     after_pass: Callable[[], object] = lambda: None,
-) -> dict[str, Float[Tensor, " d"]]:
+) -> dict[str, Float[Tensor, " _"]]:
     """How much the task loss rises, to first order, when a node alone is frozen at its mean; by place, in nats.
 
     That is the sum over prompts and positions of the gradient with respect to the node's value times (mean - value).

@@ -88,7 +88,7 @@ class Circuit:
         """How many weights join them."""
         return len(self.edges)
 
-    def masks(self, model: SparseTransformer) -> dict[str, Bool[Tensor, " d"]]:
+    def masks(self, model: SparseTransformer) -> dict[str, Bool[Tensor, " _"]]:
         """Which nodes are on, by place. ValueError if the model has other places."""
         sizes = place_sizes(model)
         if unknown := self.nodes.keys() - sizes.keys():
@@ -170,7 +170,7 @@ def figures(differences: Tensor, prompts: Presented, calibration: Calibration) -
 
 
 @torch.no_grad()
-def edges_between(model: SparseTransformer, on: Mapping[str, Bool[Tensor, " d"]]) -> list[Edge]:
+def edges_between(model: SparseTransformer, on: Mapping[str, Bool[Tensor, " _"]]) -> list[Edge]:
     """The nonzero weights between nodes that are on, in the order of computation."""
     found: list[Edge] = []
     for layer, block in enumerate(model.blocks):

@@ -29,8 +29,8 @@ class Masks:
 
     def __init__(
         self,
-        means: Mapping[str, Float[Tensor, " d"]],
-        allowed: Mapping[str, Bool[Tensor, " d"]],
+        means: Mapping[str, Float[Tensor, " _"]],
+        allowed: Mapping[str, Bool[Tensor, " _"]],
         generator: torch.Generator,
     ):
         self.means, self.allowed = dict(means), dict(allowed)
@@ -40,7 +40,7 @@ class Masks:
             start = torch.where(allowed[place], INITIAL_VALUE + noise, -1.0)
             self.parameters[place] = start.requires_grad_()
 
-    def on(self) -> dict[str, Bool[Tensor, " d"]]:
+    def on(self) -> dict[str, Bool[Tensor, " _"]]:
         """Which nodes are on, by place."""
         return {place: parameter.detach() > 0 for place, parameter in self.parameters.items()}
 
@@ -65,7 +65,7 @@ class Masks:
 
 
 def ablated(
-    model: SparseTransformer, on: Mapping[str, Bool[Tensor, " d"]], means: Mapping[str, Float[Tensor, " d"]]
+    model: SparseTransformer, on: Mapping[str, Bool[Tensor, " _"]], means: Mapping[str, Float[Tensor, " _"]]
 ) -> AbstractContextManager[None]:
     """Context in which the nodes that are not on are frozen at their means; the others stay bit for bit."""
     functions = {

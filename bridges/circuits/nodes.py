@@ -117,7 +117,7 @@ def recorded_nodes(model: SparseTransformer, places: Iterable[str] | None = None
 
 
 @torch.no_grad()
-def node_means(model: SparseTransformer, batches: Iterable[Batch]) -> dict[str, Float[Tensor, " d"]]:
+def node_means(model: SparseTransformer, batches: Iterable[Batch]) -> dict[str, Float[Tensor, " _"]]:
     """Each node's mean over the real tokens of some text, by place: what an ablated node is frozen at.
 
     Raises ValueError if there are no tokens.

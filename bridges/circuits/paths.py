@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from bridges.circuits.nodes import FINAL, place_sizes
 from bridges.models.sparse.model import SparseTransformer
 
-Masks = Mapping[str, Bool[Tensor, " d"]]
+Masks = Mapping[str, Bool[Tensor, " _"]]
 
 
 @torch.no_grad()
 def on_paths(
     model: SparseTransformer, tokens: Sequence[int], answers: Sequence[int], on: Masks | None = None
-) -> dict[str, Bool[Tensor, " d"]]:
+) -> dict[str, Bool[Tensor, " _"]]:
     """The nodes that a path of nonzero weights through nodes that are on joins to a token and to an answer.
 
     What a node is frozen at may differ from zero, so a head whose q or k moves is a path through all of its output, and

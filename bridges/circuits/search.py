@@ -19,7 +19,7 @@ from bridges.io.progress import Bar
 from bridges.models.sparse.model import SparseTransformer
 from bridges.tasks.pairs import TaskPairs
 
-On = dict[str, Bool[Tensor, " d"]]
+On = dict[str, Bool[Tensor, " _"]]
 CALIBRATION_PAIRS = 32
 """Training pairs that the scale and the shift of a circuit's logits are fitted on."""
 TRIALS, FAILURES = 100, 12
@@ -46,7 +46,7 @@ class Judged(NamedTuple):
 class Ranking(NamedTuple):
     """The order in which a circuit takes nodes: those of the largest scores first."""
 
-    scores: Mapping[str, Float[Tensor, " d"]]
+    scores: Mapping[str, Float[Tensor, " _"]]
     """By place; minus infinity where a node stays off."""
     first_try: int
     """How many nodes the bisection begins with."""
@@ -64,7 +64,7 @@ class Search:
         pairs: TaskPairs,
         means: Mapping[str, Tensor],
         config: PruneConfig,
-        forbidden: Mapping[str, Bool[Tensor, " d"]] | None = None,
+        forbidden: Mapping[str, Bool[Tensor, " _"]] | None = None,
     ):
         n = len(pairs.input_ids)
         if n < 4:
