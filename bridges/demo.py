@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.channels.feature import feature
-from bridges.channels.find import CHOSEN_ON, find
+from bridges.channels.find import CHOSEN_ON, find_sizes
 from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import frozen_pair
 from bridges.channels.runs import Prompts
@@ -52,8 +51,8 @@ PROMPTS = 200
 TEXT_ROWS = 32
 """Rows of text that ablations are measured on: of the training split to choose channels, of the held-out to report."""
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
-KL_TOKENS, FEATURE_TOKENS = 4096, 16_384
-"""Held-out tokens for the KLs of the bundled bridges, and for what a channel does on text."""
+EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 16_384
+"""Held-out tokens for NMSEs and KLs of the bundled bridges, whose own report has more, and for what a channel does."""
 PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
 """Of the bundled circuit."""
 EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
@@ -124,7 +123,7 @@ def measured_bridges(
     if config is None:
         console.print("Measuring the bundled bridges; --fit fits them anew.", style="bold")
         bridge_set = load_bridges()
-        rows = heldout[: math.ceil(SETTINGS.heldout_tokens / heldout.shape[1])]
+        rows = heldout[: EVAL_TOKENS // heldout.shape[1]]
         bridge_set.report = evaluate(pair.dense, pair.sparse, bridge_set, rows, kl_tokens=KL_TOKENS, progress=progress)
         return bridge_set, bridge_set.report
     console.print("Fitting bridges for the bundled pair: closed form, then gradient steps.", style="bold")
@@ -200,8 +199,8 @@ def steer_quotes(
         nodes = circuit_channels(circuit, models, TASK)
         chosen_on, reported = (Prompts(models, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
         sweeps = []
-        for most in (1, MAX_CHANNELS):
-            found = find(models, chosen_on, search_text, SearchOptions(most, by="both"), progress, nodes)
+        options = SearchOptions(MAX_CHANNELS, by="both")
+        for found in find_sizes(models, chosen_on, search_text, options, progress, nodes):
             sweeps.append(
                 sweep_prompts(
                     models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement, progress

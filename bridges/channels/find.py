@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,20 @@ def find(
     circuit_nodes: Mapping[tuple[str, int], tuple[str, ...]] | None = None,
 ) -> FoundChannels:
     """`find_channels` on prompts and text that are checked, and a circuit as `circuit_channels` returns it."""
+    return find_sizes(pair, prompts, text, options, progress, circuit_nodes, single=(False,))[0]
+
+
+@torch.no_grad()
+def find_sizes(
+    pair: ModelPair,
+    prompts: Prompts,
+    text: Int[Tensor, "rows seq"],
+    options: SearchOptions,
+    progress: bool = False,
+    circuit_nodes: Mapping[tuple[str, int], tuple[str, ...]] | None = None,
+    single: Sequence[bool] = (True, False),
+) -> list[FoundChannels]:
+    """`find` for one channel alone (where `single`) and for up to `options.most`, which share their edits."""
     from scipy.stats import spearmanr
 
     n_sites, n = len(pair.bridge_set), len(prompts)
@@ -150,13 +164,16 @@ def find(
     )
     search = Search(pair, prompts, text, options, progress, circuit_nodes or ())
     ranking = _rank_single_channels(search)
-    sets = smallest_sufficient(search.find_sets(), options.by)
     agreement: Any = spearmanr([one.predicted for one in ranking], [one.effect for one in ranking])[0]
-    nodes = None
-    if circuit_nodes is not None:
-        best = sets[-1].channels
-        nodes = tuple(circuit_nodes.get((best.site, channel), ()) for channel in best.channels)
-    return FoundChannels(prompts.pairs.task, ranking, float(agreement), sets, nodes)
+    found = []
+    for alone in single:
+        sets = smallest_sufficient(search.find_sets(alone), options.by)
+        nodes = None
+        if circuit_nodes is not None:
+            best = sets[-1].channels
+            nodes = tuple(circuit_nodes.get((best.site, channel), ()) for channel in best.channels)
+        found.append(FoundChannels(prompts.pairs.task, ranking, float(agreement), sets, nodes))
+    return found
 
 
 def _rank_single_channels(search: Search) -> list[RankedChannel]:
