@@ -56,6 +56,7 @@ EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 16_384
 PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
 """Of the bundled circuit."""
 EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
+PAIRS_SEED = 1
 
 
 def load_bridges() -> BridgeSet:
@@ -97,7 +98,8 @@ def demo(
 
     circuit = demo_circuit(pair, anew=config is not None, progress=progress)
     circuit.save(out / "circuit")
-    pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts)
+    # Others than the pairs that the circuit was found on, which have seed 0.
+    pairs = task_pairs(TASK, pair.tokenizer, CHOSEN_ON + prompts, seed=PAIRS_SEED)
     console.print("\nThe circuit of closing quotes in the sparse model", style="bold")
     console.print(circuit_text(pair, circuit, pairs.rows(CHOSEN_ON)), highlight=False, soft_wrap=True, markup=False)
 
