@@ -24,7 +24,7 @@ import torch
 import bridges
 from bridges.circuits.controls import permuted_weights, shuffled_labels
 from bridges.circuits.dense_twin import load_dense_twin, text_ce
-from bridges.circuits.search import searched_size
+from bridges.circuits.search import found_size, search_result
 from bridges.circuits.task_loss import Calibration, Presented, accuracy, answer_differences
 from bridges.circuits.text import mean_text
 from bridges.io.files import read_json, replacing, write_json
@@ -123,16 +123,18 @@ class Bench:
                 if str(target) not in known:
                     started = perf_counter()
                     # Where even all nodes stay over a target, no lower one is searched for.
-                    size = unreached or searched_size(
-                        lambda series=series, target=target: bridges.prune(
-                            self.models[series.model],
-                            shuffled_labels(pairs) if series.shuffled else pairs,
-                            tokenizer=self.tokenizer,
-                            text=text,
-                            method=series.method,
-                            target_loss=target,
-                            progress=False,
-                            **self.settings,
+                    size = unreached or found_size(
+                        search_result(
+                            lambda series=series, target=target: bridges.prune(
+                                self.models[series.model],
+                                shuffled_labels(pairs) if series.shuffled else pairs,
+                                tokenizer=self.tokenizer,
+                                text=text,
+                                method=series.method,
+                                target_loss=target,
+                                progress=False,
+                                **self.settings,
+                            )
                         )
                     )
                     known[str(target)] = {**size, "seconds": perf_counter() - started}
