@@ -53,8 +53,6 @@ TEXT_ROWS = 32
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
 EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 16_384
 """Held-out tokens for NMSEs and KLs of the bundled bridges, whose own report has more, and for what a channel does."""
-PRUNE_SETTINGS: dict[str, Any] = {"seeds": 1}
-"""Of the bundled circuit."""
 EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
 PAIRS_SEED = 1
 
@@ -153,7 +151,7 @@ def sources(pair: BundledPair) -> dict[str, dict[str, str]]:
 def demo_circuit(pair: BundledPair, anew: bool = False, progress: bool = False) -> Circuit:
     """The circuit of closing quotes in the bundled sparse model: the bundled one, or pruned anew."""
     if anew:
-        return prune(pair.sparse, TASK, tokenizer=pair.tokenizer, progress=progress, **PRUNE_SETTINGS)
+        return prune(pair.sparse, TASK, tokenizer=pair.tokenizer, progress=progress)
     with as_file(files("bridges") / "assets" / "circuit") as folder:
         return Circuit.load(folder)
 
