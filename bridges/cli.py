@@ -70,7 +70,9 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Where to write; files of an earlier demo are replaced.")] = Path(
         "runs/demo"
     ),
-    fit_anew: Annotated[bool, typer.Option("--fit", help="Fit the bridges and search the circuit anew, in some minutes more.")] = False,
+    fit_anew: Annotated[
+        bool, typer.Option("--fit", help="Fit bridges and find the circuit anew; takes minutes.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=0, help="Fit them anew with so many gradient steps.")] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts to steer.")] = 200,
 ) -> None:
