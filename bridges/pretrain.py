@@ -95,6 +95,11 @@ def pretrain(
     with ProcessGroup(config.mixed_precision) as processes:
         residual = as_residual(sparse, processes.device)
         model = _trainable(residual.model)
+        if config.cuda_graph and (processes.world_size > 1 or model.config.dropout > 0):
+            raise ValueError(
+                f"cuda_graph=True needs one process and a model without dropout, got {processes.world_size} and "
+                f"dropout={model.config.dropout}; leave it out"
+            )
         guide = None if teacher is None else as_residual(teacher, processes.device)
         if guide is not None and guide.model is model:
             raise ValueError("teacher and sparse are the same model; a model learns nothing from itself")

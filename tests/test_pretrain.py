@@ -60,6 +60,7 @@ RESULT_DEPENDS_ON = {
 """Another value of each setting that the weights depend on, and the settings that both runs have beside it."""
 
 TESTED_BY = {
+    "cuda_graph": "test_a_graph_is_refused_where_it_would_go_wrong",
     "eval_every": "test_rows_hold_mean_losses_and_held_out_ones_where_they_are_due",
     "eval_tokens": "test_rows_hold_mean_losses_and_held_out_ones_where_they_are_due",
     "log_every": "test_rows_hold_mean_losses_and_held_out_ones_where_they_are_due",
@@ -252,3 +253,9 @@ def test_a_frozen_model_has_nothing_to_train():
     model = sparse_model(layers=1).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         run(sparse=model)
+
+
+def test_a_graph_is_refused_where_it_would_go_wrong():
+    """What it computes: tests/sparsity/test_pretraining.py, and on a GPU tests/gpu."""
+    with pytest.raises(ValueError, match="cuda_graph=True needs one process and a model without dropout, got 1 and"):
+        pretrain(sparse_model(layers=1, dropout=0.1), tokens(8, 8), cuda_graph=True, progress=False)

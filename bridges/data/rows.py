@@ -54,8 +54,12 @@ class Rows:
 
     def take(self, start: int, count: int) -> Batch:
         """Rows `start` to `start + count` of the endless sequence of shuffled epochs."""
-        epoch_and_index = [divmod(position, len(self)) for position in range(start, start + count)]
-        index = torch.tensor([int(_order(len(self), self.seed, epoch)[i]) for epoch, i in epoch_and_index])
+        parts, stop = [], start + count
+        while start < stop:
+            epoch, first = divmod(start, len(self))
+            parts.append(_order(len(self), self.seed, epoch)[first : first + stop - start])
+            start += len(parts[-1])
+        index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
         return self.input_ids[index], None if self.attention_mask is None else self.attention_mask[index]
 
     def batch(self, start: int, stop: int) -> Batch:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridges.ops.compiled import has_kernel
+from bridges.ops.compiled import has_kernel, has_triton_kernel
 
 MAX_COUNTED_CHANNELS = 8
 """Up to this many channels, `abs_topk_at` counts what ranks before each; for more, finding every row's threshold is
@@ -100,6 +100,12 @@ def _kept_at_eager(x: Float[Tensor, "*batch d"], k: int, channels: Sequence[int]
 def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
     """True at the `k` entries of largest magnitude in every row, ties to the lowest index; everywhere if `k >= d`."""
     _check(x, k)
+    if k < x.shape[-1] and has_triton_kernel(x):
+        from bridges.ops import triton_kernels
+
+        bits = _BITS[x.dtype]
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous().view(bits.dtype)
+        return triton_kernels.topk_mask(rows, k, bits.infinity).view(x.shape)
     if k >= x.shape[-1] or not has_kernel(x):
         return abs_topk_mask_eager(x, k)
     from bridges.ops import kernels
@@ -118,7 +124,7 @@ def abs_topk_mask_eager(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*
     keys = _magnitude_keys(x.detach())
     threshold = keys.topk(k, sorted=False).values.amin(-1, keepdim=True)
     mask = keys >= threshold
-    if torch.compiler.is_compiling():  # a branch on values would break the graph
+    if x.is_cuda or torch.compiler.is_compiling():  # a branch on values would wait for the GPU, or break the graph
         return _break_ties(keys, threshold, k)
     has_ties = mask.sum(-1) > k
     if has_ties.any():

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 _HAS_NUMBA = find_spec("numba") is not None
+_HAS_TRITON = find_spec("triton") is not None
+MAX_TRITON_WIDTH = 16_384
+"""The longest row that a Triton kernel can hold in registers."""
 _forked_after_openmp = False
 """Whether an ancestor of this process had started OpenMP threads in numba before it forked."""
 _workqueue_lock = Lock()
@@ -26,6 +29,13 @@ def has_kernel(x: Tensor) -> bool:
     """Whether compiled kernels can run on this tensor: numba is installed and it is a plain tensor on the CPU."""
     plain = type(x) in (Tensor, nn.Parameter)  # other subclasses may hold no memory of their own
     return _HAS_NUMBA and x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
+
+
+def has_triton_kernel(x: Tensor) -> bool:
+    """Whether Triton kernels can run on the rows of this tensor: a plain tensor on a GPU, with rows that fit."""
+    fits = x.ndim > 1 and x.shape[-1] <= MAX_TRITON_WIDTH
+    plain = type(x) in (Tensor, nn.Parameter)
+    return _HAS_TRITON and x.is_cuda and fits and plain and not torch.compiler.is_compiling()
 
 
 def has_parallel_kernel(x: Tensor) -> bool:

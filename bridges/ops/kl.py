@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 _CHUNK = 128
 """Rows converted to float32 at a time: their probabilities take little memory."""
+_GPU_CHUNK_ENTRIES = 2**24
+"""Logits converted at a time on a GPU, 64 MiB of float32: enough rows to keep it busy."""
 
 
 def kl_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> Float[Tensor, ""]:
@@ -59,7 +61,8 @@ def row_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n
 
 
 def _chunks(logits: Float[Tensor, "n v"]) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, len(logits), _CHUNK))
+    size = max(_CHUNK, _GPU_CHUNK_ENTRIES // max(1, logits.shape[-1])) if logits.is_cuda else _CHUNK
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 def _chunk_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> RowDivergence:

@@ -20,9 +20,14 @@ from bridges.objective.normalizers import predicting_tokens
 from bridges.objective.sums import Reduce, no_reduce
 from bridges.ops.kl import kl_divergence
 from bridges.sparsity import projection
+from bridges.sparsity.graphed import GraphedStep
 from bridges.sparsity.moving import moved_masks, moving_share
 from bridges.sparsity.settings import PretrainConfig
 from bridges.sparsity.support import Support
+
+
+WARM_UP = 3
+"""Steps before one is recorded as a CUDA graph: they compile kernels and make the optimiser's moments."""
 
 
 class Losses(NamedTuple):
@@ -42,6 +47,13 @@ class Processes:
     reduce: Reduce = no_reduce
     sum_gradients: Callable[[Iterable[Tensor]], None] = lambda parameters: None
     autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+class _TokenCounts(NamedTuple):
+    """How many tokens the two losses are means over, all processes together."""
+
+    predicting: Float[Tensor, ""]
+    real: Float[Tensor, ""]
 
 
 class Densities(NamedTuple):
@@ -82,7 +94,16 @@ class Pretrainer:
         if config.support != "projected":
             found = projection.supports(model) if masks is None else masks
             self.support = Support(model, found, use_kernels=config.mixed_precision == "no")
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, betas=(0.9, 0.95), eps=config.eps)
+        graphed = config.cuda_graph and model.device.type == "cuda"
+        # A graph reads the learning rate from the device.
+        lr = torch.tensor(config.lr, device=model.device) if graphed else config.lr
+        groups = self._parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=config.eps, capturable=graphed)
+        self._graphed = graphed
+        self._graph: tuple[object, GraphedStep] | None = None
+        """A recorded step, and what it holds for: `_recorded_for`."""
+        self._steps_here = 0
+        """Steps that this object has run kernel by kernel."""
 
     def kept(self, step: int) -> float:
         """The fraction of weights kept after a step, counted from 1."""
@@ -108,29 +129,61 @@ class Pretrainer:
         step = self.step + 1
         # Dropout is the only user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
-        losses, gradients = self.gradients(batches, whole=self.moves(step))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate(step))
+            else:
+                group["lr"] = self.learning_rate(step)
+        if self.moves(step):
+            losses, gradients = self._update(step, batches, whole=True)
+            self._move(step, gradients)
+        elif self._graphed and self._steps_here >= WARM_UP and all(mask is None for _, mask in batches):
+            losses = self._update_by_graph(step, batches)
+        else:
+            losses, _ = self._update(step, batches)
+        self.step = step
+        return losses
+
+    def _update(
+        self, step: int, batches: Sequence[Batch], whole: bool = False, counts: _TokenCounts | None = None
+    ) -> tuple[Losses, dict[str, Tensor]]:
+        """Gradients, the optimiser's step and the weights that stay zero; the gradients of `whole` tensors if asked."""
+        self._steps_here += 1
+        losses, gradients = self.gradients(batches, whole, counts)
         projection.clip_to_rms(parameter for group in self.optimizer.param_groups for parameter in group["params"])
         self.optimizer.step()
         if self.support is None:
             projection.project(self.model, self.kept(step), self.config.min_per_channel)
         else:
             self.support.scatter()
-        if self.moves(step):
-            self._move(step, gradients)
-        self.step = step
-        return losses
+        return losses, gradients
 
-    def losses(self, batches: Sequence[Batch], train: bool = False) -> Losses:
+    def _update_by_graph(self, step: int, batches: Sequence[Batch]) -> Losses:
+        """`_update` as a graph, which is recorded anew where tensors or constants have changed."""
+        rows = [ids for ids, _ in batches]
+        sizes = tuple(p.numel() for p in self.support.parameters()) if self.support is not None else self.kept(step)
+        recorded_for = (sizes, tuple(ids.shape for ids in rows))
+        if self._graph is None or self._graph[0] != recorded_for:
+            self._graph = None  # its memory goes to the next one
+            counts = self._token_counts(batches)
+
+            def update(static: Sequence[Tensor]) -> Losses:
+                return self._update(step, [(ids, None) for ids in static], counts=counts)[0]
+
+            self._graph = (recorded_for, GraphedStep(update, rows, self.model.device))
+        return Losses(*self._graph[1](rows))
+
+    def losses(
+        self, batches: Sequence[Batch], train: bool = False, counts: _TokenCounts | None = None
+    ) -> Losses:
         """The losses of some batches over all processes; with `train` their weighted sum is backpropagated."""
-        n_predicting, n_real = self._token_counts(batches)
+        n_predicting, n_real = self._token_counts(batches) if counts is None else counts
         device = self.model.device
         # In float64, whatever the model: a process without batches adds its zeros to the others' sums.
         ce, kl = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         for input_ids, attention_mask in batches:
-            ids = input_ids.to(device)
-            mask = None if attention_mask is None else attention_mask.to(device)
+            ids = input_ids.to(device, non_blocking=True)
+            mask = None if attention_mask is None else attention_mask.to(device, non_blocking=True)
             with self.processes.autocast():
                 target = self._target(ids, mask)
                 logits = self.model(ids, attention_mask=mask, use_cache=False).logits
@@ -151,13 +204,15 @@ class Pretrainer:
         row = {"eval/ce": losses.ce.item()}
         return row if self.teacher is None else {**row, "eval/kl": losses.kl.item()}
 
-    def gradients(self, batches: Sequence[Batch], whole: bool = False) -> tuple[Losses, dict[str, Tensor]]:
+    def gradients(
+        self, batches: Sequence[Batch], whole: bool = False, counts: _TokenCounts | None = None
+    ) -> tuple[Losses, dict[str, Tensor]]:
         """Bring gradients, summed over processes, to what the optimiser trains; those of `whole` tensors if asked."""
         support, processes = self.support, self.processes
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
         with support.sparse_kernels() if support is not None and not whole else nullcontext():
-            losses = self.losses(batches, train=True)
+            losses = self.losses(batches, True, counts)
         if support is None:
             processes.sum_gradients(self.model.parameters())
             return losses, {}
@@ -199,13 +254,13 @@ class Pretrainer:
         logits = self.teacher.trace(ids.to(device), mask if mask is None else mask.to(device)).logits
         return logits.to(ids.device)
 
-    def _token_counts(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """How many tokens the two losses are means over; counted where the rows are, so no device is waited for."""
+    def _token_counts(self, batches: Sequence[Batch]) -> _TokenCounts:
+        """Counted where the rows are, so no device is waited for."""
         predicting = sum(int(predicting_tokens(ids, mask).sum()) for ids, mask in batches)
         real = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in batches)
         counts = self.processes.reduce(torch.tensor([float(predicting), float(real)])).clamp(min=1)
         device = self.model.device
-        return counts[0].to(device, non_blocking=True), counts[1].to(device, non_blocking=True)
+        return _TokenCounts(*(count.to(device, non_blocking=True) for count in counts))
 
 
 def prune_to_start(model: SparseTransformer, config: PretrainConfig) -> Densities:

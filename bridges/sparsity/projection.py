@@ -117,16 +117,10 @@ def largest(
 ) -> Bool[Tensor, "*shape"]:
     """The mask of the `count` entries of largest magnitude, with at least `min_per_channel` in every channel."""
     weight = weight.detach()
-    mask = abs_topk_mask(weight.flatten(), count).view(weight.shape)
-    if dim is None or min_per_channel < 1:
-        return mask
-    n_reserved = min(min_per_channel, weight.shape[1 - dim])
-    if mask.sum(1 - dim).amin() >= n_reserved:
-        return mask  # it holds the largest of each channel already, so reserving them changes nothing
-    reserved = abs_topk_mask(weight.movedim(dim, 0), n_reserved).movedim(0, dim).contiguous()
-    remaining = count - n_reserved * weight.shape[dim]
-    if remaining > 0:
-        # The largest of the rest are among the entries of the first mask that are not reserved.
-        candidates = (mask & ~reserved).flatten().nonzero().squeeze(1)
-        reserved.view(-1)[candidates[abs_topk_mask(weight.flatten()[candidates], remaining)]] = True
-    return reserved
+    if dim is not None and min_per_channel > 0:
+        n_reserved = min(min_per_channel, weight.shape[1 - dim])
+        reserved = abs_topk_mask(weight.movedim(dim, 0).contiguous(), n_reserved).movedim(0, dim)
+        # Reserved entries rank before all others. No branch on values, which would wait for a GPU.
+        weight = torch.where(reserved, torch.inf, weight)
+        count = max(count, n_reserved * weight.shape[dim])
+    return abs_topk_mask(weight.flatten(), count).view(weight.shape)

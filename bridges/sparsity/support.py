@@ -52,10 +52,17 @@ class _SparseTensor:
             return whole[index]
 
         state = optimizer.state.get(self.values, {})
-        for name, value in state.items():
-            if value.shape == self.values.shape:
-                state[name] = moved(value)
-        self.values.data, self.values.grad, self.index = moved(self.values.data), None, index
+        moments = {name: moved(value) for name, value in state.items() if value.shape == self.values.shape}
+        values = moved(self.values.data)
+        if len(index) == len(self.index):  # in place: a CUDA graph reads and writes these very tensors
+            for name, moment in moments.items():
+                state[name].copy_(moment)
+            self.values.data.copy_(values)
+            self.index.copy_(index)
+        else:
+            state.update(moments)
+            self.values.data, self.index = values, index
+        self.values.grad = None
         self.parameter.zero_()
         self.scatter()
 

@@ -10,7 +10,7 @@ from pairs import MASK, gpt2, sparse_model, tokens
 from bridges.models.loading import as_residual
 from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.model import SparseTransformer
-from bridges.sparsity import projection
+from bridges.sparsity import pretraining, projection
 from bridges.sparsity.moving import moved_mask, moving_share
 from bridges.sparsity.pretraining import Pretrainer, Processes, prune_to_start
 from bridges.sparsity.settings import PretrainConfig
@@ -218,3 +218,41 @@ def test_a_process_without_rows_adds_zeros_of_the_others_dtype():
     assert len(summed) == 4 and not summed[2].any() and not summed[3].any()
     for with_rows, without in zip(summed[:2], summed[2:], strict=True):
         assert with_rows.dtype == without.dtype and with_rows.shape == without.shape
+
+
+class Repeated:
+    """In place of a CUDA graph: runs the step on copies of the rows, whenever the graph would be replayed."""
+
+    made = 0
+
+    def __init__(self, step, rows, device):
+        Repeated.made += 1
+        self._step, self._rows = step, [ids.clone() for ids in rows]
+
+    def __call__(self, rows):
+        for own, ids in zip(self._rows, rows, strict=True):
+            own.copy_(ids)
+        return [result.clone() for result in self._step(self._rows)]
+
+
+@pytest.mark.parametrize("support", ["moving", "fixed", "projected"])
+def test_steps_by_a_graph_are_those_without_one(monkeypatch, support):
+    """All but the recording, which needs a GPU (tests/gpu): when a graph is made anew, and what it is given."""
+    monkeypatch.setattr(pretraining, "GraphedStep", Repeated)
+    monkeypatch.setattr(Repeated, "made", 0)
+    settings = {**SETTINGS, "support": support, "steps": 16}
+    if support == "fixed":
+        settings = {**settings, "start_density": None, "target_density": None}
+    trained = []
+    for graphed in (False, True):
+        model, config = sparse_model(), PretrainConfig(**settings)
+        trainer = Pretrainer(model, as_residual(gpt2()), config, prune_to_start(model, config))
+        trainer._graphed = graphed
+        losses = [trainer.train_step([(tokens(seed=step), None)]) for step in range(16)]
+        trained.append((model, losses))
+    (model, losses), (by_graph, losses_by_graph) = trained
+    assert losses == losses_by_graph
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), by_graph.parameters(), strict=True))
+    # Recorded anew at each new density, from step 4 on: a moving support has new ones after steps 6 and 8, and another
+    # number of weights moves at none; a projected one has one in each step up to 8.
+    assert Repeated.made == {"moving": 3, "fixed": 1, "projected": 5}[support]
