@@ -69,7 +69,7 @@ def train_step(model: GPT2LMHeadModel, optimizer: torch.optim.AdamW, batch: torc
 
 
 def graphed(model: GPT2LMHeadModel, optimizer: torch.optim.AdamW, like: torch.Tensor) -> Callable:
-    """`train_step` as one CUDA graph: its kernels are so small that launching them one by one takes most of the time."""
+    """`train_step` as one CUDA graph: its kernels take longer to launch one by one than to run."""
     static, state = like.clone(), deepcopy((model.state_dict(), optimizer.state_dict()))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # warm-up steps, which are undone below
@@ -98,7 +98,9 @@ def graphed(model: GPT2LMHeadModel, optimizer: torch.optim.AdamW, like: torch.Te
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 for name, default in DEFAULTS.items():
     parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=" ")
-parser.add_argument("--rows", default="", help="a tensor of token rows saved by torch.save; default: the bundled corpus")
+parser.add_argument(
+    "--rows", default="", help="a tensor of token rows saved by torch.save; default: the bundled corpus"
+)
 args = parser.parse_args()
 torch.manual_seed(args.seed)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +115,11 @@ optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), capturable=devic
 checkpoint = Path(args.run, "checkpoint.safetensors")
 first = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
 last = min(args.steps, first + (args.leg_steps or args.steps))
-step_on = graphed(model, optimizer, rows[: args.batch_size]) if device.type == "cuda" and args.graph else partial(train_step, model, optimizer)
+step_on = (
+    graphed(model, optimizer, rows[: args.batch_size])
+    if device.type == "cuda" and args.graph
+    else partial(train_step, model, optimizer)
+)
 for step in range(first, last):
     lr.fill_(args.lr * min((step + 1) / args.warmup, 1 - step / args.steps))
     loss = step_on(batch_of(rows, args.batch_size, step, args.seed))

@@ -49,6 +49,7 @@ RESULT_DEPENDS_ON = {
     "schedule": ("linear", {**SPARSE, "anneal": 1.0}),
     "min_per_channel": (3, SPARSE),
     "move_every": (1, SPARSE),
+    "move_by": ("magnitude", {**SPARSE, "anneal": 0.0, "move_every": 1}),
     "move_share": (0.5, SPARSE),
     "move_until": (0.1, {**SPARSE, "anneal": 0.0, "move_every": 1}),
     "lr": (2e-2, {}),

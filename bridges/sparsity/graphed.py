@@ -22,6 +22,7 @@ class GraphedStep:
         rows: Sequence[Int[Tensor, "b s"]],
         device: torch.device,
     ):
+        self._step = step  # what it closes over must live as long as the graph, which reads that memory
         self._rows = [ids.to(device, copy=True) for ids in rows]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -1,4 +1,4 @@
-"""A support that moves: the smallest weights make room for the zeros whose gradient is largest.
+"""A support that moves: the least important weights make room for the zeros whose gradient is largest.
 
 Source: the scheme of RigL (Evci et al. 2020), with the kept fraction falling at the same time. Between two moves only
 the nonzeros are multiplied and trained, so the cost of a step follows them.
@@ -27,6 +27,21 @@ def moving_share(step: int, steps: int, start: float, until: float) -> float:
 
 
 @torch.no_grad()
+def saliency(
+    values: Float[Tensor, " nonzeros"], squared_gradients: Float[Tensor, " nonzeros"]
+) -> Float[Tensor, " nonzeros"]:
+    """|w| times the root mean square of its gradient, whose square is twice the loss that removing w costs.
+
+    The second-order term of the loss, with the Fisher information for the Hessian (Optimal Brain Damage, Le Cun et al.
+    1990). A large weight that nothing depends on has none.
+
+    >>> saliency(torch.tensor([2.0, -1.0]), torch.tensor([0.0, 9.0]))
+    tensor([0., 3.])
+    """
+    return values.abs() * squared_gradients.sqrt()
+
+
+@torch.no_grad()
 def moved_masks(
     model: nn.Module,
     masks: Mapping[str, Bool[Tensor, "*shape"]],
@@ -34,6 +49,7 @@ def moved_masks(
     kept: float,
     share: float,
     min_per_channel: int = 1,
+    importance: Mapping[str, Float[Tensor, "*shape"]] | None = None,
 ) -> dict[str, Bool[Tensor, "*shape"]]:
     """The next support of each of the model's `sparse_parameters` that train; the others keep theirs.
 
@@ -43,8 +59,9 @@ def moved_masks(
         gradients: of whole tensors, by name; a tensor without one grows nothing.
         kept: the fraction of entries in the next support; each tensor gets max(1, round(kept * numel)).
         share: the part of these that are new.
-        min_per_channel: how many of its largest weights every neuron and attention channel keeps; it has at least as
-            many if it had before.
+        min_per_channel: how many of its most important weights every neuron and attention channel keeps; it has at
+            least as many if it had before.
+        importance: what weights are ranked by, of whole tensors, by name; None: their magnitude.
     """
     found = dict(masks)
     for name, parameter in sparse_parameters(model):
@@ -58,6 +75,7 @@ def moved_masks(
                 round(share * count),
                 channel_dim(name),
                 min_per_channel,
+                None if importance is None else importance.get(name),
             )
     return found
 
@@ -71,17 +89,19 @@ def moved_mask(
     n_new: int,
     dim: int | None = None,
     min_per_channel: int = 0,
+    importance: Float[Tensor, "*shape"] | None = None,
 ) -> Bool[Tensor, "*shape"]:
-    """A support of `count` entries: the largest weights, and `n_new` zeros, those with the largest gradient.
+    """A support of `count` entries: the weights of largest `importance`, and `n_new` zeros of largest gradient.
 
-    There are more new ones where the present support has too few to keep, and fewer where there are too few zeros, or
+    Without `importance` weights are ranked by magnitude. There are more new ones where the present support has too few to keep, and fewer where there are too few zeros, or
     where the minimum per channel (dimension `dim`) keeps more. Ties go to the lowest index.
     """
     mask = mask.to(weight.device)
     n_present = int(mask.sum())
     n_new = 0 if gradient is None else min(n_new, mask.numel() - n_present)
     # Entries of the support that are exactly zero are smaller than all others, but come before those outside it.
-    size = torch.where(mask, weight.detach().abs() + torch.finfo(weight.dtype).tiny, 0)
+    ranked_by = weight.detach() if importance is None else importance
+    size = torch.where(mask, ranked_by.abs() + torch.finfo(weight.dtype).tiny, 0)
     n_kept = min(count - n_new, n_present)
     reserves = dim is not None and min_per_channel > 0
     kept = largest(size, max(1, n_kept), dim, min_per_channel) & mask if n_kept or reserves else torch.zeros_like(mask)

@@ -25,7 +25,6 @@ from bridges.sparsity.moving import moved_masks, moving_share
 from bridges.sparsity.settings import PretrainConfig
 from bridges.sparsity.support import Support
 
-
 WARM_UP = 3
 """Steps before one is recorded as a CUDA graph: they compile kernels and make the optimiser's moments."""
 
@@ -96,7 +95,7 @@ class Pretrainer:
             self.support = Support(model, found, use_kernels=config.mixed_precision == "no")
         graphed = config.cuda_graph and model.device.type == "cuda"
         # A graph reads the learning rate from the device.
-        lr = torch.tensor(config.lr, device=model.device) if graphed else config.lr
+        lr = torch.tensor(config.lr, dtype=torch.float64, device=model.device) if graphed else config.lr
         groups = self._parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=config.eps, capturable=graphed)
         self._graphed = graphed
@@ -173,9 +172,7 @@ class Pretrainer:
             self._graph = (recorded_for, GraphedStep(update, rows, self.model.device))
         return Losses(*self._graph[1](rows))
 
-    def losses(
-        self, batches: Sequence[Batch], train: bool = False, counts: _TokenCounts | None = None
-    ) -> Losses:
+    def losses(self, batches: Sequence[Batch], train: bool = False, counts: _TokenCounts | None = None) -> Losses:
         """The losses of some batches over all processes; with `train` their weighted sum is backpropagated."""
         n_predicting, n_real = self._token_counts(batches) if counts is None else counts
         device = self.model.device
@@ -229,7 +226,10 @@ class Pretrainer:
         assert self.support is not None
         c = self.config
         share = moving_share(step, c.steps, c.move_share, c.move_until)
-        masks = moved_masks(self.model, self.support.masks, gradients, self.kept(step), share, c.min_per_channel)
+        importance = self.support.saliencies(self.optimizer) if c.move_by == "saliency" else None
+        masks = moved_masks(
+            self.model, self.support.masks, gradients, self.kept(step), share, c.min_per_channel, importance
+        )
         self.support.move(masks, self.optimizer)
 
     def _parameter_groups(self) -> list[dict]:

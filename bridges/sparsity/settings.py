@@ -42,9 +42,9 @@ class PretrainConfig(Settings):
     """Weight of KL(teacher || model); counts where there is a teacher."""
 
     support: Literal["moving", "fixed", "projected"] = "moving"
-    """How the support is found. "moving": nonzeros alone train, and every `move_every` steps the smallest make room for
-    the zeros of largest gradient. "fixed": zeros stay zero. "projected": every weight trains, and after each step all
-    but the largest are set to zero (the paper's way)."""
+    """How the support is found. "moving": nonzeros alone train, and every `move_every` steps the least important make
+    room for the zeros of largest gradient. "fixed": zeros stay zero. "projected": every weight trains, and after each
+    step all but the largest are set to zero (the paper's way)."""
     target_density: float | None = Field(default=None, gt=0, le=1)
     """Fraction of weights kept at the end of the anneal. None: as many as there are at the start."""
     start_density: float | None = Field(default=None, gt=0, le=1)
@@ -57,6 +57,9 @@ class PretrainConfig(Settings):
     """Nonzero weights that every neuron and attention channel keeps at least (the paper has 4)."""
     move_every: int = Field(default=25, ge=1)
     """Steps between two moves of the support; the step before a move costs a dense backward pass."""
+    move_by: Literal["saliency", "magnitude"] = "saliency"
+    """What the importance of a weight is. "saliency": its magnitude times the root mean square of its gradient, so that
+    large weights on which nothing depends leave first. "magnitude": its magnitude."""
     move_share: float = Field(default=0.1, ge=0, le=1)
     """The part of the support that a move replaces at the start; it decays to 0 with a cosine."""
     move_until: float = Field(default=0.85, gt=0, le=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bridges.models.modes import replaced_forwards
 from bridges.ops.compiled import has_parallel_kernel
 from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
+from bridges.sparsity.moving import saliency
 from bridges.sparsity.projection import sparse_parameters
 
 MAX_KERNEL_DENSITY = 1 / 10
@@ -128,6 +129,19 @@ class Support:
         Call it before `gather_gradients`, which takes them away from the model.
         """
         return {tensor.name: tensor.parameter.grad for tensor in self._sparse if tensor.parameter.grad is not None}
+
+    def saliencies(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """`saliency` of whole tensors by name, from AdamW's running mean of squared gradients; zeros have none.
+
+        `optimizer` is the one that trains `parameters()`; it has done a step.
+        """
+        found = {}
+        for tensor in self._sparse:
+            whole = torch.zeros_like(tensor.parameter)
+            squared = optimizer.state[tensor.values]["exp_avg_sq"]
+            whole.view(-1)[tensor.index] = saliency(tensor.values.detach(), squared)
+            found[tensor.name] = whole
+        return found
 
     def move(self, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Train the entries of other masks from now on; `optimizer` is the one that trains `parameters()`.

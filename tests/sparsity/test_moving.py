@@ -6,20 +6,22 @@ from pairs import sparse_model
 
 from bridges.sparsity.moving import moved_mask, moved_masks, moving_share
 from bridges.sparsity.projection import sparse_parameters, supports
+from bridges.sparsity.support import Support
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def naive_move(weight, mask, gradient, count, n_new, dim=None, least=0):
+def naive_move(weight, mask, gradient, count, n_new, dim=None, least=0, importance=None):
     """One entry after the other, in plain Python: reserve, keep, grow."""
     shape = weight.shape
     entries = [tuple(index) for index in torch.ones(shape).nonzero().tolist()]
     inside = [e for e in entries if mask[e]]
     outside = [e for e in entries if not mask[e]]
     n_new = 0 if gradient is None else min(n_new, len(outside))
-    by_size = sorted(inside, key=lambda e: (-abs(weight[e].item()), entries.index(e)))
+    ranked_by = weight if importance is None else importance
+    by_size = sorted(inside, key=lambda e: (-abs(ranked_by[e].item()), entries.index(e)))
     kept = []
     if dim is not None:
         for channel in range(shape[dim]):
@@ -44,6 +46,36 @@ def test_the_largest_weights_stay_and_the_zeros_of_largest_gradient_come(dim, co
     least = 0 if dim is None else 1
     expected = naive_move(weight, mask, gradient, count, n_new, dim, least)
     assert torch.equal(moved_mask(weight, mask, gradient, count, n_new, dim, least), expected)
+
+
+def test_weights_are_ranked_by_their_importance_where_that_is_given():
+    weight, gradient, importance = draw(6, 8), draw(6, 8, seed=1), draw(6, 8, seed=3).abs()
+    mask = draw(6, 8, seed=2) > 0.2
+    weight = torch.where(mask, weight, 0)
+    found = moved_mask(weight, mask, gradient, 15, 4, 0, 1, importance)
+    assert torch.equal(found, naive_move(weight, mask, gradient, 15, 4, 0, 1, importance))
+    assert not torch.equal(found, moved_mask(weight, mask, gradient, 15, 4, 0, 1))
+
+
+def test_a_large_weight_on_which_nothing_depends_leaves_before_a_small_one_that_counts():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[9.0, 0.5, 2.0]]))
+    support = Support(model, supports(model))
+    optimizer = torch.optim.AdamW(support.parameters(), lr=0.0)
+    for _ in range(3):
+        x = torch.randn(8, 3).double() * torch.tensor([0.0, 1.0, 1.0])  # the first input is always zero
+        model(x).square().sum().backward()
+        support.gather_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+    ((name, mask),) = support.masks.items()
+    importance = support.saliencies(optimizer)[name]
+    moments = optimizer.state[support.parameters()[0]]
+    assert torch.equal(importance, model.weight.detach().abs() * moments["exp_avg_sq"].sqrt())
+    assert moved_mask(model.weight, mask, None, 2, 0, importance=importance).tolist() == [[False, True, True]]
+    assert moved_mask(model.weight, mask, None, 2, 0).tolist() == [[True, False, True]]
 
 
 def test_ties_go_to_the_lowest_index_and_entries_of_the_support_that_are_zero_are_the_smallest_of_it():

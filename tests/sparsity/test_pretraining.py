@@ -21,6 +21,7 @@ SETTINGS = {
     "target_density": 0.2,
     "anneal": 0.5,
     "move_every": 3,
+    "move_by": "magnitude",
     "move_share": 0.3,
     "lr": 0.02,
     "weight_decay": 0.3,
