@@ -98,6 +98,10 @@ class FitConfig(Settings):
     ridge: Auto[Annotated[float, Field(ge=0)]] = "auto"
     """Ridge penalty of the closed form, on inputs of variance 1. "auto": chosen for each site and direction by the
     error on training rows that are set aside."""
+    decoder_attribution: Literal["equal", "effect"] = "equal"
+    """To which of several sparse channels that vary together the closed form's decoder attributes what they all
+    predict. "equal": to all alike. "effect": more to those on which the sparse model's own prediction depends, so that
+    one such channel, edited alone, does more to the dense model; needs a backward pass through the sparse model."""
     massive_threshold: Annotated[float, Field(gt=1)] | Literal["off"] = 20.0
     """A token whose centred norm at a site is over this many times the median there counts in no mean, scale or NMSE
     of that site, and in the closed form only where the other tokens' NMSE hardly suffers. "off": every token counts."""

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import FitData, prepare
 from bridges.evaluate import affordable_kl_rows, measure, versions
+from bridges.fitting.channel_effects import decoder_weights
 from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
 from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
 from bridges.fitting.gradients import trained_parameters
@@ -39,6 +40,8 @@ from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.sparsity.support import use_sparse_kernels
 
+EFFECT_TOKENS = 24_576
+"""Tokens over which the effects of sparse channels are measured, for `decoder_attribution="effect"`."""
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
 RIDGE_SHARE, JUDGED_SHARE = 2, 8
@@ -256,6 +259,7 @@ class _Run:
             tokens = config.closed_form_tokens_for(max(self.pair.dense.d_model, self.pair.sparse.d_model))
             batches, selection = self._train_batches(tokens), self._ridge_batches(self._judging(tokens))
             scales = None if config.train_sparse else ReadScales(self.pair)
+            freedom = None if config.decoder_attribution == "equal" else self._decoder_freedom()
             groups = len(list(site_groups(self.pair, config.moments_bytes)))
             total = groups * (len(batches) + len(selection))
             with progress_bar("closed form, batches and sites", total + len(self.pair.bridge_set), self._shown) as bar:
@@ -267,6 +271,7 @@ class _Run:
                     processes.all_reduce,
                     selection=selection,
                     read_scales=scales,
+                    decoder_freedom=freedom,
                     advance=bar.advance,
                 )
             if scales is not None:
@@ -279,6 +284,12 @@ class _Run:
             },
         }
         return StartState(standardizations=found.standardizations)
+
+    def _decoder_freedom(self) -> list[Tensor]:
+        batches = self._train_batches(EFFECT_TOKENS)
+        with progress_bar("effects of sparse channels, batches", len(batches), self._shown) as bar:
+            reduce, seed = self.processes.all_reduce, self.config.seed + self.processes.rank
+            return decoder_weights(self.pair, batches, reduce, seed, bar.advance)
 
     def _random_start(self) -> StartState:
         """Random maps between standardised streams."""

@@ -35,6 +35,7 @@ def solve_bridges(
     *,
     selection: Sequence[Batch] = (),
     read_scales: ReadScales | None = None,
+    decoder_freedom: Sequence[Float[Tensor, " d_sparse"]] | None = None,
     advance: Callable[[], Any] = lambda: None,
 ) -> ClosedForm:
     """Set every bridge to its least-squares solution (method, section 3); the encoder is fitted without AbsTopK.
@@ -42,7 +43,7 @@ def solve_bridges(
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
     moments fit into `memory_bytes`. The `selection`, this process's part of other rows, judges whether massive tokens
     are fitted to; with `ridge="auto"` the penalty of every site and direction is chosen on it too. `read_scales` are
-    measured in the same pass. `advance` is called after every batch, and after every site that is solved.
+    measured in the same pass. `decoder_freedom`, one per bridge, is that of `Moments.solve` for decoders. `advance` is called after every batch, and after every site that is solved.
 
     Raises FloatingPointError, naming the site, if a stream is not finite.
     """
@@ -55,10 +56,12 @@ def solve_bridges(
         _refuse_not_finite(pair, sites, moments)
         _refuse_not_finite(pair, sites, heldout, " on the training rows set aside")
         for i, one, judge in zip(sites, moments, heldout, strict=True):
-            ridges = _ridges(one, judge) if ridge == "auto" else (ridge, ridge)
+            freedoms = (None, None if decoder_freedom is None else decoder_freedom[i])
+            ridges = _ridges(one, judge, freedoms[1]) if ridge == "auto" else (ridge, ridge)
             everything = one + massive[i] if i in massive else None
             encoder, decoder = (
-                with_massive(one, everything, judge, ridges[reverse], bool(reverse)) for reverse in (0, 1)
+                with_massive(one, everything, judge, ridges[reverse], bool(reverse), freedoms[reverse])
+                for reverse in (0, 1)
             )
             _set_encoder(pair.bridge_set[i], encoder.solution)
             _set_decoder(pair.bridge_set[i], decoder.solution)
@@ -89,11 +92,13 @@ def _refuse_not_finite(pair: ModelPair, sites: Sequence[int], moments: Sequence[
             )
 
 
-def _ridges(moments: Moments, heldout: Moments) -> tuple[float, float]:
+def _ridges(
+    moments: Moments, heldout: Moments, decoder_freedom: Float[Tensor, " d_sparse"] | None
+) -> tuple[float, float]:
     """The penalties of encoder and decoder."""
     if not heldout.n:
         return DEFAULT_RIDGE, DEFAULT_RIDGE
-    return moments.choose_ridge(heldout), moments.choose_ridge(heldout, reverse=True)
+    return moments.choose_ridge(heldout), moments.choose_ridge(heldout, True, decoder_freedom)
 
 
 @torch.no_grad()

@@ -140,18 +140,23 @@ class Fitted(NamedTuple):
 
 
 def with_massive(
-    usual: Moments, everything: Moments | None, heldout: Moments, ridge: float, reverse: bool = False
+    usual: Moments,
+    everything: Moments | None,
+    heldout: Moments,
+    ridge: float,
+    reverse: bool = False,
+    freedom: Float[Tensor, " d_in"] | None = None,
 ) -> Fitted:
     """Solve from `everything`, massive tokens among it, where the usual tokens hardly pay for it, else from `usual`.
 
     That is where the NMSE of the usual tokens, on the `heldout` rows if there are any, is at most `MAX_COST` above that
     of the solution without massive tokens. A token whose two streams have little to do with each other is so left out.
-    `everything` is None where no token is massive.
+    `everything` is None where no token is massive; `freedom` is that of `Moments.solve`.
     """
-    without = Fitted(usual.solve(ridge, reverse), False)
+    without = Fitted(usual.solve(ridge, reverse, freedom), False)
     if everything is None:
         return without
-    having = Fitted(everything.solve(ridge, reverse), True)
+    having = Fitted(everything.solve(ridge, reverse, freedom), True)
     judge = heldout if heldout.n >= 2 else usual
     least, nmse = (judge.nmse(one.solution, reverse) for one in (without, having))
     return having if nmse <= (1 + MAX_COST) * least + MAX_ADDED else without

@@ -91,22 +91,24 @@ class Moments:
         for into, total in zip(self.tensors(), reduce_together(self.tensors(), reduce), strict=True):
             into.copy_(total)
 
-    def solve(self, ridge: float, reverse: bool = False) -> Affine:
+    def solve(self, ridge: float, reverse: bool = False, freedom: Float[Tensor, " d_in"] | None = None) -> Affine:
         """Ridge regression of y on x, or of x on y when `reverse`, in float64.
 
         It minimises the mean square error of each output plus `ridge` times the square of its weights on the
-        standardised input (an input channel has variance 1); the intercept is not penalised. Raises ValueError if there
-        are fewer than two rows.
+        standardised input (an input channel has variance 1), each divided by the channel's `freedom` where that is
+        given; the intercept is not penalised. Raises ValueError if there are fewer than two rows.
         """
         mean, cov = self._mean(), self._covariances()
         if reverse:
             mean, cov = mean.reversed(), cov.reversed()
-        std = standard_deviations(cov.xx)
+        std = _units(cov.xx, freedom)
         penalised = cov.xx / torch.outer(std, std) + ridge * torch.eye(len(std)).to(std)
         weight = (_solve(penalised, cov.xy / std[:, None]) / std[:, None]).T
         return Affine(weight, mean.y - weight @ mean.x)
 
-    def choose_ridge(self, heldout: Moments, reverse: bool = False) -> float:
+    def choose_ridge(
+        self, heldout: Moments, reverse: bool = False, freedom: Float[Tensor, " d_in"] | None = None
+    ) -> float:
         """The penalty of `RIDGES` whose solution on these rows has about the least square error on the `heldout` rows.
 
         Of those within `RIDGE_MARGIN` of the least it is the largest: what separates them on the rows at hand is
@@ -117,7 +119,7 @@ class Moments:
         other = heldout._covariances(mean)
         if reverse:
             cov, other = cov.reversed(), other.reversed()
-        std = standard_deviations(cov.xx)
+        std = _units(cov.xx, freedom)
         values, vectors = torch.linalg.eigh(cov.xx / torch.outer(std, std))
         to_eigen = vectors / std[:, None]  # from input channels to the eigenvectors of the standardised inputs
         onto = to_eigen.T @ cov.xy  # [d_in, d_out], weights are onto / (values + ridge)
@@ -207,6 +209,12 @@ def standard_deviations(cov: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
     variances = cov.diagonal().clamp(min=0)
     std = variances.sqrt().clamp(min=(STD_FLOOR * variances.mean().sqrt()).item())
     return torch.where(std > 0, std, 1.0)
+
+
+def _units(cov: Float[Tensor, "d d"], freedom: Float[Tensor, " d"] | None) -> Float[Tensor, " d"]:
+    """What an input channel is divided by, so that all weights are penalised alike."""
+    std = standard_deviations(cov)
+    return std if freedom is None else std / freedom.to(std)
 
 
 def gather(chunks: Iterable[Iterable[tuple[Tensor, Tensor]]], reduce: Reduce = no_reduce) -> list[Moments]:

@@ -93,8 +93,9 @@ def moved_mask(
 ) -> Bool[Tensor, "*shape"]:
     """A support of `count` entries: the weights of largest `importance`, and `n_new` zeros of largest gradient.
 
-    Without `importance` weights are ranked by magnitude. There are more new ones where the present support has too few to keep, and fewer where there are too few zeros, or
-    where the minimum per channel (dimension `dim`) keeps more. Ties go to the lowest index.
+    Without `importance` weights are ranked by magnitude. There are more new ones where the present support has too few
+    to keep, and fewer where there are too few zeros, or where the minimum per channel (dimension `dim`) keeps more.
+    Ties go to the lowest index.
     """
     mask = mask.to(weight.device)
     n_present = int(mask.sum())

@@ -19,6 +19,7 @@ RESULT_DEPENDS_ON = {
     "closed_form": (False, {}),
     "closed_form_tokens": (60, {}),
     "ridge": (1e-2, {}),
+    "decoder_attribution": ("effect", {}),
     "massive_threshold": (1.5, {}),
     "sites": (("0.mlp",), {}),
     "site_map": ((("0.mlp", "0.attn"), ("final", "final")), {}),

@@ -179,9 +179,9 @@ def test_rows_set_aside_judge_the_fit_to_massive_tokens_whatever_the_ridge(monke
     set_norm_limits(pair, [(ids, None)], 20.0)
     judges = []
 
-    def judged(usual, everything, heldout, ridge, reverse):
+    def judged(usual, everything, heldout, *rest):
         judges.append((int(heldout.n), everything is not None))
-        return with_massive(usual, everything, heldout, ridge, reverse)
+        return with_massive(usual, everything, heldout, *rest)
 
     monkeypatch.setattr(closed_form, "with_massive", judged)
     for ridge in (1e-3, "auto"):

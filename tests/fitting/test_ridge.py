@@ -259,3 +259,25 @@ def test_directions_in_which_inputs_do_not_vary_get_no_weight_from_rounding():
     assert new.norm() < 2 * values.norm(dim=1).max()
     known = embeddings[:40] @ solution.weight.T + solution.bias
     assert (known - values[:40]).norm() / values[:40].norm() < 1e-3
+
+
+def test_of_inputs_that_repeat_those_of_more_freedom_get_more_of_the_weight():
+    """Two copies of a channel share its weight by the squares of their freedoms; the prediction is the same."""
+    x = rows(200, 1, seed=3)
+    y = 2 * x + 0.1 * rows(200, 1, seed=4)
+    moments = moments_of((torch.cat([x, x], dim=1), y))
+    for freedom in (None, torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0])):
+        weight = moments.solve(1e-6, freedom=freedom).weight[0]
+        share = 0.5 if freedom is None else (freedom[0] ** 2 / freedom.square().sum()).item()
+        assert weight.sum().item() == pytest.approx(2, abs=0.05)
+        assert (weight[0] / weight.sum()).item() == pytest.approx(share, abs=1e-4)
+
+
+def test_with_freedoms_it_is_ridge_regression_on_scaled_inputs():
+    x, y = rows(60, 4, seed=5), rows(60, 3, seed=6)
+    freedom, moments = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64), moments_of((x, y))
+    std, centred = x.std(0, correction=0), x - x.mean(0)
+    inputs = centred / std * freedom
+    expected = torch.linalg.solve(inputs.T @ inputs / 60 + 0.3 * torch.eye(4).double(), inputs.T @ (y - y.mean(0)) / 60)
+    found = moments.solve(0.3, freedom=freedom).weight
+    torch.testing.assert_close(found, (expected * (freedom / std)[:, None]).T, rtol=1e-9, atol=1e-12)
