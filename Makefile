@@ -4,7 +4,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test test-slow test-real check bench
+.PHONY: demo test test-slow test-real test-gpu check bench
 
 demo: .venv/ready
 	$(BIN)/bridges demo
@@ -14,6 +14,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m "slow and not real"
+
+# Skips everything where there is no GPU.
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest -n0 -m gpu tests/gpu
 
 # Downloads a real model once, into ~/.cache/sparse-bridges or $$BRIDGES_CACHE.
 test-real: .venv/ready

@@ -16,7 +16,7 @@ from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import FitData, prepare
 from bridges.evaluate import affordable_kl_rows, measure, versions
-from bridges.fitting.channel_effects import decoder_weights
+from bridges.fitting.channel_effects import EFFECT_TOKENS, decoder_weights
 from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
 from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
 from bridges.fitting.gradients import trained_parameters
@@ -40,8 +40,6 @@ from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import SIDES, ModelPair, Side
 from bridges.sparsity.support import use_sparse_kernels
 
-EFFECT_TOKENS = 24_576
-"""Tokens over which the effects of sparse channels are measured, for `decoder_attribution="effect"`."""
 READ_SCALE_TOKENS = 16_384
 """Tokens over which R, the mean RMS that edits are scaled by, is measured where the closed form does not measure it."""
 RIDGE_SHARE, JUDGED_SHARE = 2, 8

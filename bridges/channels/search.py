@@ -141,8 +141,8 @@ class Search:
             sources = [(self.effects, n)]
         else:
             self.effects = effects_on_both(*of_sides)
-            # Half the candidates are top-ranked by both models, a quarter by either model alone: a prediction for one of
-            # them can be far off where its answer is saturated.
+            # Half the candidates are top-ranked by both models, a quarter by either model alone: the prediction for one
+            # model can be far off where its answer is saturated.
             sources = [(self.effects, n // 2), *((effects, n // 4) for effects in of_sides)]
         predicted = {at: top_of_each(sources, at) for at in self.effects}
         sites = pair.bridge_set.sites

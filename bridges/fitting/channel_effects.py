@@ -1,4 +1,4 @@
-"""How much the sparse model's answer depends on each channel of its stream: what the decoder is to attribute to whom."""
+"""How much the sparse model's prediction depends on each channel of its stream."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bridges.objective.hybrid import ModelPair
 from bridges.objective.normalizers import counted_tokens
 from bridges.objective.sums import Reduce, no_reduce, reduce_together
 
+EFFECT_TOKENS = 24_576
+"""Tokens over which the effects are measured, for `decoder_attribution="effect"`."""
 FLOOR = 1e-3
 """The least weight of a channel, in units of the mean: one on which nothing depends is penalised, not shut out."""
 

@@ -43,7 +43,8 @@ def solve_bridges(
     `batches` are this process's part of the tokens, which may be none. They are run once per group of sites whose
     moments fit into `memory_bytes`. The `selection`, this process's part of other rows, judges whether massive tokens
     are fitted to; with `ridge="auto"` the penalty of every site and direction is chosen on it too. `read_scales` are
-    measured in the same pass. `decoder_freedom`, one per bridge, is that of `Moments.solve` for decoders. `advance` is called after every batch, and after every site that is solved.
+    measured in the same pass. `decoder_freedom`, one per bridge, is that of `Moments.solve` for decoders. `advance` is
+    called after every batch, and after every site that is solved.
 
     Raises FloatingPointError, naming the site, if a stream is not finite.
     """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
 from bridges.data.random_state import preserve_random_state
+from bridges.fitting.channel_effects import EFFECT_TOKENS
 from bridges.fitting.closed_form import bytes_per_site, site_groups
 from bridges.fitting.massive import SAMPLED_TOKENS
 from bridges.fitting.selection import KL_SITES, interval
@@ -145,6 +146,8 @@ def _closed_form_seconds(pair: ModelPair, config: FitConfig, work: Work, part: T
     run, counted = rows * work.seq_len, rows * work.seq_len * work.real_share
     for_medians = SAMPLED_TOKENS / work.real_share
     seconds = (groups * run + for_medians) * per_token * part.streams
+    for_effects = min(EFFECT_TOKENS / work.real_share, work.train_rows * work.seq_len) / work.world_size
+    seconds += for_effects * per_token * part.effects
     return seconds + counted * per_token * n * part.moments + n * part.solve
 
 

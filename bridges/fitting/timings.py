@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
+from bridges.fitting.channel_effects import decoder_weights
 from bridges.fitting.gradients import Objective, Weights, step_gradients, trained_parameters
 from bridges.fitting.ridge import Moments
 from bridges.fitting.standardized import StandardizedBridges
@@ -30,6 +31,8 @@ class Timings(NamedTuple):
     """Both models' streams, without their heads."""
     moments: float
     """One site's moments."""
+    effects: float
+    """The effects of all sparse channels at every site; 0 where they are not asked for."""
     solve: float
     """One site's regressions, whatever the tokens."""
     reconstruction: float
@@ -60,11 +63,12 @@ class Timings(NamedTuple):
             found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
             moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0
             solve = _solve_seconds(pair, config) if config.closed_form else 0.0
+            effects = _time(lambda: decoder_weights(pair, [batch]), pair) if _asks_for_effects(config) else 0.0
             reconstruction = _time(lambda: Reconstruction(one_site).add(traces), pair)
             means = Reconstruction(one_site).means()
             hybrids = _time(lambda: list(Hybrids(one_site, means).add(traces)), pair)
         if not config.steps:
-            return cls(streams, moments, solve, reconstruction, hybrids, 0.0, 0.0, 0.0, 0.0)
+            return cls(streams, moments, effects, solve, reconstruction, hybrids, 0.0, 0.0, 0.0, 0.0)
         with torch.no_grad():
             forward = _time(lambda: trace_pair(pair, *batch), pair)
         objective = Objective(Weights(), config.train_sparse)
@@ -76,7 +80,11 @@ class Timings(NamedTuple):
         for parameter in trained_parameters(pair, config.train_sparse):
             parameter.grad = None
         site = max(with_site - base, 0.0)
-        return cls(streams, moments, solve, reconstruction, hybrids, forward, base, site, update)
+        return cls(streams, moments, effects, solve, reconstruction, hybrids, forward, base, site, update)
+
+
+def _asks_for_effects(config: FitConfig) -> bool:
+    return config.closed_form and config.decoder_attribution == "effect"
 
 
 def _time(run: Callable[[], object], pair: ModelPair) -> float:
