@@ -94,8 +94,8 @@ class Pretrainer:
             found = projection.supports(model) if masks is None else masks
             self.support = Support(model, found, use_kernels=config.mixed_precision == "no")
         graphed = config.cuda_graph and model.device.type == "cuda"
-        # A graph reads the learning rate from the device.
-        lr = torch.tensor(config.lr, dtype=torch.float64, device=model.device) if graphed else config.lr
+        # A graph reads the learning rate from the device, in float32.
+        lr = torch.tensor(config.lr, device=model.device) if graphed else config.lr
         groups = self._parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=config.eps, capturable=graphed)
         self._graphed = graphed

@@ -92,15 +92,15 @@ def test_steps_by_a_cuda_graph_are_those_without_one(support):
         losses = [trainer.train_step([(tokens(seed=step), None)]) for step in range(20)]
         assert (trainer._graph is not None) == graph
         trained.append((model.cpu(), losses))
-    assert_trained_alike(*trained)
+    assert_trained_alike(*trained, rtol=1e-6)  # a graph's learning rate is in float32
 
 
-def assert_trained_alike(one, other):
+def assert_trained_alike(one, other, rtol=1e-9):
     (model, losses), (other_model, other_losses) = one, other
     for x, y in zip(losses, other_losses, strict=True):
-        torch.testing.assert_close(torch.stack([*x]).cpu(), torch.stack([*y]).cpu(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.stack([*x]).cpu(), torch.stack([*y]).cpu(), rtol=rtol, atol=1e-12)
     for (name, p), q in zip(model.named_parameters(), other_model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9, msg=name)
+        torch.testing.assert_close(p, q, rtol=100 * rtol, atol=rtol, msg=name)
 
 
 def test_fit_evaluate_and_steer_give_the_figures_of_the_cpu():
