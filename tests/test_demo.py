@@ -58,6 +58,7 @@ def test_the_bundled_circuit_is_what_it_says():
     pair, circuit = bridges.load_pair(), module.demo_circuit(bridges.load_pair())
     circuit.check_model(pair.sparse)
     assert circuit.n_nodes <= 15 and circuit.n_edges <= 12
+    assert circuit.nodes["0.mlp.read"] and circuit.nodes["1.attn.v"] and circuit.nodes["1.mlp.neuron"]
     pairs = bridges.task_pairs(module.TASK, pair.tokenizer, 64, seed=7)
     fresh = circuit.evaluate(pair.sparse, pairs)
     assert fresh.accuracy == 1 and fresh.loss < 0.05

@@ -29,7 +29,7 @@ def load_pair() -> BundledPair:
 
     Two layers each, over 1024 tokens of Python code; trained on the standard library's source and generated idioms by
     `examples/train_dense.py`, `examples/train_sparse.py` and `examples/pretrain_sparse.py`, as `configs/bundled_pair_*`
-    say. The sparse model is 2,048 wide and has four nonzero weights a row.
+    say. The sparse model is 2,048 wide and has two nonzero weights a row.
 
     >>> import torch
     >>> dense, sparse, tokenizer = load_pair()
