@@ -57,8 +57,7 @@ EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 16_384
 EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
 PAIRS_SEED = 1
 CIRCUIT_LOSS = 1e-3
-"""The circuit's target loss: so small that the whole chain is in it. At the paper's 0.15 its first nodes may stay at their
-means."""
+"""The circuit's target loss, at which the whole chain is in it; at the paper's 0.15 its first nodes may stay out."""
 
 
 def load_bridges() -> BridgeSet:
