@@ -35,13 +35,13 @@ def test_circuits_of_several_tasks_are_saved_and_not_searched_twice(pair, tmp_pa
 
 
 def test_a_task_that_does_not_reach_the_target_is_told_and_the_others_go_on(pair, tmp_path, capsys):
-    settings = {**SETTINGS, "target_loss": 1e-12, "steps": 1}
-    assert prune_tasks(pair.sparse, TASKS, tmp_path, pair.tokenizer, False, settings, False) == {}
+    settings, tasks = {**SETTINGS, "target_loss": 1e-12, "steps": 1}, ["var_swap", "for_while"]
+    assert prune_tasks(pair.sparse, tasks, tmp_path, pair.tokenizer, False, settings, False) == {}
     assert capsys.readouterr().out.count("does not come under target_loss=1e-12") == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["for_while"]["nodes"] is None and summary["for_while"]["loss"] > 1e-12
     with pytest.raises(ValueError, match="does not come under"):
-        prune_tasks(pair.sparse, TASKS[:1], tmp_path, pair.tokenizer, False, settings, False)
+        prune_tasks(pair.sparse, tasks[:1], tmp_path, pair.tokenizer, False, settings, False)
 
 
 def test_the_twin_is_handed_to_the_controls_and_refused_before_any_search(pair, tmp_path, monkeypatch, capsys):
