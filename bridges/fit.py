@@ -286,8 +286,7 @@ class _Run:
     def _decoder_freedom(self) -> list[Tensor]:
         batches = self._train_batches(EFFECT_TOKENS)
         with progress_bar("effects of sparse channels, batches", len(batches), self._shown) as bar:
-            reduce, seed = self.processes.all_reduce, self.config.seed + self.processes.rank
-            return decoder_weights(self.pair, batches, reduce, seed, bar.advance)
+            return decoder_weights(self.pair, batches, self.processes.all_reduce, self.config.seed, bar.advance)
 
     def _random_start(self) -> StartState:
         """Random maps between standardised streams."""

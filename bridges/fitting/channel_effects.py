@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.residual import Batch
@@ -32,11 +33,11 @@ def decoder_weights(
 
     A channel's effect is the root mean square of (z - mean z) times the gradient of the log-probability of a token
     drawn from the sparse model's own prediction, by a random sign for every token, so that the gradients of different
-    tokens add up as in the Fisher information. `batches` are this process's part.
+    tokens add up as in the Fisher information. What is drawn for a row depends on its tokens and the seed alone.
+    `batches` are this process's part.
     """
     sparse, sites = pair.sparse, [pair.site("sparse", i) for i in range(len(pair.bridge_set))]
     device = sparse.device
-    generator = torch.Generator().manual_seed(seed)
     d = sparse.d_model
     n = torch.zeros((), dtype=torch.float64, device=device)
     # Of z, of (z g)^2, of z g^2 and of g^2: the mean of z is known only at the end.
@@ -46,9 +47,8 @@ def decoder_weights(
         with torch.enable_grad():
             trace = sparse.trace(ids.to(device), mask if mask is None else mask.to(device), differentiable=True)
             log_p = trace.logits.to(torch.promote_types(trace.logits.dtype, torch.float32)).log_softmax(-1)
-            drawn = torch.rand(*counted.shape, 1, generator=generator).to(log_p)
-            tokens = (log_p.detach().exp().cumsum(-1) < drawn).sum(-1).clamp(max=log_p.shape[-1] - 1)
-            signs = (torch.randint(2, counted.shape, generator=generator) * 2 - 1).to(log_p)
+            uniform, signs = (part.to(log_p) for part in _draws(ids, seed))
+            tokens = (log_p.detach().exp().cumsum(-1) < uniform[..., None]).sum(-1).clamp(max=log_p.shape[-1] - 1)
             picked = log_p.gather(-1, tokens[..., None])[..., 0]
             streams = [trace.residuals[site] for site in sites]
             gradients = torch.autograd.grad((picked * signs * counted).sum(), streams)
@@ -59,6 +59,17 @@ def decoder_weights(
         advance()
     n, *sums = reduce_together([n, *sums], reduce)
     return [_weights(one / n.clamp(min=1)) for one in sums]
+
+
+def _draws(ids: Int[Tensor, "b s"], seed: int) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s"]]:
+    """Per token a number between 0 and 1 and a sign; the same for a row wherever it stands and whoever runs it."""
+    uniform, signs = [], []
+    for row in ids.cpu():
+        digest = hashlib.blake2b(row.numpy().tobytes() + str(seed).encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        uniform.append(torch.rand(len(row), generator=generator))
+        signs.append(torch.randint(2, (len(row),), generator=generator) * 2.0 - 1.0)
+    return torch.stack(uniform), torch.stack(signs)
 
 
 def _weights(means: Float[Tensor, "4 d"]) -> Float[Tensor, " d"]:

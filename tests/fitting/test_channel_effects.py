@@ -5,7 +5,7 @@ from pairs import gpt2, join, sparse_model, tokens
 from planted import planted_model, planted_pairs
 
 from bridges.bridge import Bridge, BridgeSet
-from bridges.fitting.channel_effects import FLOOR, decoder_weights
+from bridges.fitting.channel_effects import FLOOR, _draws, decoder_weights
 from bridges.models.loading import as_residual
 from bridges.objective.hybrid import ModelPair
 
@@ -40,17 +40,25 @@ def test_the_effect_is_that_of_the_definition_over_all_tokens():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_batches_and_their_order_do_not_matter():
+    """So two processes give what one gives."""
+    pair, ids = join(gpt2(), sparse_model()), tokens(6, 7)
+    whole = decoder_weights(pair, [(ids, None)], seed=3)
+    parts = decoder_weights(pair, [(ids[4:], None), (ids[:4], None)], seed=3)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(whole[0], decoder_weights(pair, [(ids, None)], seed=4)[0])
+
+
 def by_hand(pair, ids):
-    generator = torch.Generator().manual_seed(0)
+    uniform, signs = _draws(ids, 0)
     trace = pair.sparse.trace(ids, differentiable=True)
     log_p = trace.logits.log_softmax(-1)
-    drawn = torch.rand(*ids.shape, 1, generator=generator).double()
-    signs = torch.randint(2, ids.shape, generator=generator) * 2 - 1
     total = 0.0
     for row in range(ids.shape[0]):
         for place in range(1, ids.shape[1]):  # the first token of a row counts nowhere
             cumulated = log_p[row, place].exp().cumsum(-1)
-            token = next(i for i, c in enumerate(cumulated.tolist()) if c >= drawn[row, place].item())
+            token = next(i for i, c in enumerate(cumulated.tolist()) if c >= uniform[row, place].item())
             total = total + signs[row, place] * log_p[row, place, token]
     found = []
     streams = [trace.residuals[pair.site("sparse", i)] for i in range(len(pair.bridge_set))]
