@@ -16,7 +16,7 @@ from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.prepare import FitData, prepare
 from bridges.evaluate import affordable_kl_rows, measure, versions
-from bridges.fitting.channel_effects import EFFECT_TOKENS, decoder_weights
+from bridges.fitting.channel_effects import EFFECT_TOKENS, decoder_freedoms
 from bridges.fitting.checkpoint import Checkpoint, last_checkpoint
 from bridges.fitting.closed_form import ReadScales, measure_read_scales, site_groups, solve_bridges, standardize
 from bridges.fitting.gradients import trained_parameters
@@ -286,7 +286,7 @@ class _Run:
     def _decoder_freedom(self) -> list[Tensor]:
         batches = self._train_batches(EFFECT_TOKENS)
         with progress_bar("effects of sparse channels, batches", len(batches), self._shown) as bar:
-            return decoder_weights(self.pair, batches, self.processes.all_reduce, self.config.seed, bar.advance)
+            return decoder_freedoms(self.pair, batches, self.processes.all_reduce, self.config.seed, bar.advance)
 
     def _random_start(self) -> StartState:
         """Random maps between standardised streams."""

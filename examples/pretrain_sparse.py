@@ -18,7 +18,6 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.A
 parser.add_argument("--config", default="configs/bundled_pair_6_readable.toml", help="the tables [pretrain], [sparse]")
 parser.add_argument("--start", default="", help="the sparse model's folder to start from; default: the bundled one")
 parser.add_argument("--widen", type=int, default=1, help="make it so many times as wide first, with the same logits")
-parser.add_argument("--afrac", type=float, default=None, help="another share of activations than the model's own")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the teacher's folder")
 parser.add_argument("--run", default="runs/readable", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
@@ -37,9 +36,7 @@ if shape is not None:
     shape_of_new = bridges.SparseConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **shape)
     sparse = bridges.SparseTransformer(shape_of_new)
 elif args.start:
-    shape_of_start = bridges.SparseConfig.from_pretrained(args.start)
-    shape_of_start.afrac = shape_of_start.afrac if args.afrac is None else args.afrac
-    sparse = bridges.SparseTransformer.from_pretrained(args.start, config=shape_of_start)
+    sparse = bridges.SparseTransformer.from_pretrained(args.start)
 if args.widen > 1:
     sparse = widen(sparse, args.widen)
 rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)

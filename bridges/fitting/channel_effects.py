@@ -22,7 +22,7 @@ FLOOR = 1e-3
 """The least weight of a channel, in units of the mean: one on which nothing depends is penalised, not shut out."""
 
 
-def decoder_weights(
+def decoder_freedoms(
     pair: ModelPair,
     batches: Sequence[Batch],
     reduce: Reduce = no_reduce,

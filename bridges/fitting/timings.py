@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.config import FitConfig
-from bridges.fitting.channel_effects import decoder_weights
+from bridges.fitting.channel_effects import decoder_freedoms
 from bridges.fitting.gradients import Objective, Weights, step_gradients, trained_parameters
 from bridges.fitting.ridge import Moments
 from bridges.fitting.standardized import StandardizedBridges
@@ -63,7 +63,7 @@ class Timings(NamedTuple):
             found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
             moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0
             solve = _solve_seconds(pair, config) if config.closed_form else 0.0
-            effects = _time(lambda: decoder_weights(pair, [batch]), pair) if _asks_for_effects(config) else 0.0
+            effects = _time(lambda: decoder_freedoms(pair, [batch]), pair) if _asks_for_effects(config) else 0.0
             reconstruction = _time(lambda: Reconstruction(one_site).add(traces), pair)
             means = Reconstruction(one_site).means()
             hybrids = _time(lambda: list(Hybrids(one_site, means).add(traces)), pair)

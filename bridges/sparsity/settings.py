@@ -77,8 +77,8 @@ class PretrainConfig(Settings):
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast of both models' forward passes, by accelerate; weights and moments stay as they are."""
     cuda_graph: bool = False
-    """On a GPU, run the steps between two moves of the support as one CUDA graph: several times faster for models whose
-    kernels take less time than their launch. For rows without padding, models without dropout, one process."""
+    """On a GPU, run the steps between two moves of the support as one CUDA graph, for models whose kernels take less
+    time than their launch. For rows without padding, models without dropout, one process."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. None: one, at the end."""
     eval_tokens: int = Field(default=16_384, ge=1)

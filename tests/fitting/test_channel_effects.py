@@ -5,7 +5,7 @@ from pairs import gpt2, join, sparse_model, tokens
 from planted import planted_model, planted_pairs
 
 from bridges.bridge import Bridge, BridgeSet
-from bridges.fitting.channel_effects import FLOOR, _draws, decoder_weights
+from bridges.fitting.channel_effects import FLOOR, _draws, decoder_freedoms
 from bridges.models.loading import as_residual
 from bridges.objective.hybrid import ModelPair
 
@@ -21,7 +21,7 @@ def pair_with(sparse):
 def test_only_channels_that_the_answer_depends_on_have_weight():
     """At the last site the planted model reads channel 1 for its answer, and others only as noise."""
     pair = pair_with(planted_model(noise=0.0))
-    weights = decoder_weights(pair, [(planted_pairs().input_ids, None)])
+    weights = decoder_freedoms(pair, [(planted_pairs().input_ids, None)])
     last = weights[-1]
     assert last.argmax() == 1
     others = [channel for channel in range(16) if channel != 1]
@@ -34,7 +34,7 @@ def test_only_channels_that_the_answer_depends_on_have_weight():
 def test_the_effect_is_that_of_the_definition_over_all_tokens():
     pair = join(gpt2(), sparse_model())
     ids = tokens(6, 7)
-    whole = decoder_weights(pair, [(ids, None)])
+    whole = decoder_freedoms(pair, [(ids, None)])
     expected = by_hand(pair, ids)
     for one, other in zip(whole, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -43,11 +43,11 @@ def test_the_effect_is_that_of_the_definition_over_all_tokens():
 def test_batches_and_their_order_do_not_matter():
     """So two processes give what one gives."""
     pair, ids = join(gpt2(), sparse_model()), tokens(6, 7)
-    whole = decoder_weights(pair, [(ids, None)], seed=3)
-    parts = decoder_weights(pair, [(ids[4:], None), (ids[:4], None)], seed=3)
+    whole = decoder_freedoms(pair, [(ids, None)], seed=3)
+    parts = decoder_freedoms(pair, [(ids[4:], None), (ids[:4], None)], seed=3)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(whole[0], decoder_weights(pair, [(ids, None)], seed=4)[0])
+    assert not torch.allclose(whole[0], decoder_freedoms(pair, [(ids, None)], seed=4)[0])
 
 
 def by_hand(pair, ids):

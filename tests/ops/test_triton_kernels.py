@@ -22,7 +22,8 @@ for dtype, bits in _BITS.items():
     for n, d, k in [(1, 2, 1), (5, 33, 32), (6, 64, 16), (40, 129, 1), (3, 7, 3), (0, 5, 2)]:
         x = torch.randn(n, d, generator=generator, dtype=torch.float64)
         special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 5e-324])
-        for rows in (x, (1.5 * x).round(), torch.where(x > 0.5, special[torch.randint(6, x.shape)], x)):
+        with_special = torch.where(x > 0.5, special[torch.randint(6, x.shape, generator=generator)], x)
+        for rows in (x, (1.5 * x).round(), with_special):
             rows = rows.to(dtype)
             found = topk_mask(rows.view(bits.dtype), k, bits.infinity)
             assert torch.equal(found, abs_topk_mask_eager(rows, k)), (dtype, n, d, k)
