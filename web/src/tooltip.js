@@ -1,0 +1,48 @@
+// One tooltip for the whole page.
+import { h } from "./dom.js";
+
+const tip = h("div", { class: "tooltip", role: "tooltip", hidden: true });
+const MARGIN = 12;
+
+/** Put the tooltip into the page; Escape hides it. */
+export function mountTooltip() {
+  document.body.append(tip);
+  document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
+  addEventListener("scroll", hideTip, { passive: true });
+}
+
+/**
+ * Show content beside an element, or beside the pointer if there is an event of one.
+ * @param {Element} target
+ * @param {import("./dom.js").Child[]} content
+ * @param {MouseEvent} [event]
+ */
+export function showTip(target, content, event) {
+  tip.replaceChildren(...h("div", {}, content).childNodes);
+  tip.hidden = false;
+  const box = target.getBoundingClientRect();
+  const x = event ? event.clientX : box.left + box.width / 2;
+  const [top, bottom] = event ? [event.clientY - MARGIN, event.clientY + MARGIN] : [box.top - 6, box.bottom + 6];
+  const { width, height } = tip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, x - width / 2), innerWidth - width - 8);
+  tip.style.left = `${Math.max(8, left)}px`;
+  tip.style.top = `${top - height > 8 ? top - height : bottom}px`;
+}
+
+/** Hide the tooltip. */
+export function hideTip() {
+  tip.hidden = true;
+}
+
+/**
+ * The lines of a tooltip: a title, and names with their figures.
+ * @param {import("./dom.js").Child} title
+ * @param {[string, string][]} rows
+ * @returns {import("./dom.js").Child[]}
+ */
+export function tipLines(title, rows) {
+  return [
+    h("strong", {}, title),
+    h("table", {}, ...rows.map(([name, value]) => h("tr", {}, h("td", {}, name), h("td", { class: "number" }, value)))),
+  ];
+}
