@@ -8,6 +8,7 @@ Find channels      find_channels, Channels, sweep, Sweep
 Tasks              TASKS, task_pairs
 Circuits           prune, PruneConfig, Circuit, controls, feature, node_activations,
                    circuit_to_dense
+Look               report
 Sparse training    pretrain, PretrainConfig
 
 A model may be given to any function as an object, a `ResidualModel`, a folder or a hub id. Docstrings point to the
@@ -47,6 +48,7 @@ from bridges.steering.edits import Edit, load_edits, save_edits
 from bridges.steering.export import directions, export_direction
 from bridges.steering.steer import steer
 from bridges.tasks.pairs import TASKS, task_pairs
+from bridges.views.report import report
 
 __version__ = version("sparse-bridges")
 
@@ -86,6 +88,7 @@ __all__ = [
     "node_activations",
     "pretrain",
     "prune",
+    "report",
     "save_edits",
     "steer",
     "sweep",

@@ -32,6 +32,7 @@ from bridges.pretrain import pretrain
 from bridges.sparsity.settings import PretrainConfig
 from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TASKS
+from bridges.views.report import report
 
 app = typer.Typer(
     help="Linear bridges between a dense language model and a weight-sparse, readable one.",
@@ -214,6 +215,25 @@ def steer_command(
     found.save(folder / f"{task}.json")
     found.plot(folder / f"{task}.png")
     print(f"{found}\nWritten to {folder / task}.json and .png")
+
+
+@app.command("report")
+def report_command(
+    run_dir: Annotated[Path, typer.Argument(help="A folder of `bridges fit` or `bridges demo`.")],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks with commas between, or all; what the folder lacks of them is measured first.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="The file to write; RUN_DIR/index.html if not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write the page's data beside it as JSON.")] = False,
+    dense: Dense = "",
+    sparse: Sparse = "",
+    tokenizer: Tokenizer = "",
+) -> None:
+    """Write one HTML file that shows a run: its bridges, tasks, circuits, and what channels mean in both models."""
+    names = None if not tasks else "all" if tasks == "all" else tasks.split(",")
+    known = RunFile({"data": {"tokenizer": tokenizer}}).tokenizer() if tokenizer else None
+    models = {"dense": dense or None, "sparse": sparse or None, "tokenizer": known}
+    print(f"Written to {report(run_dir, out=out, tasks=names, json=json, **models)}")
 
 
 def _look_at(node: str, folder: str, run: RunFile, source: str, task: str, tokenizer: Any) -> Feature:

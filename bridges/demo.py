@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from bridges.io.files import write_json
 from bridges.models.bundled import BundledPair, load_pair
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
-from bridges.tasks.pairs import TaskPairs, task_pairs
+from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
+from bridges.views.collect import Results, page_data
 
 SETTINGS = FitConfig(
     steps=400,
@@ -113,10 +115,24 @@ def demo(
     steering = one.to_dict() | {"few_channels": few.to_dict()}
     write_json(out / "steering.json", steering)
     steering_plot(steering, out / "steering.png")
-    write_page(report, steering, out)
     console.print(f"\n{one}\n\n{few}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"\nWritten to {out}: index.html shows it all.")
+    found = Results(report, {TASK: circuit}, {TASK: {"one": one.to_dict(), "few": few.to_dict()}})
+    write_demo_page(pair, bridge_set, found, heldout, out, progress)
+    console.print(f"\nWritten to {out}: index.html shows it all; `bridges report {out} --tasks all` adds other tasks.")
     return steering
+
+
+def write_demo_page(
+    pair: BundledPair, bridge_set: BridgeSet, found: Results, text: Tensor, out: Path, progress: bool
+) -> None:
+    """Write `index.html`, which shows everything that the demo prints, and the prompts of all twenty tasks."""
+    missing = {task: f"not in the demo; `bridges report {out} --tasks {task}` looks for it" for task in TASKS}
+    found = replace(found, circuits_missing=missing, steering_missing=missing)
+    with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
+        data = page_data(
+            models, found, TASKS, pair.tokenizer, text=text, headline=TASK, title="The bundled pair", progress=progress
+        )
+    write_page(data, out / "index.html")
 
 
 def measured_bridges(

@@ -44,7 +44,7 @@ def config(tmp_path):
 
 
 def test_help_everywhere(monkeypatch, capsys):
-    for arguments in ((), ("fit",), ("evaluate",), ("demo",), ("steer",), ("pretrain",), ("circuit",)):
+    for arguments in ((), ("fit",), ("evaluate",), ("demo",), ("steer",), ("pretrain",), ("circuit",), ("report",)):
         status, out, _ = run(monkeypatch, capsys, *arguments, "--help")
         assert status == 0
         assert "Usage" in out

@@ -17,7 +17,7 @@ from bridges.circuits.feature_view import Context, Feature
 from bridges.circuits.features import describe_node, node_activations, sparse_transformer, token_names
 from bridges.circuits.nodes import Node
 from bridges.circuits.text import mean_text
-from bridges.io.progress import progress_bar
+from bridges.io.progress import Bar, progress_bar
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
@@ -100,7 +100,8 @@ def feature(
         values = node_activations(model, node, rows)
         names = token_names(known, max(model.config.vocab_size, pair.dense.vocab_size))
         found = describe_node(model, node, rows, values, names, contexts, weights, seed)
-        return _with_dense_side(found, pair, rows, values, names, pairs, seed, progress)
+        with progress_bar(f"{node} in the dense model", dense_side_tokens(rows), progress) as bar:
+            return with_dense_side(found, pair, rows, values, names, pairs, seed, bar)
 
 
 def _saved_tokenizer(*models: Any) -> Any:
@@ -109,7 +110,12 @@ def _saved_tokenizer(*models: Any) -> Any:
     return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
 
-def _with_dense_side(
+def dense_side_tokens(rows: Int[Tensor, "rows seq"]) -> int:
+    """Tokens that the dense model runs on for the dense side of one node, which a bar advances by."""
+    return rows.numel() + (1 + N_RANDOM) * effect_rows(rows).numel()
+
+
+def with_dense_side(
     found: Feature,
     pair: ModelPair,
     rows: Int[Tensor, "rows seq"],
@@ -117,15 +123,18 @@ def _with_dense_side(
     names: list[str],
     task: TaskPairs | None,
     seed: int,
-    progress: bool,
+    bar: Bar,
 ) -> Feature:
+    """The same feature with its dense side, or with the reason why it has none.
+
+    `values` are the node's on the text `rows`; the other arguments are those of `measure_dense_side`.
+    """
     node = find_bridged(Node.parse(found.node), pair)
     if isinstance(node, str):
+        bar.advance(dense_side_tokens(rows))
         return replace(found, no_dense_side=node)
-    total = rows.numel() + (1 + N_RANDOM) * effect_rows(rows).numel()
-    with progress_bar(f"{found.node} in the dense model", total, progress) as bar:
-        readings = encoder_readings(pair, node, rows, bar)
-        side = measure_dense_side(pair, node, rows, values, readings, names, task, seed, bar)
+    readings = encoder_readings(pair, node, rows, bar)
+    side = measure_dense_side(pair, node, rows, values, readings, names, task, seed, bar)
     shown = {
         kind: [_with_readings(context, readings) for context in getattr(found, kind)]
         for kind in ("positive", "negative", "random")

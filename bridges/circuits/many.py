@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,37 @@ def prune_tasks(
     at the end. `dense_twin` is that of `controls`. Raises ValueError if `out` holds circuits of another model; of a
     single task that does not reach the target, that error.
     """
-    model = sparse_transformer(sparse)
-    own, found = fingerprint(model), {}
+    model, found = sparse_transformer(sparse), {}
+    for task, circuit, rows in pruned_tasks(
+        model, tasks, out, tokenizer, with_controls, settings, progress, dense_twin
+    ):
+        if circuit is not None:
+            found[task] = circuit
+        elif len(tasks) == 1:
+            raise TargetNotReached(rows[task]["message"], rows[task]["loss"])
+        print(f"{task}: {rows[task]['message']}" if circuit is None else circuit)
+        for line in () if circuit is None else circuit.controls.get("verdict", ()):
+            print(f"  {line}")
+    if len(rows := _earlier_rows(out, fingerprint(model))) > 1:
+        print_table(with_means(rows))
+    return found
+
+
+def pruned_tasks(
+    model: SparseTransformer,
+    tasks: Sequence[str],
+    out: Path,
+    tokenizer: Any,
+    with_controls: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    dense_twin: Any = None,
+) -> Iterator[tuple[str, Circuit | None, Mapping[str, Row]]]:
+    """Each task with its circuit, None where it does not reach the target, and the rows of `summary.json` so far.
+
+    Arguments and files are those of `prune_tasks`, which prints what this finds.
+    """
+    own = fingerprint(model)
     twin = None if dense_twin is None else load_dense_twin(dense_twin, model, tokenizer)
     config = PruneConfig().with_settings(dict(settings or {})).recorded()
     rows = _earlier_rows(out, own)
@@ -53,16 +82,9 @@ def prune_tasks(
             except TargetNotReached as error:
                 rows[task] = failed_row(error, config, own)
         if circuit is not None:
-            found[task], rows[task] = circuit, found_row(circuit)
+            rows[task] = found_row(circuit)
         write_json(out / SUMMARY, with_means(rows))
-        if circuit is None and len(tasks) == 1:
-            raise TargetNotReached(rows[task]["message"], rows[task]["loss"])
-        print(f"{task}: {rows[task]['message']}" if circuit is None else circuit)
-        for line in () if circuit is None else circuit.controls.get("verdict", ()):
-            print(f"  {line}")
-    if len(rows) > 1:
-        print_table(with_means(rows))
-    return found
+        yield task, circuit, rows
 
 
 def _saved(out: Path, task: str, own: str) -> Circuit | None:

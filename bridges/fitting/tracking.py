@@ -86,6 +86,21 @@ class Tracker:
             self.run.finish(exit_code=1)
 
 
+def log_page(run_dir: Path, page: Path) -> None:
+    """Log an HTML file to the wandb run that a run folder reported to; without one, or with wandb disabled, nothing."""
+    stored = _stored_id(run_dir)
+    if stored is None or os.environ.get("WANDB_MODE") == "disabled":
+        return
+    import wandb
+
+    run, shared = _open_run(run_dir, {})
+    if run is None:
+        return
+    run.log({"page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    if not shared:
+        run.finish()
+
+
 def _artifact_metadata(report: BridgeReport | None) -> dict[str, Any]:
     return {} if report is None else report.flat("final") | {"tokens": report.tokens}
 
@@ -118,7 +133,7 @@ def _open_run(output_dir: Path | None, settings: dict[str, Any]) -> tuple[Any, b
     shared = active is not None and (bool(active.sweep_id) or active.id == stored)
     run = active if shared else _start_run(output_dir, settings, stored, mode)
     assert run is not None
-    if shared:
+    if shared and settings:
         run.config.update({"fit": settings}, allow_val_change=True)
     if output_dir is not None:
         write_text(output_dir / RUN_ID_FILE, run.id)

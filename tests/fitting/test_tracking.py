@@ -9,7 +9,7 @@ from pairs import gpt2, sparse_model, tokens
 from wandb.proto.wandb_internal_pb2 import Record
 
 from bridges.fit import fit
-from bridges.fitting.tracking import Tracker
+from bridges.fitting.tracking import Tracker, log_page
 from bridges.fitting.trainer import Trainer
 
 SETTINGS = {"steps": 4, "batch_size": 2, "closed_form_tokens": 60, "eval_every": 2, "progress": False}
@@ -351,3 +351,19 @@ def test_bridges_are_the_same_with_and_without_reporting(tmp_path, monkeypatch):
     reported = fit(*models, data, report_to="wandb", **SETTINGS)
     for one, two in zip(silent.parameters(), reported.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_page_goes_to_the_run_that_the_folder_reported_to_and_nowhere_without_one(tmp_path, offline, monkeypatch):
+    page = tmp_path / "index.html"
+    page.write_text("<p>seen</p>")
+    log_page(tmp_path / "run", page)
+    assert not (tmp_path / "run").exists()
+    tracked(tmp_path / "run")
+    log_page(tmp_path / "run", page)
+    *_, last = read_runs(tmp_path / "run")
+    assert run_ids(last) == {(tmp_path / "run/wandb_run_id").read_text()}
+    (logged_page,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/html/page_*.html")
+    assert "<p>seen</p>" in logged_page.read_text()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log_page(tmp_path / "run", page)
+    assert len(read_runs(tmp_path / "run")) == 2

@@ -1,53 +1,52 @@
-"""The demo's page, read back as text."""
+"""The report page's shell, read back as text; what its script does is in test_page_browser.py."""
 
 import base64
-import html
+import hashlib
+import json
 import re
 
 import pytest
-from figures import STEERING, report
 
-from bridges.report.curves import BASELINES
-from bridges.report.page import write_page
+from bridges.report.page import render_page, write_page
 
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
-EXTRAS = {
-    "at": "residual",
-    "p_target_by_direction": [0.111, 0.222],
-    "side_effects": {"kl": 0.333, "tokens": 4321},
-    "agreement": {"r_squared": 0.44, "r_squared_shuffled": 0.05},
-}
-FEW = STEERING | EXTRAS | {"channel": [7, 9], "site": "0.mlp"}
+DATA = {"format": 1, "title": "Two models", "tasks": [], "channels": {"a": 0.1}}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("quality", "steering"):
-        (tmp_path / f"{name}.png").write_bytes(PIXEL)
-    return tmp_path
+def element(page, pattern):
+    """The content of the first element whose start tag matches."""
+    found = re.search(f"<{pattern}>(.*?)</", page, re.DOTALL)
+    assert found is not None, pattern
+    return found[1]
 
 
-def test_the_page_embeds_its_plots_and_shows_every_figure(folder):
-    steering = STEERING | EXTRAS | {"few_channels": FEW}
-    page = write_page(report(), steering, folder).read_text()
-    assert page.count(f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}") == 2
-    for site in report().sites:
-        row = next(row for row in page.split("<tr") if f"<td>{site.name}</td>" in row)
-        for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
-            assert f"{getattr(site, name):.3f}" in row
-    for shown in ("Channel 7", "[7, 9] at 0.mlp", "0.111", "0.222", "0.333", "4321", "44 %", "5 %"):
-        assert shown in page
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.unescape(page).split("<tr>") if row.startswith("<td>")]
-    for name, style in BASELINES.items():
-        assert [style.label, *(f"{p:.3f}" for p in STEERING[name])] in rows
-    assert ["one channel", *(f"{p:.3f}" for p in STEERING["p_target"])] in rows
+def test_the_data_stands_in_the_page_as_it_was_given(tmp_path):
+    page = write_page(DATA, tmp_path / "a" / "page.html")
+    assert page == tmp_path / "a" / "page.html"
+    assert json.loads(element(page.read_text(encoding="utf-8"), '(?:script)[^>]*id="data"[^>]*')) == DATA
 
 
-def test_a_missing_control_is_named(folder):
-    few = FEW | {"agreement": {"r_squared": 0.44, "r_squared_shuffled": None}}
-    assert "there are none" in write_page(report(), STEERING | EXTRAS | {"few_channels": few}, folder).read_text()
+def test_the_policy_allows_this_script_and_this_style_and_nothing_else():
+    page = render_page(DATA)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None and "default-src &#39;none&#39;" in policy[1]
+    style = element(page, "style")
+    assert "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy[1]
+    assert "unsafe" not in policy[1] and "http" not in policy[1]
 
 
-def test_text_is_escaped(folder):
-    steering = STEERING | EXTRAS | {"few_channels": FEW, "task": "<b>bold</b>"}
-    assert "&lt;b&gt;bold" in write_page(report(), steering, folder).read_text()
+def test_no_token_ends_the_script_and_no_title_is_markup():
+    tokens = ["</script>", "<!--", "&amp;", "\u2028"]
+    page = render_page(DATA | {"title": "<b>bold</b>", "tokens": tokens})
+    assert "<b>bold" not in page and "&lt;b&gt;bold" in page
+    assert json.loads(element(page, '(?:script)[^>]*id="data"[^>]*'))["tokens"] == tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_figures_that_json_cannot_hold_are_refused(value):
+    with pytest.raises(ValueError, match="a figure that JSON cannot hold; give null"):
+        render_page(DATA | {"loss": value})
+
+
+def test_data_of_another_format_is_refused():
+    with pytest.raises(ValueError, match=r"data\['format'\]=2 must be 1"):
+        render_page(DATA | {"format": 2})

@@ -81,13 +81,14 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b s d_model"]:
         """What is added to the stream; keys and values are appended to those of `cache`, t in all."""
         q, k, v = self.c_attn(self.attn_in(x)).chunk(3, dim=-1)
-        q, k, v = (self._split_heads(part) for part in (self.attn_q(q), self.attn_k(k), self.attn_v(v)))
+        q, k, v = (self.split_heads(part) for part in (self.attn_q(q), self.attn_k(k), self.attn_v(v)))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         mixed = self._attend(q, k, v, allowed).transpose(1, 2).flatten(2)
         return self.attn_out(F.dropout(self.c_proj(mixed), self.dropout, self.training))
 
-    def _split_heads(self, x: Float[Tensor, "b s heads"]) -> Float[Tensor, "b n_head s d_head"]:
+    def split_heads(self, x: Float[Tensor, "b s heads"]) -> Float[Tensor, "b n_head s d_head"]:
+        """Queries, keys or values of all heads side by side, head by head."""
         return rearrange(x, "b s (n_head d_head) -> b n_head s d_head", n_head=self.n_head)
 
     def _attend(
@@ -97,15 +98,22 @@ class Attention(nn.Module):
         v: Float[Tensor, "b n_head t d_head"],
         allowed: Bool[Tensor, "#b 1 s t"],
     ) -> Float[Tensor, "b n_head s d_head"]:
+        return F.dropout(self.weights(q, k, allowed), self.dropout, self.training) @ v
+
+    def weights(
+        self,
+        q: Float[Tensor, "b n_head s d_head"],
+        k: Float[Tensor, "b n_head t d_head"],
+        allowed: Bool[Tensor, "#b 1 s t"],
+    ) -> Float[Tensor, "b n_head s t"]:
+        """How much of each key's value a query takes; what is missing to 1 goes to the attention sink."""
         scores = (q @ k.mT) * (1 / math.sqrt(self.d_head))
         # Not -inf: a padding token that may attend to no key must stay finite, its gradient too.
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         if self.attn_imp is None:
-            weights = scores.softmax(-1)
-        else:
-            slot = self.attn_imp.sink_logit.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            weights = torch.cat([slot, scores], dim=-1).softmax(-1)[..., 1:]
-        return F.dropout(weights, self.dropout, self.training) @ v
+            return scores.softmax(-1)
+        slot = self.attn_imp.sink_logit.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([slot, scores], dim=-1).softmax(-1)[..., 1:]
 
 
 class MLP(nn.Module):

@@ -1,0 +1,1 @@
+"""What the page shows of each thing: circuits, channels, tasks; and `report`, which collects and writes it."""
