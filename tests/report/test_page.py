@@ -1,53 +1,52 @@
-"""The demo's page, read back as text."""
+"""The report page as text; test_page_browser.py reads it in a browser."""
 
-import base64
-import html
+import json
 import re
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
-from figures import STEERING, report
+from report.page_data import page_data
 
-from bridges.report.curves import BASELINES
-from bridges.report.page import write_page
-
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
-EXTRAS = {
-    "at": "residual",
-    "p_target_by_direction": [0.111, 0.222],
-    "side_effects": {"kl": 0.333, "tokens": 4321},
-    "agreement": {"r_squared": 0.44, "r_squared_shuffled": 0.05},
-}
-FEW = STEERING | EXTRAS | {"channel": [7, 9], "site": "0.mlp"}
+from bridges.report.page import render_page, write_page
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("quality", "steering"):
-        (tmp_path / f"{name}.png").write_bytes(PIXEL)
-    return tmp_path
+def element(page, opening):
+    return re.search(rf"{opening}>(.*?)</(?:script|style)>", page, re.DOTALL)[1]
 
 
-def test_the_page_embeds_its_plots_and_shows_every_figure(folder):
-    steering = STEERING | EXTRAS | {"few_channels": FEW}
-    page = write_page(report(), steering, folder).read_text()
-    assert page.count(f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}") == 2
-    for site in report().sites:
-        row = next(row for row in page.split("<tr") if f"<td>{site.name}</td>" in row)
-        for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
-            assert f"{getattr(site, name):.3f}" in row
-    for shown in ("Channel 7", "[7, 9] at 0.mlp", "0.111", "0.222", "0.333", "4321", "44 %", "5 %"):
-        assert shown in page
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.unescape(page).split("<tr>") if row.startswith("<td>")]
-    for name, style in BASELINES.items():
-        assert [style.label, *(f"{p:.3f}" for p in STEERING[name])] in rows
-    assert ["one channel", *(f"{p:.3f}" for p in STEERING["p_target"])] in rows
+def test_the_data_in_the_page_is_the_data():
+    data = page_data()
+    assert json.loads(element(render_page(data), '<script type="application/json" id="data"')) == data
 
 
-def test_a_missing_control_is_named(folder):
-    few = FEW | {"agreement": {"r_squared": 0.44, "r_squared_shuffled": None}}
-    assert "there are none" in write_page(report(), STEERING | EXTRAS | {"few_channels": few}, folder).read_text()
+def test_no_text_of_the_data_is_markup():
+    data = page_data() | {"title": "</title><b>bold</b>"}
+    page = render_page(data)
+    assert "</script><b>" in json.dumps(data) and "</script><b>" not in page and "<!--" not in page
+    assert "<b>bold" not in page and "&lt;b&gt;bold" in page
 
 
-def test_text_is_escaped(folder):
-    steering = STEERING | EXTRAS | {"few_channels": FEW, "task": "<b>bold</b>"}
-    assert "&lt;b&gt;bold" in write_page(report(), steering, folder).read_text()
+def test_the_policy_allows_this_script_and_this_style_alone():
+    page = render_page(page_data())
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', page)[1].replace("&#39;", "'")
+    script, style = (
+        b64encode(sha256(element(page, f"<{name}").encode()).digest()).decode() for name in ("script", "style")
+    )
+    expected = f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:"
+    assert policy == expected
+    assert not re.search(r"\sstyle=", page.split("<body>")[1].split("<script")[0])
+
+
+def test_what_json_cannot_hold_is_refused(tmp_path):
+    data = page_data()
+    data["bridges"]["dense_ce"] = float("nan")
+    with pytest.raises(ValueError, match="give null in its place"):
+        render_page(data)
+    with pytest.raises(ValueError, match="must be 1"):
+        render_page(page_data() | {"format": 2})
+
+
+def test_the_page_is_written_where_it_is_told(tmp_path):
+    path = write_page(page_data(), tmp_path / "report.html")
+    assert path == tmp_path / "report.html" and path.read_text(encoding="utf-8") == render_page(page_data())

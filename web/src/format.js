@@ -31,14 +31,14 @@ export function signed(x, decimals = 3) {
 }
 
 /**
- * A share as a percentage; with decimals under 10 and over 99, where they say something.
+ * A share as a percentage; with decimals under 10 and over 90, where they say something.
  * @param {number | null | undefined} x
  */
 export function percent(x) {
   if (x === null || x === undefined || !Number.isFinite(x)) return MISSING;
   const value = 100 * x;
   if (Math.abs(value - Math.round(value)) < 1e-9) return `${value.toFixed(0)}%`;
-  const decimals = value < 10 ? 2 : value > 99 ? 1 : 0;
+  const decimals = value < 10 ? 2 : value > 90 ? 1 : 0;
   return `${value.toFixed(decimals)}%`;
 }
 

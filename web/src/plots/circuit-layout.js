@@ -27,7 +27,7 @@ export function circuitLayout(circuit, available) {
   const step = Math.max(LEAST_COLUMN, (available - 2 * SIDE) / Math.max(used.length - 1, 1));
   const most = Math.max(1, ...used.map((one) => one.members.length));
   const spacing = most <= 5 ? 74 : most <= 40 ? 22 : 14;
-  const height = Math.max(most, 2) * spacing + 40;
+  const height = Math.max(most * spacing, 60);
   /** @type {Layout["nodes"]} */
   const nodes = new Array(circuit.nodes.length);
   const columns = used.map(({ column, members }, at) => {

@@ -48,7 +48,7 @@ function drawModels(page, available) {
   });
   const columns = sites.map((site, i) => siteBridge(site, (i + 0.5) * step, step, narrow));
   const names = [
-    s("text", { class: "row-name", x: 0, y: bottom + 96 }, "KL of a pass that changes models here, nats per token; in quieter tone with the stream at its mean"),
+    s("text", { class: "row-name", x: 0, y: bottom + 96 }, available > 640 ? "KL of a pass that changes models here, nats per token; in quieter tone with the stream at its mean" : "KL of a pass that changes models here, and its control"),
   ];
   return canvas(width, bottom + (narrow ? 192 : 150), "The models' streams, from left to right, with a bridge at every site", streams, names, columns);
 }
