@@ -19,11 +19,12 @@ export function contextScale(contexts) {
  * @param {Context[]} contexts
  * @param {{values: number, readings: number}} scale
  * @param {string} none what to say if there are none
+ * @param {boolean} [wide] over two columns
  */
-export function contextList(title, contexts, scale, none) {
+export function contextList(title, contexts, scale, none, wide = false) {
   return h(
     "div",
-    { class: "contexts" },
+    { class: wide ? "contexts wide" : "contexts" },
     h("h3", {}, title),
     contexts.length === 0 ? h("p", { class: "quiet" }, none) : h("ol", {}, ...contexts.map((context) => contextRow(context, scale))),
   );

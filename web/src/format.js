@@ -3,7 +3,7 @@
 const MISSING = "–";
 
 /**
- * A figure with so many decimals; very small ones as 1.1e−5.
+ * A figure with so many decimals; with three or more of them, very small ones as 1.1e−5.
  * @param {number | null | undefined} x
  * @param {number} [decimals]
  */
@@ -11,12 +11,13 @@ export function num(x, decimals = 3) {
   if (x === null || x === undefined || !Number.isFinite(x)) return MISSING;
   const size = Math.abs(x);
   const text =
-    size > 0 && size < 0.5 * 10 ** -decimals
+    decimals >= 3 && size > 0 && size < 0.5 * 10 ** -decimals
       ? size.toExponential(1).replace("e-", "e−")
       : size >= 10000
         ? size.toLocaleString("en-US", { maximumFractionDigits: 0 })
         : size.toFixed(decimals);
-  return x < 0 ? `−${text}` : text;
+  // What rounds to zero has no sign.
+  return x < 0 && /[1-9]/.test(text) ? `−${text}` : text;
 }
 
 /**
@@ -25,18 +26,19 @@ export function num(x, decimals = 3) {
  * @param {number} [decimals]
  */
 export function signed(x, decimals = 3) {
-  return x !== null && x !== undefined && x > 0 ? `+${num(x, decimals)}` : num(x, decimals);
+  const text = num(x, decimals);
+  return x !== null && x !== undefined && x > 0 && /[1-9]/.test(text) ? `+${text}` : text;
 }
 
 /**
- * A share as a percentage; with decimals under 10 and over 99, where they say something.
+ * A share as a percentage; with decimals under 10 and over 90, where they say something.
  * @param {number | null | undefined} x
  */
 export function percent(x) {
   if (x === null || x === undefined || !Number.isFinite(x)) return MISSING;
   const value = 100 * x;
   if (Math.abs(value - Math.round(value)) < 1e-9) return `${value.toFixed(0)}%`;
-  const decimals = value < 10 ? 2 : value > 99 ? 1 : 0;
+  const decimals = value < 10 ? 2 : value > 90 ? 1 : 0;
   return `${value.toFixed(decimals)}%`;
 }
 

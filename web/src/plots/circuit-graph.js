@@ -6,7 +6,7 @@ import { count, describeNode, many, num, signed } from "../format.js";
 import { href } from "../router.js";
 import { hideTip, showTip, tipLines } from "../tooltip.js";
 import { scroller } from "../ui.js";
-import { circuitLayout, edgeMiddle, edgePath } from "./circuit-layout.js";
+import { circuitLayout, edgeMiddle, edgePath, wrap } from "./circuit-layout.js";
 import { mountArrowKeys } from "./circuit-keys.js";
 
 /** @typedef {import("../types.js").Circuit} Circuit */
@@ -27,6 +27,7 @@ import { mountArrowKeys } from "./circuit-keys.js";
 const [LEAST_LINE, MOST_LINE] = [0.8, 6];
 const NAMED_WEIGHTS = 16;
 const STEPS = 400;
+const TOKEN_LINE = 15;
 
 /** @param {Circuit} circuit */
 export function circuitGraph(circuit) {
@@ -191,13 +192,22 @@ function drawNode(circuit, layout, i) {
   const label = small
     ? s("text", { class: "node-label", x: x + radius + 3, y, dy: "0.35em" }, number)
     : s("text", { class: "node-label", x, y: y + radius + 14, "text-anchor": "middle" }, number,
-        node.tokens && s("tspan", { class: "quiet", x, dy: "1.2em" }, node.tokens.length > 16 ? `${node.tokens.slice(0, 15)}…` : node.tokens));
+        ...tokenLines(node.tokens).map((line) => s("tspan", { class: "quiet", x, dy: "1.25em" }, line)));
   return s(
     "a",
     { href: href("channel", node.id), class: "node", tabindex: i === 0 ? 0 : -1, "aria-label": nodeText(circuit, i) },
     s("circle", { cx: x, cy: y, r: radius.toFixed(1) }),
     label,
   );
+}
+
+/**
+ * A node's tokens under it, in two lines at most.
+ * @param {string} tokens
+ */
+function tokenLines(tokens) {
+  const lines = tokens ? wrap(tokens, TOKEN_LINE) : [];
+  return lines.length > 2 ? [lines[0], `${lines[1]} …`] : lines;
 }
 
 /**

@@ -26,8 +26,8 @@ export function circuitLayout(circuit, available) {
   const used = circuit.columns.map((column, i) => ({ column, members: membersOf(circuit, i) })).filter((one) => one.members.length);
   const step = Math.max(LEAST_COLUMN, (available - 2 * SIDE) / Math.max(used.length - 1, 1));
   const most = Math.max(1, ...used.map((one) => one.members.length));
-  const spacing = most <= 5 ? 66 : most <= 40 ? 22 : 14;
-  const height = Math.max(most, 2) * spacing + 40;
+  const spacing = most <= 5 ? 74 : most <= 40 ? 22 : 14;
+  const height = Math.max(most * spacing, 60);
   /** @type {Layout["nodes"]} */
   const nodes = new Array(circuit.nodes.length);
   const columns = used.map(({ column, members }, at) => {
@@ -71,7 +71,7 @@ export function spread(places, spacing, height) {
  * @param {string} text
  * @param {number} most
  */
-function wrap(text, most) {
+export function wrap(text, most) {
   /** @type {string[]} */
   const lines = [];
   for (const word of text.split(" ")) {

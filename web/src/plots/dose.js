@@ -109,7 +109,7 @@ function drawDose(sweep, curves, state, width, moved) {
     "P(target) over the strength of the edit",
     yAxis(y, ticks, [MARGIN.left, width - MARGIN.right], plain),
     xAxis(x, x.ticks(width < 420 ? 3 : 6), bottom, plain),
-    s("text", { class: "axis-name", x: MARGIN.left, y: HEIGHT - 8 }, "strength of the edit (1: what the counterfactual prompt gives)"),
+    s("text", { class: "axis-name", x: MARGIN.left, y: HEIGHT - 8 }, width < 420 ? "strength of the edit" : "strength of the edit (1: what the counterfactual prompt gives)"),
     // A model gives the other answer where P(target) is over a half.
     s("line", { class: "half", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(0.5), y2: y(0.5) }),
     ...shown.toReversed().map((curve) => doseCurve(sweep, curve, x, y)),

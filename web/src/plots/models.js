@@ -9,7 +9,7 @@ import { canvas } from "./axes.js";
 /** @typedef {import("../types.js").Site} Site */
 
 const LEAST_STEP = 58;
-const [TOP, GAP] = [44, 132];
+const [TOP, GAP] = [58, 140];
 const ROWS = /** @type {const} */ ([
   ["dense → sparse", "kl_dense_to_sparse", "kl_dense_to_sparse_mean_ablation"],
   ["sparse → dense", "kl_sparse_to_dense", "kl_sparse_to_dense_mean_ablation"],
@@ -36,7 +36,7 @@ function drawModels(page, available) {
   const width = Math.max(available, step * sites.length);
   const bottom = TOP + GAP;
   const narrow = step < 110;
-  const streams = /** @type {const} */ ([["dense", TOP, TOP - 26], ["sparse", bottom, bottom + 32]]).map(([side, y, label]) => {
+  const streams = /** @type {const} */ ([["dense", TOP, 14], ["sparse", bottom, bottom + 52]]).map(([side, y, label]) => {
     const model = page.models[side];
     return [
       s("line", { class: `stream ${side}`, x1: 0, x2: width, y1: y, y2: y }),
@@ -48,9 +48,9 @@ function drawModels(page, available) {
   });
   const columns = sites.map((site, i) => siteBridge(site, (i + 0.5) * step, step, narrow));
   const names = [
-    s("text", { class: "row-name", x: 0, y: bottom + 66 }, "KL of a pass that changes models here, nats per token; in quieter tone with the stream at its mean"),
+    s("text", { class: "row-name", x: 0, y: bottom + 96 }, available > 640 ? "KL of a pass that changes models here, nats per token; in quieter tone with the stream at its mean" : "KL of a pass that changes models here, and its control"),
   ];
-  return canvas(width, bottom + 150, "The models' streams, from left to right, with a bridge at every site", streams, names, columns);
+  return canvas(width, bottom + (narrow ? 192 : 150), "The models' streams, from left to right, with a bridge at every site", streams, names, columns);
 }
 
 /**
@@ -61,12 +61,12 @@ function drawModels(page, available) {
  */
 function siteBridge(site, x, step, narrow) {
   const bottom = TOP + GAP;
-  const [left, right] = [x - 9, x + 9];
+  const [left, right] = [x - 11, x + 11];
   const reach = (/** @type {number} */ nmse) => GAP * Math.min(Math.max(1 - nmse, 0), 1);
   const group = s(
     "g",
     { class: "bridge" },
-    s("rect", { class: "back", x: x - step / 2, y: TOP - 12, width: step, height: GAP + 116 }),
+    s("rect", { class: "back", x: x - step / 2, y: TOP - 12, width: step, height: GAP + 24 }),
     s("line", { class: "span", x1: left, x2: left, y1: TOP, y2: bottom }),
     s("line", { class: "span", x1: right, x2: right, y1: TOP, y2: bottom }),
     s("line", { class: "reach dense", x1: left, x2: left, y1: TOP, y2: TOP + reach(site.nmse_encode) }),
@@ -74,12 +74,12 @@ function siteBridge(site, x, step, narrow) {
     s("line", { class: "reach sparse", x1: right, x2: right, y1: bottom, y2: bottom - reach(site.nmse_decode) }),
     s("circle", { class: "stop dense", cx: x, cy: TOP, r: 4.5 }),
     s("circle", { class: "stop sparse", cx: x, cy: bottom, r: 4.5 }),
-    s("text", { class: "site-name", x, y: TOP - 10 + (narrow ? 0 : 0), "text-anchor": "middle" }, site.dense_site),
-    s("text", { class: "site-name", x, y: bottom + 17, "text-anchor": "middle" }, site.name),
-    !narrow && s("text", { class: "nmse dense", x: left - 10, y: TOP + GAP / 2, "text-anchor": "end" }, num(site.nmse_encode, 2), s("tspan", { class: "quiet", x: left - 10, dy: "1.25em" }, `floor ${num(site.nmse_encode_floor, 2)}`)),
-    !narrow && s("text", { class: "nmse sparse", x: right + 10, y: TOP + GAP / 2 }, num(site.nmse_decode, 2), s("tspan", { class: "quiet", x: right + 10, dy: "1.25em" }, `shuffled ${num(site.nmse_decode_shuffled, 1)}`)),
+    s("text", { class: "site-name", x, y: TOP - 14, "text-anchor": "middle" }, site.dense_site),
+    s("text", { class: "site-name", x, y: bottom + 24, "text-anchor": "middle" }, site.name),
+    !narrow && s("text", { class: "nmse dense", x: left - 12, y: TOP + GAP / 2, "text-anchor": "end" }, num(site.nmse_encode, 2), s("tspan", { class: "quiet", x: left - 12, dy: "1.25em" }, `floor ${num(site.nmse_encode_floor, 2)}`)),
+    !narrow && s("text", { class: "nmse sparse", x: right + 12, y: TOP + GAP / 2 }, num(site.nmse_decode, 2), s("tspan", { class: "quiet", x: right + 12, dy: "1.25em" }, `shuffled ${num(site.nmse_decode_shuffled, 1)}`)),
     ...ROWS.map(([name, key, control], i) => [
-      s("text", { class: `kl ${i ? "sparse" : "dense"}`, x, y: bottom + 90 + 38 * i, "text-anchor": "middle" }, i ? "↑ " : "↓ ", num(site[key], 2),
+      s("text", { class: `kl ${i ? "sparse" : "dense"}`, x, y: bottom + 120 + (narrow ? 42 : 21) * i, "text-anchor": "middle" }, i ? "↑ " : "↓ ", num(site[key], 2),
         s("tspan", { class: "quiet", ...(narrow ? { x, dy: "1.25em" } : { dx: 6 }) }, num(site[control], 1))),
     ]),
   );

@@ -40,7 +40,7 @@ export function sitePanel(panel, sites, over) {
     { class: "panel" },
     h("figcaption", {}, h("strong", {}, panel.title), h("span", { class: "quiet" }, panel.unit)),
     plot,
-    h("p", { class: "keys" }, ...keys, controls.length > 0 && h("span", { class: "key control" }, `control: ${controls.join("; ")}`)),
+    h("p", { class: "keys" }, ...keys, controls.length > 0 && h("span", { class: "key control" }, `control: ${controls.join("; ")}`), panel.rule && h("span", { class: "key rule" }, `${panel.rule.label}, ${num(panel.rule.value, panel.rule.value === 1 ? 0 : 3)}`)),
     tableView(panel.title, ["site", ...columns.map((one) => one.label)], () =>
       sites.map((site) => [site.name, ...columns.map((one) => num(/** @type {number} */ (site[one.key])))]),
     ),
@@ -81,10 +81,7 @@ function drawPanel(panel, sites, groups, width, over) {
     groups.set(site, group);
     return group;
   });
-  const rule = panel.rule && [
-    s("line", { class: "half", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(panel.rule.value), y2: y(panel.rule.value) }),
-    s("text", { class: "rule-name", x: width - MARGIN.right, y: y(panel.rule.value) - 5, "text-anchor": "end" }, panel.rule.label),
-  ];
+  const rule = panel.rule && s("line", { class: "half", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(panel.rule.value), y2: y(panel.rule.value) });
   return canvas(width, HEIGHT, `${panel.title} per site`, yAxis(y, ticks, [MARGIN.left, width - MARGIN.right], plain), ...columns, rule);
 }
 

@@ -23,7 +23,7 @@ const COLUMNS = [
 export function bridgesView({ bridges }) {
   const title = heading(
     "Bridges", "How well the bridges reconstruct and predict",
-    "Held-out figures per site. Under each, in a quieter tone, its control: what AbsTopK alone costs (floor), a decoder on other tokens’ streams (shuffled), a stream at its mean (mean ablation).",
+    "Held-out figures per site. Beside each, in a quieter tone, its control: what AbsTopK alone costs (floor), a decoder on other tokens’ streams (shuffled), a stream at its mean (mean ablation).",
   );
   if (bridges.sites.length === 0) return [title, noBridges()];
   return [

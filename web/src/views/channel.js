@@ -81,7 +81,7 @@ function contextsSection(channel) {
     ...byTask.map(([task, contexts]) => signs(
       contexts.filter((one) => one.value > 0).sort((a, b) => b.value - a.value),
       contexts.filter((one) => one.value < 0).sort((a, b) => a.value - b.value), `, task ${task}`)),
-    contextList("Random tokens where it is active", channel.random, scale, "It is active nowhere in the text."));
+    contextList("Random tokens where it is active", channel.random, scale, "It is active nowhere in the text.", true));
   const readings = all.some((one) => one.readings !== null && one.readings !== undefined);
   const toggle = readings && choice("shade by", [["values", "node’s value"], ["readings", "encoder’s reading"]], "values", (by) => (box.className = `shade-${by}`));
   return section(
@@ -122,7 +122,6 @@ function denseSide({ dense, no_dense_side: why, decoder_column: column, node }) 
       dense.task !== null && stat("cosine with the mean difference", signed(dense.mean_difference, 2), `dense model’s own, task ${dense.task}`),
     ),
     h("div", { class: "columns" }, list("Logits raised most", dense.raised), list("Logits lowered most", dense.lowered)),
-    h("h3", {}, "The decoder’s column"),
-    column && column.length ? barList("Largest entries, by channel of the dense stream", column.map(([index, weight]) => ({ name: `${dense.dense_site} ${index}`, value: weight, text: signed(weight) })), 16) : missing(`The page holds no column of ${node}.`),
+        h("div", { class: "columns" }, column && column.length ? barList("Largest entries of the decoder’s column, by channel of the dense stream", column.map(([index, weight]) => ({ name: `${dense.dense_site} ${index}`, value: weight, text: signed(weight) })), 16) : missing(`The page holds no column of the decoder for ${node}.`)),
   ];
 }

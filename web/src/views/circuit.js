@@ -54,7 +54,7 @@ function controls({ controls: all, verdict, task }) {
     verdict.length > 0 && h("ul", { class: "verdict" }, ...verdict.map((sentence) => h("li", {}, sentence))),
     all.length > 0 &&
       h("dl", { class: "control-list" }, ...all.map((control) =>
-        h("div", { class: control.as_good ? "as-good" : null }, h("dt", {}, control.name), h("dd", {}, control.value, " ", control.as_good ? h("strong", {}, "does as well as the circuit") : quiet("does worse"))))),
+        h("div", { class: control.as_good ? "as-good" : null }, h("dt", {}, control.name), h("dd", {}, control.value, control.as_good && [" ", h("strong", {}, "This does as well as the circuit.")])))),
   );
 }
 

@@ -50,7 +50,7 @@ function examples(task) {
   return h("ol", { class: "examples" }, ...task.examples.map((example) => {
     const cue = new Set(example.cue);
     const line = (/** @type {string} */ name, /** @type {string[]} */ tokens, /** @type {string[]} */ answers) =>
-      h("div", {}, quiet(name), h("span", { class: "tokens" }, ...tokens.map((token, i) => (cue.has(i) ? h("mark", {}, token) : token)), h("span", { class: "answer" }, " ", h("span", { "aria-hidden": "true" }, "→ "), ...answers.map(chip))));
+      h("div", {}, quiet(name), h("span", { class: "tokens" }, ...tokens.map((token, i) => (cue.has(i) ? h("mark", {}, token) : /^<\|.*\|>$/.test(token) ? quiet(token) : token)), h("span", { class: "answer" }, " ", h("span", { "aria-hidden": "true" }, "→ "), ...answers.map(chip))));
     return h("li", {}, line("prompt", example.prompt, example.answers), line("counterfactual", example.counterfactual, example.targets));
   }));
 }

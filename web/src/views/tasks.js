@@ -48,7 +48,7 @@ function columns(page) {
  * @param {Task} task
  */
 function circuitCell(page, task) {
-  if (!task.circuit) return h("span", { class: "quiet", title: task.circuit_missing }, "none");
+  if (!task.circuit) return h("span", { class: "quiet", title: task.circuit_missing }, "–");
   const size = `${task.circuit.nodes}, ${task.circuit.edges}`;
   return page.circuits[task.name] ? h("a", { href: href("circuit", task.name) }, size) : size;
 }
@@ -56,7 +56,7 @@ function circuitCell(page, task) {
 /** @param {Task} task */
 function channelsCell(task) {
   const sweep = bestSweep(task);
-  if (!sweep) return h("span", { class: "quiet", title: task.steering_missing }, "none");
+  if (!sweep) return h("span", { class: "quiet", title: task.steering_missing }, "–");
   const links = nodesOf(sweep).flatMap((node, i) => [i > 0 && ", ", h("a", { href: href("channel", node) }, node.split(".").at(-1))]);
   return [...links, " ", quiet(`at ${sweep.site}`)];
 }
