@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
-from bridges.channels.feature import feature
 from bridges.channels.find import CHOSEN_ON, find_sizes
 from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import frozen_pair
@@ -24,6 +23,7 @@ from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.controls import necessity
 from bridges.circuits.feature_view import Feature
+from bridges.circuits.features import token_names
 from bridges.circuits.pruning import prune
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
@@ -31,11 +31,13 @@ from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.run_file import RunFile
 from bridges.io.files import write_json
+from bridges.io.progress import progress_bar
 from bridges.models.bundled import BundledPair, load_pair
 from bridges.report.page import write_page
 from bridges.report.plots import quality_plot, steering_plot
 from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
-from bridges.views.collect import Results, page_data
+from bridges.views.channels import channel_steps, channel_views
+from bridges.views.collect import Results, page_data, page_pairs
 
 SETTINGS = FitConfig(
     steps=400,
@@ -54,7 +56,7 @@ PROMPTS = 200
 TEXT_ROWS = 32
 """Rows of text that ablations are measured on: of the training split to choose channels, of the held-out to report."""
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
-EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 16_384
+EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 8192
 """Held-out tokens for NMSEs and KLs of the bundled bridges, whose own report has more, and for what a channel does."""
 EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
 PAIRS_SEED = 1
@@ -107,9 +109,10 @@ def demo(
     console.print(circuit_text(pair, circuit, pairs.rows(CHOSEN_ON)), highlight=False, soft_wrap=True, markup=False)
 
     read = read_circuit(pair, bridge_set, circuit, heldout, progress)
-    write_json(out / "features.json", [one.to_dict() for one in read])
+    write_json(out / "features.json", list(read.values()))
+    shown = [Feature.from_dict(view).first(CONTEXTS) for node, view in read.items() if "read" in node][:READS_SHOWN]
     console.print("\nWhat its channels of the stream do on text, in both models", style="bold")
-    console.print("\n\n".join(map(str, read)), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n\n".join(map(str, shown)), highlight=False, soft_wrap=True, markup=False)
 
     one, few = steer_quotes(pair, bridge_set, pairs, circuit, train[:TEXT_ROWS], heldout[:TEXT_ROWS], progress)
     steering = one.to_dict() | {"few_channels": few.to_dict()}
@@ -117,21 +120,27 @@ def demo(
     steering_plot(steering, out / "steering.png")
     console.print(f"\n{one}\n\n{few}", highlight=False, soft_wrap=True, markup=False)
     found = Results(report, {TASK: circuit}, {TASK: {"one": one.to_dict(), "few": few.to_dict()}})
-    write_demo_page(pair, bridge_set, found, heldout, out, progress)
+    write_demo_page(pair, bridge_set, found, read, heldout, out, progress)
     console.print(f"\nWritten to {out}: index.html shows it all; `bridges report {out} --tasks all` adds other tasks.")
     return steering
 
 
 def write_demo_page(
-    pair: BundledPair, bridge_set: BridgeSet, found: Results, text: Tensor, out: Path, progress: bool
+    pair: BundledPair,
+    bridge_set: BridgeSet,
+    found: Results,
+    read: dict[str, dict[str, Any]],
+    text: Tensor,
+    out: Path,
+    progress: bool,
 ) -> None:
     """Write `index.html`, which shows everything that the demo prints, and the prompts of all twenty tasks."""
     missing = {task: f"not in the demo; `bridges report {out} --tasks {task}` looks for it" for task in TASKS}
     found = replace(found, circuits_missing=missing, steering_missing=missing)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        data = page_data(
-            models, found, TASKS, pair.tokenizer, text=text, headline=TASK, title="The bundled pair", progress=progress
-        )
+        rows = text[: FEATURE_TOKENS // text.shape[1]]
+        options = {"text": rows, "channels": read, "headline": TASK, "title": "The bundled pair", "progress": progress}
+        data = page_data(models, found, TASKS, pair.tokenizer, **options)
     write_page(data, out / "index.html")
 
 
@@ -192,12 +201,17 @@ def circuit_text(pair: BundledPair, circuit: Circuit, pairs: TaskPairs) -> str:
 
 def read_circuit(
     pair: BundledPair, bridge_set: BridgeSet, circuit: Circuit, text: Tensor, progress: bool
-) -> list[Feature]:
-    """What the channels that the circuit reads do on text, in both models."""
-    options = {"task": TASK, "contexts": CONTEXTS, "weights": CONTEXTS, "text_tokens": FEATURE_TOKENS}
-    models = {"dense": pair.dense, "bridge_set": bridge_set, "tokenizer": pair.tokenizer}
-    reads = [f"{place}.{i}" for place, nodes in circuit.nodes.items() if place.endswith("read") for i in nodes]
-    return [feature(pair.sparse, node, text, progress=progress, **models, **options) for node in reads[:READS_SHOWN]]
+) -> dict[str, dict[str, Any]]:
+    """What each node of the circuit does on text and on the task's prompts, those of the stream in both models."""
+    nodes = [f"{place}.{i}" for place, indices in circuit.nodes.items() for i in indices]
+    rows, names = text[: FEATURE_TOKENS // text.shape[1]], token_names(pair.tokenizer, pair.sparse.config.vocab_size)
+    pairs = page_pairs(TASK, pair.tokenizer)
+    steps = channel_steps(len(nodes), rows, with_dense=True)
+    with (
+        frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models,
+        progress_bar("channels of the circuit", steps, progress) as bar,
+    ):
+        return channel_views(pair.sparse, {node: [pairs] for node in nodes}, rows, names, models, bar)
 
 
 def steer_quotes(

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from views.test_report import data_of
 
 import bridges
 from bridges import demo as module
 from bridges.circuits.controls import necessity
 from bridges.demo import SETTINGS, demo
+from bridges.views.collect import rounded
 
 INTERFACE = {
     "p_target",
@@ -88,10 +90,14 @@ def check_files(folder, n_prompts):
     assert bridges.BridgeSet.from_pretrained(folder / "bridges").report.to_dict() == report
     circuit = bridges.Circuit.load(folder / "circuit")
     features = json.loads((folder / "features.json").read_text())
-    assert circuit.task == module.TASK and 1 <= len(features) <= module.READS_SHOWN
-    assert all(".read." in one["node"] and one["dense"] is not None for one in features)
-    page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert f"Channel {steering['channel']}" in page
+    assert circuit.task == module.TASK and len(features) == circuit.n_nodes
+    assert all(one["dense"] is not None for one in features if ".read." in one["node"])
+    data = data_of(folder / "index.html")
+    assert data["headline"] == module.TASK and len(data["tasks"]) == 20 and list(data["circuits"]) == [module.TASK]
+    assert data["tasks"][0]["steering"]["one"]["p_target"] == rounded(steering["p_target"])
+    assert data["bridges"]["mean"] == rounded(report["mean"])
+    nodes = {node["id"] for node in data["circuits"][module.TASK]["nodes"]}
+    steered = {f"{few['site']}.read.{channel}" for channel in few["channel"]}
+    assert nodes | steered | {f"{steering['site']}.read.{steering['channel']}"} == set(data["channels"])
     for picture in ("quality.png", "steering.png"):
         assert (folder / picture).stat().st_size > 10_000

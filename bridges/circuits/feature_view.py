@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -109,6 +110,24 @@ class Feature:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Feature:
+        """The inverse of `to_dict`; entries that are no fields are left out."""
+        own = {one.name: values[one.name] for one in fields(cls)}
+        for kind in ("positive", "negative", "random"):
+            own[kind] = [Context(**context) for context in own[kind]]
+        for side in ("weights_in", "weights_out"):
+            own[side] = [(name, weight) for name, weight in own[side]]
+        if own["dense"] is not None:
+            changes = {name: [tuple(one) for one in own["dense"][name]] for name in ("raised", "lowered")}
+            own["dense"] = DenseSide(**{**own["dense"], **changes})
+        return cls(**own)
+
+    def first(self, n: int) -> Feature:
+        """The same with at most `n` contexts of each kind and `n` weights of each side."""
+        shortened = ("positive", "negative", "random", "weights_in", "weights_out")
+        return replace(self, **{name: getattr(self, name)[:n] for name in shortened})
 
     def __str__(self) -> str:
         lines = [f"{self.node}: active at {self.density:.2%} of {self.tokens} tokens, mean {self.mean:.3f}"]

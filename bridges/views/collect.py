@@ -21,7 +21,7 @@ from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import ModelPair
 from bridges.sparsity.projection import sparse_parameters
-from bridges.tasks.pairs import task_pairs
+from bridges.tasks.pairs import TaskPairs, task_pairs
 from bridges.views.channels import channel_steps, channel_views
 from bridges.views.circuit import circuit_view
 from bridges.views.tasks import task_view
@@ -59,6 +59,7 @@ def page_data(
     tokenizer: Any,
     *,
     text: Int[Tensor, "rows seq"] | None = None,
+    channels: Mapping[str, Mapping[str, Any]] | None = None,
     headline: str = "",
     title: str = "Bridges",
     progress: bool = True,
@@ -72,12 +73,13 @@ def page_data(
         tokenizer: the one of both models.
         text: token rows that channels are shown on; by default the bundled corpus where its tokenizer is the models',
             else rows sampled from the sparse model.
+        channels: nodes that `channel_views` has been asked of already, which are not looked at again.
         headline: the task whose steering stands on the first view; by default the one that turns both models most.
         title: of the page.
         progress: whether to show bars.
     """
     names = token_names(tokenizer, max(pair.dense.vocab_size, pair.sparse.vocab_size))
-    pairs = {task: task_pairs(task, tokenizer, PAIRS, PAIRS_SEED) for task in tasks}
+    pairs = {task: page_pairs(task, tokenizer) for task in tasks}
     steering = {task: results.steering[task] for task in tasks if task in results.steering}
     model = pair.sparse.model if isinstance(pair.sparse.model, SparseTransformer) else None
     circuits = {task: results.circuits[task] for task in tasks if task in results.circuits and model is not None}
@@ -88,16 +90,19 @@ def page_data(
             of_task = circuits.get(task), missing[0], steering.get(task), missing[1]
             shown.append(task_view(pair, pairs[task], names, *of_task))
             bar.advance()
-    views, channels = {}, {}
+    views, known = {}, dict(channels or {})
     if model is not None:
         with progress_bar("circuits", sum(circuit.n_nodes for circuit in circuits.values()), progress) as bar:
             for task, circuit in circuits.items():
                 views[task] = circuit_view(model, circuit, pairs[task], names, bar)
-        rows = torch.cat([ids for ids, _ in mean_text(model, text, tokenizer, TEXT_TOKENS, seed=0)])
         nodes = _nodes(model, circuits, steering)
-        with progress_bar("channels", channel_steps(len(nodes), rows, with_dense=True), progress) as bar:
-            prompts = {node: [pairs[task] for task in of_node[:SEVERAL_TASKS]] for node, of_node in nodes.items()}
-            channels = channel_views(model, prompts, rows, names, pair, bar)
+        new = {node: [pairs[task] for task in of_node[:SEVERAL_TASKS]] for node, of_node in nodes.items()}
+        new = {node: prompts for node, prompts in new.items() if node not in known}
+        if new:
+            rows = torch.cat([ids for ids, _ in mean_text(model, text, tokenizer, TEXT_TOKENS, seed=0)])
+            with progress_bar("channels", channel_steps(len(new), rows, with_dense=True), progress) as bar:
+                known |= channel_views(model, new, rows, names, pair, bar)
+        known = {node: known[node] for node in nodes}
     data = {
         "format": FORMAT,
         "title": title,
@@ -107,9 +112,14 @@ def page_data(
         "bridges": _bridges(pair, results.report),
         "tasks": shown,
         "circuits": views,
-        "channels": channels,
+        "channels": known,
     }
     return rounded(data)
+
+
+def page_pairs(task: str, tokenizer: Any) -> TaskPairs:
+    """The prompts of a task that the page shows, and that its own figures are measured on."""
+    return task_pairs(task, tokenizer, PAIRS, PAIRS_SEED)
 
 
 def rounded(value: Any, digits: int = DIGITS) -> Any:

@@ -7,6 +7,7 @@ from planted import CUE_A, CUE_B, planted_model, planted_text
 
 import bridges
 from bridges.channels.feature import feature
+from bridges.circuits.feature_view import Feature
 from bridges.circuits.features import neighbours, node_activations
 from bridges.circuits.nodes import place_sizes, recorded_nodes
 from bridges.sparsity import projection
@@ -39,6 +40,15 @@ def test_a_planted_node_shows_its_cue_in_both_signs():
     text = str(found)
     assert "most positive:" in text and f"⟦[{CUE_A}]⟧" in text and "weights out: 0.attn.v.0 +1.000" in text
     assert json.loads(json.dumps(found.to_dict()))["node"] == "0.attn.read.0"
+
+
+def test_a_feature_is_read_back_from_its_dictionary_and_shortened():
+    found = feature(planted_model(), "0.attn.read.0", planted_text(), contexts=5)
+    again = Feature.from_dict(json.loads(json.dumps(found.to_dict() | {"more": 1})))
+    assert again == found and str(again) == str(found)
+    few = found.first(2)
+    assert [len(one) for one in (few.positive, few.negative, few.random)] == [2, 2, 2]
+    assert few.positive == found.positive[:2] and len(few.weights_out) == 1
 
 
 def test_a_node_that_is_never_active_is_said_so():
