@@ -6,7 +6,8 @@ import { count, describeNode, many, num, signed } from "../format.js";
 import { href } from "../router.js";
 import { hideTip, showTip, tipLines } from "../tooltip.js";
 import { scroller } from "../ui.js";
-import { circuitLayout, edgeMiddle, edgePath, wrap } from "./circuit-layout.js";
+import { circuitLayout, edgeMiddle, wrap } from "./circuit-layout.js";
+import { edgePaths, MANY, roughly, showFrom } from "./circuit-edges.js";
 import { mountArrowKeys } from "./circuit-keys.js";
 
 /** @typedef {import("../types.js").Circuit} Circuit */
@@ -18,13 +19,14 @@ import { mountArrowKeys } from "./circuit-keys.js";
  * @property {Circuit} circuit
  * @property {Layout} layout
  * @property {CEdge[]} weights by growing size, so that those under a threshold come first
+ * @property {{largest: number, many: boolean}} scale of the edges' widths
  * @property {SVGElement[]} paths of the weights
+ * @property {SVGElement[]} labels of the weights; none if there are many
  * @property {SVGAElement[]} nodes
  * @property {SVGGElement} back what fades while a node's neighbours stand out
  * @property {SVGGElement} front
  */
 
-const [LEAST_LINE, MOST_LINE] = [0.8, 6];
 const NAMED_WEIGHTS = 16;
 const STEPS = 400;
 const TOKEN_LINE = 15;
@@ -48,7 +50,7 @@ export function circuitGraph(circuit) {
   const zoomer = zoom().scaleExtent([0.5, 6]).filter(zoomFilter);
   const tools = h("div", { class: "tools" });
   const plot = responsive((width) => {
-    const { svg, update } = drawGraph(circuit, weights, largest, width, () => state.hidden, zoomer);
+    const { svg, update } = drawGraph(circuit, weights, width, () => state.hidden, zoomer);
     state.update = update;
     update();
     tools.replaceChildren(...zoomButtons(svg, zoomer));
@@ -105,21 +107,21 @@ function legend() {
 /**
  * @param {Circuit} circuit
  * @param {CEdge[]} weights
- * @param {number} largest
  * @param {number} width
  * @param {() => number} hidden how many of the weights are
  * @param {any} zoomer
  */
-function drawGraph(circuit, weights, largest, width, hidden, zoomer) {
+function drawGraph(circuit, weights, width, hidden, zoomer) {
   const layout = circuitLayout(circuit, width);
+  const scale = { largest: Math.abs(weights.at(-1)?.weight ?? 0) || 1, many: weights.length > MANY };
+  const paths = edgePaths(layout, weights, scale);
   const streams = circuit.edges.filter((edge) => edge.kind === "stream");
-  const paths = weights.map((edge) => s("path", { class: `edge ${edge.weight < 0 ? "negative" : "positive"}`, d: edgePath(layout, edge), "stroke-width": lineWidth(edge, largest) }));
   const named = weights.length <= NAMED_WEIGHTS ? weights : [];
   const labels = named.map((edge) => {
     const { x, y } = edgeMiddle(layout, edge);
     return s("text", { class: "weight-name", x, y: y - 6, "text-anchor": "middle" }, signed(edge.weight, 2));
   });
-  const back = s("g", { class: "back-edges" }, ...streams.map((edge) => s("path", { class: "edge stream", d: edgePath(layout, edge) })), ...paths, ...labels);
+  const back = s("g", { class: "back-edges" }, ...edgePaths(layout, streams, scale), ...paths, ...labels);
   const front = s("g", { class: "front-edges" });
   const nodes = circuit.nodes.map((_, i) => drawNode(circuit, layout, i));
   const view = s("g", {}, back, front, s("g", { class: "nodes" }, ...nodes));
@@ -131,31 +133,23 @@ function drawGraph(circuit, weights, largest, width, hidden, zoomer) {
       s("text", { "text-anchor": "middle" }, ...column.lines.map((line, i) => s("tspan", { x: column.x, y: 14 + 13 * i }, line))))),
   );
   /** @type {Graph} */
-  const graph = { circuit, layout, weights, paths, nodes, back, front };
+  const graph = { circuit, layout, weights, scale, paths, labels, nodes, back, front };
   mountHighlight(graph, hidden);
   mountArrowKeys(graph.nodes, layout);
   const root = /** @type {any} */ (select(svg));
   zoomer.translateExtent([[-40, -40], [layout.width + 40, layout.height + 40]]).on("zoom", (/** @type {any} */ event) => view.setAttribute("transform", event.transform));
   root.call(zoomer);
-  return { svg, update: thresholdUpdate(graph, streams, labels, hidden) };
-}
-
-/**
- * @param {CEdge} edge
- * @param {number} largest
- */
-function lineWidth(edge, largest) {
-  return (LEAST_LINE + (MOST_LINE - LEAST_LINE) * (Math.abs(edge.weight) / (largest || 1))).toFixed(2);
+  return { svg, update: thresholdUpdate(graph, streams, hidden) };
 }
 
 /**
  * Hide or show the weights between the last threshold and this one, and dim the nodes that are left without edges.
  * @param {Graph} graph
  * @param {CEdge[]} streams
- * @param {SVGElement[]} labels
  * @param {() => number} hidden
  */
-function thresholdUpdate({ weights, paths, nodes }, streams, labels, hidden) {
+function thresholdUpdate({ weights, scale, paths, labels, nodes, back }, streams, hidden) {
+  const moved = scale.many ? roughly(back) : () => {};
   const degree = new Array(nodes.length).fill(0);
   for (const edge of [...weights, ...streams]) for (const end of [edge.source, edge.target]) degree[end] += 1;
   let now = 0;
@@ -164,15 +158,11 @@ function thresholdUpdate({ weights, paths, nodes }, streams, labels, hidden) {
     const [from, to] = [Math.min(now, then), Math.max(now, then)];
     const step = then > now ? -1 : 1;
     for (let i = from; i < to; i += 1) {
-      for (const one of [paths[i], labels[i]]) {
-        if (step < 0) one?.setAttribute("display", "none");
-        else one?.removeAttribute("display");
-      }
-      for (const end of [weights[i].source, weights[i].target]) {
-        degree[end] += step;
-        nodes[end].classList.toggle("lone", degree[end] === 0);
-      }
+      for (const end of [weights[i].source, weights[i].target]) degree[end] += step;
     }
+    if (now !== then) moved();
+    for (const elements of [paths, labels]) showFrom(elements, now, then);
+    nodes.forEach((node, i) => node.classList.toggle("lone", degree[i] === 0));
     now = then;
   };
 }
@@ -240,24 +230,20 @@ function nodeText(circuit, i) {
  * @param {Graph} graph
  * @param {() => number} hidden
  */
-function mountHighlight({ circuit, layout, weights, paths, nodes, back, front }, hidden) {
+function mountHighlight({ circuit, layout, weights, scale, nodes, back, front }, hidden) {
   /** @param {number} i */
   function show(i) {
-    const near = weights.map((edge, at) => ({ edge, at })).filter(({ edge, at }) => at >= hidden() && (edge.source === i || edge.target === i));
-    const streams = circuit.edges.filter((edge) => edge.kind === "stream" && (edge.source === i || edge.target === i));
-    front.replaceChildren(
-      ...streams.map((edge) => s("path", { class: "edge stream", d: edgePath(layout, edge) })),
-      ...near.map(({ at }) => paths[at].cloneNode()),
-    );
+    const streams = circuit.edges.filter((edge) => edge.kind === "stream");
+    const near = [...streams, ...weights.slice(hidden())].filter((edge) => edge.source === i || edge.target === i);
+    front.replaceChildren(...edgePaths(layout, near, scale));
     back.classList.add("faded");
-    const kept = new Set([i, ...[...near.map(({ edge }) => edge), ...streams].flatMap((edge) => [edge.source, edge.target])]);
-    nodes.forEach((node, at) => node.classList.toggle("far", !kept.has(at)));
+    const kept = new Set([i, ...near.flatMap((edge) => [edge.source, edge.target])]);
+    nodes.forEach((node, at) => node.classList.toggle("near", kept.has(at)));
     showTip(nodes[i].firstElementChild ?? nodes[i], tipLines(circuit.nodes[i].id, nodeFigures(circuit, i)));
   }
   function clear() {
     front.replaceChildren();
     back.classList.remove("faded");
-    nodes.forEach((node) => node.classList.remove("far"));
     hideTip();
   }
   nodes.forEach((node, i) => {

@@ -1,0 +1,119 @@
+"""The report page with a circuit of 500 nodes and 5,000 weights, in Chromium: python benchmarks/bench_page.py
+
+Milliseconds from an input to the end of the frame that shows its effect, median and worst of `ROUNDS`. Needs playwright
+and a Chromium on the path.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bridges.report.page import write_page
+
+NODES, EDGES, ROUNDS = 500, 5000, 15
+PLACES = [f"{layer}.{place}" for layer in (0, 1) for place in ("attn.read", "attn.q", "attn.k", "attn.v", "attn.write")]
+PLACES += [f"{layer}.mlp.{place}" for layer in (0, 1) for place in ("read", "neuron", "write")] + ["final.read"]
+TIMED = """async ([act, argument]) => {
+  const start = performance.now();
+  eval_(act)(argument);
+  await new Promise(requestAnimationFrame);
+  await new Promise(done => { const c = new MessageChannel(); c.port1.onmessage = done; c.port2.postMessage(0); });
+  return performance.now() - start;
+}"""
+"""The message arrives once the frame was painted."""
+SLIDE = """value => {
+  const slider = document.querySelector('.circuit-graph input');
+  slider.value = value;
+  slider.dispatchEvent(new Event('input'));
+}"""
+HOVER = "i => document.querySelectorAll('a.node')[i].dispatchEvent(new Event('mouseenter'))"
+OPEN = "address => { location.hash = address }"
+SEARCH = """text => {
+  const input = document.getElementById('search');
+  input.value = text;
+  input.dispatchEvent(new Event('input'));
+}"""
+
+
+def large_circuit(nodes: int = NODES, edges: int = EDGES) -> dict[str, Any]:
+    """A made-up circuit, seeded."""
+    draw = random.Random(0)
+    columns = sorted(draw.randrange(len(PLACES)) for _ in range(nodes))
+    made: list[dict[str, Any]] = []
+    for i, column in enumerate(columns):
+        figures = {"order": draw.random(), "mean": draw.gauss(0, 1), "ablation": abs(draw.gauss(0, 1)), "tokens": ""}
+        made.append({"id": f"{PLACES[column]}.{i}", "column": column} | figures)
+    joined: list[dict[str, Any]] = []
+    while len(joined) < edges:
+        source, target = sorted(draw.sample(range(nodes), 2))
+        if columns[source] < columns[target]:
+            joined.append({"source": source, "target": target, "weight": draw.gauss(0, 0.2), "kind": "weight"})
+    rest = {"ablation_by_layer": [], "attention": [], "controls": [], "verdict": [], "fresh": None, "ablated": None}
+    losses = {"loss": 0.1, "loss_full_model": 0.0, "scale": 1.0, "shift": 0.0}
+    places = [{"place": place, "label": place.replace(".", " ")} for place in PLACES]
+    return {"task": "large", "columns": places, "nodes": made, "edges": joined} | losses | rest
+
+
+def large_page() -> dict[str, Any]:
+    model = {"name": "made up", "layers": 2, "width": 8, "parameters": 1, "nonzeros": None, "nonzeros_per_row": None}
+    no_bridges = {"tokens": 0, "nmse_tokens": None, "dense_ce": 0.0, "sparse_ce": 0.0, "kl_sparse_alone": 0.0}
+    return {
+        "format": 1,
+        "title": "A large circuit",
+        "versions": {},
+        "headline": "",
+        "models": {"dense": model, "sparse": model},
+        "bridges": no_bridges | {"sites": [], "mean": {}},
+        "tasks": [],
+        "circuits": {"large": large_circuit()},
+        "channels": {},
+    }
+
+
+def measure(file: Path) -> dict[str, list[float]]:
+    """Milliseconds of every kind of input, over the rounds."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise SystemExit("bench_page: there is no chromium on the path; install it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.goto(f"file://{file}")
+
+        def timed(act: str, argument: object) -> float:
+            return page.evaluate(TIMED.replace("eval_(act)", f"({act})"), [None, argument])
+
+        taken: dict[str, list[float]] = {"open the circuit": []}
+        for _ in range(ROUNDS):
+            timed(OPEN, "#/overview")
+            taken["open the circuit"].append(timed(OPEN, "#/circuit/large"))
+            page.wait_for_selector("a.node")
+        page.wait_for_timeout(300)
+        steps = [8 * i for i in range(1, ROUNDS + 1)]
+        taken["slider, a small step"] = [timed(SLIDE, step) for step in steps]
+        taken["slider, from end to end"] = [timed(SLIDE, 400 * (i % 2)) for i in range(ROUNDS + 1)]
+        page.evaluate(f"({SLIDE})(0)")
+        taken["hover a node"] = [timed(HOVER, 20 * i) for i in range(ROUNDS)]
+        taken["search"] = [timed(SEARCH, text) for text in ["n", "ne", "neu", "neuron 1", "377"] * 3]
+        browser.close()
+    return taken
+
+
+def main() -> None:
+    with TemporaryDirectory() as folder:
+        file = write_page(large_page(), Path(folder) / "page.html")
+        print(f"{NODES} nodes, {EDGES} weights, page {file.stat().st_size / 1e3:.0f} kB, {ROUNDS} rounds\n")
+        print("| ms | median | worst |\n|---|---|---|")
+        for name, times in measure(file).items():
+            print(f"| {name} | {median(times):.0f} | {max(times):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
