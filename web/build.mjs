@@ -24,7 +24,14 @@ function notices(inputs) {
   return [...texts].map(([text, names]) => `/* ${names.join(", ")}\n\n${text}\n*/\n`).join("");
 }
 
-const options = { bundle: true, minify: true, write: false, charset: "utf8", legalComments: "none", absWorkingDir: here };
+const options = {
+  bundle: true,
+  minify: true,
+  write: false,
+  charset: "utf8",
+  legalComments: "none",
+  absWorkingDir: here,
+};
 const script = await build({
   ...options,
   entryPoints: ["src/main.js"],
@@ -37,4 +44,6 @@ mkdirSync(out, { recursive: true });
 const code = script.outputFiles[0].text + notices(Object.keys(script.metafile.inputs));
 writeFileSync(join(out, "page.js"), code);
 writeFileSync(join(out, "page.css"), style.outputFiles[0].text);
-console.log(`page.js ${(code.length / 1000).toFixed(1)} kB, page.css ${(style.outputFiles[0].text.length / 1000).toFixed(1)} kB`);
+console.log(
+  `page.js ${(code.length / 1000).toFixed(1)} kB, page.css ${(style.outputFiles[0].text.length / 1000).toFixed(1)} kB`,
+);

@@ -187,13 +187,13 @@ def test_a_curve_tells_its_values_and_can_be_hidden(visit):
     assert "0.01" in plot.locator(".axis text").all_text_contents()
     assert curve.count() == 0
     plot.locator("summary").click()
-    cells = plot.locator("details tr", has_text="all channels").locator("td").all_text_contents()
-    assert cells == ["0.012", "0.543", "0.944"]
+    cells = plot.locator("details tr", has_text="all channels").locator("td")
+    expect(cells).to_have_text(["0.012", "0.543", "0.944"])
 
 
 def test_the_threshold_hides_weights_and_says_how_many(visit):
     page = visit("circuit/quotes")
-    told, edges = page.locator(".circuit-graph output"), page.locator(".back-edges path:not(.stream):not([display])")
+    told, edges = page.locator(".circuit-graph output"), page.locator(".back-edges path:not(.stream):not([visibility])")
     expect(told).to_have_text("|weight| ≥ 0.000: 3 weights shown, 0 hidden")
     slider = page.locator("input[type=range]")
     for value, shown in ((100, 2), (300, 1), (400, 1), (0, 3)):
@@ -245,8 +245,8 @@ def test_a_circuit_shows_controls_losses_and_attention(visit):
     expect(page.locator(".tooltip")).to_contain_text("0.250")
     page.locator("label:has-text('prompt') select").select_option("double")
     page.locator(".attention summary").click()
-    cells = page.locator(".attention details tbody tr").last.locator("td").all_text_contents()
-    assert cells == ["0.00", "0.40", "0.60"]
+    cells = page.locator(".attention details tbody tr").last.locator("td")
+    expect(cells).to_have_text(["0.00", "0.40", "0.60"])
 
 
 def test_a_channel_shows_both_signs_and_what_the_encoder_reads(visit):

@@ -10,8 +10,12 @@ import { hideTip, showTip } from "./tooltip.js";
  * @param {Context[]} contexts
  */
 export function contextScale(contexts) {
-  const largest = (/** @type {number[]} */ values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-9);
-  return { values: largest(contexts.flatMap((one) => one.values)), readings: largest(contexts.flatMap((one) => one.readings ?? [])) };
+  const largest = (/** @type {number[]} */ values) =>
+    values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-9);
+  return {
+    values: largest(contexts.flatMap((one) => one.values)),
+    readings: largest(contexts.flatMap((one) => one.readings ?? [])),
+  };
 }
 
 /**
@@ -26,7 +30,9 @@ export function contextList(title, contexts, scale, none, wide = false) {
     "div",
     { class: wide ? "contexts wide" : "contexts" },
     h("h3", {}, title),
-    contexts.length === 0 ? h("p", { class: "quiet" }, none) : h("ol", {}, ...contexts.map((context) => contextRow(context, scale))),
+    contexts.length === 0
+      ? h("p", { class: "quiet" }, none)
+      : h("ol", {}, ...contexts.map((context) => contextRow(context, scale))),
   );
 }
 
@@ -40,8 +46,17 @@ function contextRow(context, scale) {
   return h(
     "li",
     { title: `row ${context.row}, position ${context.position}` },
-    h("span", { class: "context-value" }, h("span", { class: "value" }, signed(context.value, 2)), reading !== undefined && h("span", { class: "quiet" }, signed(reading, 2))),
-    h("span", { class: "tokens" }, ...tokens.map((token, i) => shaded(token, values[i], readings?.[i] ?? null, scale, i === at))),
+    h(
+      "span",
+      { class: "context-value" },
+      h("span", { class: "value" }, signed(context.value, 2)),
+      reading !== undefined && h("span", { class: "quiet" }, signed(reading, 2)),
+    ),
+    h(
+      "span",
+      { class: "tokens" },
+      ...tokens.map((token, i) => shaded(token, values[i], readings?.[i] ?? null, scale, i === at)),
+    ),
   );
 }
 
@@ -54,11 +69,20 @@ function contextRow(context, scale) {
  */
 function shaded(token, value, reading, scale, center) {
   const element = vary(
-    h("span", { class: `tk${sign("v", value)}${sign("r", reading ?? 0)}${center ? " at" : ""}` }, token.replaceAll("\n", "↵\n")),
+    h(
+      "span",
+      { class: `tk${sign("v", value)}${sign("r", reading ?? 0)}${center ? " at" : ""}` },
+      token.replaceAll("\n", "↵\n"),
+    ),
     { "--v": (Math.abs(value) / scale.values).toFixed(3), "--r": (Math.abs(reading ?? 0) / scale.readings).toFixed(3) },
   );
   element.addEventListener("mouseenter", () =>
-    showTip(element, [h("strong", {}, visible(token)), ` ${signed(value)}`, reading === null ? null : h("span", {}, ` · encoder reads ${signed(reading)}`)]));
+    showTip(element, [
+      h("strong", {}, visible(token)),
+      ` ${signed(value)}`,
+      reading === null ? null : h("span", {}, ` · encoder reads ${signed(reading)}`),
+    ]),
+  );
   element.addEventListener("mouseleave", hideTip);
   return element;
 }

@@ -12,7 +12,11 @@ export const CURVES = [
   { name: "p_target", label: "dense model: the edit, through the bridge", style: "dense" },
   { name: "p_target_sparse_model", label: "sparse model: the same edit", style: "sparse" },
   { name: "p_target_random_direction", label: "random directions of the same norm", style: "base-1" },
-  { name: "p_target_mean_difference_equal_norm", label: "dense mean difference at the edit’s site, same norm", style: "base-2" },
+  {
+    name: "p_target_mean_difference_equal_norm",
+    label: "dense mean difference at the edit’s site, same norm",
+    style: "base-2",
+  },
   { name: "p_target_probe", label: "a linear probe at the edit’s site, same norm", style: "base-3" },
   { name: "p_target_mean_difference", label: "dense mean difference, at its best site and norm", style: "base-4" },
   { name: "p_target_all_channels", label: "all channels through the bridge", style: "base-5" },

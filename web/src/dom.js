@@ -67,17 +67,6 @@ export function vary(element, variables) {
   return element;
 }
 
-let last = 0;
-
-/**
- * An id that no other element has.
- * @param {string} stem
- */
-export function unique(stem) {
-  last += 1;
-  return `${stem}-${last}`;
-}
-
 /**
  * The drawing of a plot at its container's width, drawn again when that changes.
  * @param {(width: number) => Element} draw

@@ -36,7 +36,9 @@ function start(page) {
   mountTheme(/** @type {HTMLButtonElement} */ (element("theme")));
   mountSearch(/** @type {HTMLInputElement} */ (element("search")), element("found"), page);
   element("download").addEventListener("click", () => download(page));
-  element("versions").textContent = Object.entries(page.versions).map(([name, version]) => `${name} ${version}`).join(" · ");
+  element("versions").textContent = Object.entries(page.versions)
+    .map(([name, version]) => `${name} ${version}`)
+    .join(" · ");
   element("skip").addEventListener("click", (event) => {
     event.preventDefault();
     main.focus();
@@ -53,7 +55,9 @@ function start(page) {
 function show(page, main, moved) {
   const { view, name } = parseAddress(location.hash);
   hideTip();
-  const content = VIEWS[view]?.(page, name) ?? [heading("", "No such view", "The address names none. ", h("a", { href: href("overview") }, "Overview"))];
+  const content = VIEWS[view]?.(page, name) ?? [
+    heading("", "No such view", "The address names none. ", h("a", { href: href("overview") }, "Overview")),
+  ];
   main.replaceChildren(h("div", { class: `view ${view}` }, content));
   for (const link of document.querySelectorAll("nav a")) {
     const current = link.getAttribute("href") === href(MENU[view] ?? view);

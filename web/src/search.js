@@ -13,9 +13,15 @@ const MOST = 12;
  * @returns {Entry[]}
  */
 export function searchEntries(page) {
-  const views = ["overview", "bridges", "tasks", "circuit", "channel"].map((view) => entry("view", view, "", href(view), ""));
-  const tasks = page.tasks.map((task) => entry("task", task.name, "", href("task", task.name), task.examples[0]?.prompt.join("") ?? ""));
-  const circuits = Object.values(page.circuits).map((one) => entry("circuit", one.task, `${one.nodes.length} nodes`, href("circuit", one.task), ""));
+  const views = ["overview", "bridges", "tasks", "circuit", "channel"].map((view) =>
+    entry("view", view, "", href(view), ""),
+  );
+  const tasks = page.tasks.map((task) =>
+    entry("task", task.name, "", href("task", task.name), task.examples[0]?.prompt.join("") ?? ""),
+  );
+  const circuits = Object.values(page.circuits).map((one) =>
+    entry("circuit", one.task, `${one.nodes.length} nodes`, href("circuit", one.task), ""),
+  );
   return [...views, ...tasks, ...circuits, ...nodeEntries(page)];
 }
 
@@ -23,17 +29,27 @@ export function searchEntries(page) {
 function nodeEntries(page) {
   /** @type {Map<string, string[]>} words of a node: tokens it is strongest at, tokens it has weights with */
   const words = new Map();
-  const add = (/** @type {string} */ id, /** @type {string[]} */ more) => words.set(id, [...(words.get(id) ?? []), ...more]);
+  const add = (/** @type {string} */ id, /** @type {string[]} */ more) =>
+    words.set(id, [...(words.get(id) ?? []), ...more]);
   for (const channel of Object.values(page.channels)) {
     const tokens = [...channel.positive, ...channel.negative].map((one) => one.tokens[one.at]);
-    const weights = [...channel.weights_in, ...channel.weights_out].flatMap(([name]) => (name.startsWith("token ") ? [name.slice(6)] : []));
+    const weights = [...channel.weights_in, ...channel.weights_out].flatMap(([name]) =>
+      name.startsWith("token ") ? [name.slice(6)] : [],
+    );
     add(channel.node, [...new Set([...weights, ...tokens])]);
   }
   for (const circuit of Object.values(page.circuits)) {
     for (const node of circuit.nodes) add(node.id, node.tokens ? [node.tokens] : []);
   }
   return [...words].map(([id, tokens]) =>
-    entry(page.channels[id] ? "channel" : "node", id, tokens.slice(0, 4).map(visible).join("  "), href("channel", id), `${describeNode(id)} ${tokens.join(" ")}`));
+    entry(
+      page.channels[id] ? "channel" : "node",
+      id,
+      tokens.slice(0, 4).map(visible).join("  "),
+      href("channel", id),
+      `${describeNode(id)} ${tokens.join(" ")}`,
+    ),
+  );
 }
 
 /**
@@ -59,10 +75,17 @@ export function find(entries, query) {
   const score = (/** @type {Entry} */ one) => {
     const name = one.label.toLowerCase();
     const parts = name.split(".");
-    return words.reduce((sum, word) => sum + (name === word || parts.includes(word) ? 3 : name.startsWith(word) ? 2 : name.includes(word) ? 1 : 0), 0);
+    return words.reduce(
+      (sum, word) =>
+        sum + (name === word || parts.includes(word) ? 3 : name.startsWith(word) ? 2 : name.includes(word) ? 1 : 0),
+      0,
+    );
   };
   const found = entries.filter((one) => words.every((word) => one.text.includes(word)));
-  return found.map((one) => ({ one, score: score(one) })).sort((a, b) => b.score - a.score).map(({ one }) => one);
+  return found
+    .map((one) => ({ one, score: score(one) }))
+    .sort((a, b) => b.score - a.score)
+    .map(({ one }) => one);
 }
 
 /**
@@ -81,13 +104,27 @@ export function mountSearch(input, list, page) {
   function show(next) {
     found = next;
     chosen = 0;
-    list.replaceChildren(...(found.length ? found.map(option) : input.value.trim() ? [h("li", { class: "quiet", role: "option", "aria-disabled": "true", "aria-selected": "false" }, "Nothing is called so.")] : []));
+    list.replaceChildren(
+      ...(found.length
+        ? found.map(option)
+        : input.value.trim()
+          ? [
+              h(
+                "li",
+                { class: "quiet", role: "option", "aria-disabled": "true", "aria-selected": "false" },
+                "Nothing is called so.",
+              ),
+            ]
+          : []),
+    );
     list.hidden = !input.value.trim();
     input.setAttribute("aria-expanded", String(!list.hidden));
     mark();
   }
   function mark() {
-    [...list.children].forEach((item, i) => item.setAttribute("aria-selected", String(found.length > 0 && i === chosen)));
+    [...list.children].forEach((item, i) =>
+      item.setAttribute("aria-selected", String(found.length > 0 && i === chosen)),
+    );
     if (found.length) input.setAttribute("aria-activedescendant", `found-${chosen}`);
     else input.removeAttribute("aria-activedescendant");
     list.children[chosen]?.scrollIntoView({ block: "nearest" });
@@ -105,8 +142,18 @@ export function mountSearch(input, list, page) {
    */
   function option(one, i) {
     // The pointer's press must not take the focus off the field before the click arrives.
-    return h("li", { role: "option", id: `found-${i}`, onmousedown: (/** @type {Event} */ event) => event.preventDefault(), onclick: () => open(one) },
-      h("span", { class: "quiet kind" }, one.kind), h("span", {}, one.label), one.note && h("span", { class: "quiet note" }, one.note));
+    return h(
+      "li",
+      {
+        role: "option",
+        id: `found-${i}`,
+        onmousedown: (/** @type {Event} */ event) => event.preventDefault(),
+        onclick: () => open(one),
+      },
+      h("span", { class: "quiet kind" }, one.kind),
+      h("span", {}, one.label),
+      one.note && h("span", { class: "quiet note" }, one.note),
+    );
   }
   input.addEventListener("input", () => show(find((entries ??= searchEntries(page)), input.value).slice(0, MOST)));
   input.addEventListener("blur", () => {

@@ -78,7 +78,13 @@ export function sortable({ caption, columns, rows, link, over, last = [] }) {
   }
 
   show(rows);
-  const table = h("table", { class: "sortable" }, h("caption", {}, caption), h("thead", {}, h("tr", {}, ...headers)), body);
+  const table = h(
+    "table",
+    { class: "sortable" },
+    h("caption", {}, caption),
+    h("thead", {}, h("tr", {}, ...headers)),
+    body,
+  );
   return { element: scroller(caption, table), rowOf: (row) => elements.get(row) };
 }
 

@@ -182,7 +182,11 @@ export function barList(caption, bars, shown = 24) {
     "table",
     { class: low < 0 && high > 0 ? "bars both" : "bars" },
     h("caption", {}, caption),
-    h("thead", { class: "hidden" }, h("tr", {}, ...["name", "bar", "value"].map((name) => h("th", { scope: "col" }, name)))),
+    h(
+      "thead",
+      { class: "hidden" },
+      h("tr", {}, ...["name", "bar", "value"].map((name) => h("th", { scope: "col" }, name))),
+    ),
     body,
   );
   if (bars.length <= shown) return table;

@@ -44,7 +44,11 @@ export function xAxis(x, ticks, y, format) {
  * @param {...import("../dom.js").Child} children
  */
 export function canvas(width, height, label, ...children) {
-  return s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": label }, ...children);
+  return s(
+    "svg",
+    { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": label },
+    ...children,
+  );
 }
 
 /**

@@ -6,7 +6,10 @@ import { edgePath } from "./circuit-layout.js";
 /** @typedef {import("./circuit-layout.js").Layout} Layout */
 
 /** Line widths, smallest to largest; of many edges thin ones, which cover less of each other. */
-const [FEW_WIDTHS, MANY_WIDTHS] = [[0.8, 6], [0.4, 2]];
+const [FEW_WIDTHS, MANY_WIDTHS] = [
+  [0.8, 6],
+  [0.4, 2],
+];
 export const MANY = 600;
 const SETTLED = 180;
 
@@ -20,7 +23,8 @@ export function edgePaths(layout, edges, { largest, many }) {
   const [least, most] = many ? MANY_WIDTHS : FEW_WIDTHS;
   return edges.map((edge) => {
     const sign = edge.kind === "stream" ? "stream" : edge.weight < 0 ? "negative" : "positive";
-    const width = edge.kind === "stream" ? null : (least + (most - least) * (Math.abs(edge.weight) / largest)).toFixed(2);
+    const width =
+      edge.kind === "stream" ? null : (least + (most - least) * (Math.abs(edge.weight) / largest)).toFixed(2);
     return s("path", { class: `edge ${sign}`, d: edgePath(layout, edge), "stroke-width": width });
   });
 }
@@ -33,8 +37,8 @@ export function edgePaths(layout, edges, { largest, many }) {
  */
 export function showFrom(elements, before, now) {
   for (const element of elements.slice(Math.min(before, now), Math.max(before, now))) {
-    if (now > before) element.setAttribute("display", "none");
-    else element.removeAttribute("display");
+    if (now > before) element.setAttribute("visibility", "hidden");
+    else element.removeAttribute("visibility");
   }
 }
 

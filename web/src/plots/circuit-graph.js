@@ -4,10 +4,10 @@ import { zoom, zoomIdentity } from "d3-zoom";
 import { h, responsive, s } from "../dom.js";
 import { count, describeNode, many, num, signed } from "../format.js";
 import { href } from "../router.js";
-import { hideTip, showTip, tipLines } from "../tooltip.js";
 import { scroller } from "../ui.js";
 import { circuitLayout, edgeMiddle, wrap } from "./circuit-layout.js";
 import { edgePaths, MANY, roughly, showFrom } from "./circuit-edges.js";
+import { mountHighlight } from "./circuit-highlight.js";
 import { mountArrowKeys } from "./circuit-keys.js";
 
 /** @typedef {import("../types.js").Circuit} Circuit */
@@ -33,18 +33,29 @@ const TOKEN_LINE = 15;
 
 /** @param {Circuit} circuit */
 export function circuitGraph(circuit) {
-  const weights = circuit.edges.filter((edge) => edge.kind === "weight").sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight));
+  const weights = circuit.edges
+    .filter((edge) => edge.kind === "weight")
+    .sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight));
   const largest = Math.abs(weights.at(-1)?.weight ?? 0);
   /** @type {{hidden: number, update: (() => void) | null}} */
   const state = { hidden: 0, update: null };
   const told = h("output", { "aria-live": "polite" });
-  const slider = h("input", { type: "range", min: 0, max: STEPS, step: 1, value: 0, "aria-label": "Hide weights smaller than" });
+  const slider = h("input", {
+    type: "range",
+    min: 0,
+    max: STEPS,
+    step: 1,
+    value: 0,
+    "aria-label": "Hide weights smaller than",
+  });
   slider.addEventListener("input", () => threshold());
   function threshold() {
     const least = (Number(slider.value) / STEPS) * largest;
     state.hidden = weights.findIndex((edge) => Math.abs(edge.weight) >= least - 1e-12);
     state.update?.();
-    told.textContent = `|weight| ≥ ${num(least)}: ${many(weights.length - state.hidden, "weight")} shown, ${count(state.hidden)} hidden`;
+    told.textContent =
+      `|weight| ≥ ${num(least)}: ` +
+      `${many(weights.length - state.hidden, "weight")} shown, ${count(state.hidden)} hidden`;
     slider.setAttribute("aria-valuetext", told.textContent);
   }
   const zoomer = zoom().scaleExtent([0.5, 6]).filter(zoomFilter);
@@ -60,7 +71,13 @@ export function circuitGraph(circuit) {
   return h(
     "div",
     { class: "circuit-graph" },
-    h("div", { class: "controls" }, h("label", {}, h("span", { class: "quiet" }, "threshold"), " ", slider), told, tools),
+    h(
+      "div",
+      { class: "controls" },
+      h("label", {}, h("span", { class: "quiet" }, "threshold"), " ", slider),
+      told,
+      tools,
+    ),
     scroller("Circuit graph", plot),
     legend(),
   );
@@ -93,14 +110,24 @@ function zoomButtons(svg, zoomer) {
 
 function legend() {
   const line = (/** @type {string} */ name, /** @type {string} */ text) =>
-    h("span", { class: "key-line" }, s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { class: `edge ${name}`, d: "M1,5H33", "stroke-width": 2.5 })), text);
+    h(
+      "span",
+      { class: "key-line" },
+      s(
+        "svg",
+        { width: 34, height: 10, "aria-hidden": "true" },
+        s("path", { class: `edge ${name}`, d: "M1,5H33", "stroke-width": 2.5 }),
+      ),
+      text,
+    );
   return h(
     "p",
     { class: "keys quiet" },
     line("positive", "positive weight"),
     line("negative", "negative weight"),
     line("stream", "a write read again, not a weight"),
-    "line width: size of the weight; circle: loss when the node alone is frozen at its mean. Arrow keys move between nodes, Enter opens one; drag moves, Ctrl and wheel zooms.",
+    "line width: size of the weight; circle: loss when the node alone is frozen at its mean. Arrow " +
+      "keys move between nodes, Enter opens one; drag moves, Ctrl and wheel zooms.",
   );
 }
 
@@ -127,17 +154,39 @@ function drawGraph(circuit, weights, width, hidden, zoomer) {
   const view = s("g", {}, back, front, s("g", { class: "nodes" }, ...nodes));
   const svg = s(
     "svg",
-    { width: layout.width, height: layout.height, viewBox: `0 0 ${layout.width} ${layout.height}`, role: "group", "aria-label": `Circuit of ${circuit.task}: ${many(circuit.nodes.length, "node")}, ${many(weights.length, "weight")}` },
+    {
+      width: layout.width,
+      height: layout.height,
+      viewBox: `0 0 ${layout.width} ${layout.height}`,
+      role: "group",
+      "aria-label":
+        `Circuit of ${circuit.task}: ` + `${many(circuit.nodes.length, "node")}, ${many(weights.length, "weight")}`,
+    },
     view,
-    s("g", { class: "column-names" }, s("rect", { x: 0, y: 0, width: layout.width, height: 50 }), ...layout.columns.map((column) =>
-      s("text", { "text-anchor": "middle" }, ...column.lines.map((line, i) => s("tspan", { x: column.x, y: 14 + 13 * i }, line))))),
+    s(
+      "g",
+      { class: "column-names" },
+      s("rect", { x: 0, y: 0, width: layout.width, height: 50 }),
+      ...layout.columns.map((column) =>
+        s(
+          "text",
+          { "text-anchor": "middle" },
+          ...column.lines.map((line, i) => s("tspan", { x: column.x, y: 14 + 13 * i }, line)),
+        ),
+      ),
+    ),
   );
   /** @type {Graph} */
   const graph = { circuit, layout, weights, scale, paths, labels, nodes, back, front };
   mountHighlight(graph, hidden);
   mountArrowKeys(graph.nodes, layout);
   const root = /** @type {any} */ (select(svg));
-  zoomer.translateExtent([[-40, -40], [layout.width + 40, layout.height + 40]]).on("zoom", (/** @type {any} */ event) => view.setAttribute("transform", event.transform));
+  zoomer
+    .translateExtent([
+      [-40, -40],
+      [layout.width + 40, layout.height + 40],
+    ])
+    .on("zoom", (/** @type {any} */ event) => view.setAttribute("transform", event.transform));
   root.call(zoomer);
   return { svg, update: thresholdUpdate(graph, streams, hidden) };
 }
@@ -181,8 +230,12 @@ function drawNode(circuit, layout, i) {
   const number = node.id.split(".").at(-1) ?? node.id;
   const label = small
     ? s("text", { class: "node-label", x: x + radius + 3, y, dy: "0.35em" }, number)
-    : s("text", { class: "node-label", x, y: y + radius + 14, "text-anchor": "middle" }, number,
-        ...tokenLines(node.tokens).map((line) => s("tspan", { class: "quiet", x, dy: "1.25em" }, line)));
+    : s(
+        "text",
+        { class: "node-label", x, y: y + radius + 14, "text-anchor": "middle" },
+        number,
+        ...tokenLines(node.tokens).map((line) => s("tspan", { class: "quiet", x, dy: "1.25em" }, line)),
+      );
   return s(
     "a",
     { href: href("channel", node.id), class: "node", tabindex: i === 0 ? 0 : -1, "aria-label": nodeText(circuit, i) },
@@ -203,53 +256,7 @@ function tokenLines(tokens) {
 /**
  * @param {Circuit} circuit
  * @param {number} i
- * @returns {[string, string][]}
- */
-function nodeFigures(circuit, i) {
-  const node = circuit.nodes[i];
-  const weights = circuit.edges.filter((edge) => edge.kind === "weight");
-  /** @type {[string, string][]} */
-  const rows = [
-    ["mean", signed(node.mean)],
-    ["loss when frozen", node.ablation === null ? "not measured" : signed(node.ablation)],
-    ["weights in, out", `${weights.filter((edge) => edge.target === i).length}, ${weights.filter((edge) => edge.source === i).length}`],
-  ];
-  return node.tokens ? [...rows, ["tokens", node.tokens]] : rows;
-}
-
-/**
- * @param {Circuit} circuit
- * @param {number} i
  */
 function nodeText(circuit, i) {
   return `${circuit.nodes[i].id}, ${describeNode(circuit.nodes[i].id)}`;
-}
-
-/**
- * The pointer or the focus on a node shows its figures, and its edges and neighbours over all others.
- * @param {Graph} graph
- * @param {() => number} hidden
- */
-function mountHighlight({ circuit, layout, weights, scale, nodes, back, front }, hidden) {
-  /** @param {number} i */
-  function show(i) {
-    const streams = circuit.edges.filter((edge) => edge.kind === "stream");
-    const near = [...streams, ...weights.slice(hidden())].filter((edge) => edge.source === i || edge.target === i);
-    front.replaceChildren(...edgePaths(layout, near, scale));
-    back.classList.add("faded");
-    const kept = new Set([i, ...near.flatMap((edge) => [edge.source, edge.target])]);
-    nodes.forEach((node, at) => node.classList.toggle("near", kept.has(at)));
-    showTip(nodes[i].firstElementChild ?? nodes[i], tipLines(circuit.nodes[i].id, nodeFigures(circuit, i)));
-  }
-  function clear() {
-    front.replaceChildren();
-    back.classList.remove("faded");
-    hideTip();
-  }
-  nodes.forEach((node, i) => {
-    node.addEventListener("mouseenter", () => show(i));
-    node.addEventListener("focus", () => show(i));
-    node.addEventListener("mouseleave", clear);
-    node.addEventListener("blur", clear);
-  });
 }

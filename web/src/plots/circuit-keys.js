@@ -33,7 +33,11 @@ function neighbour(places, i, key) {
   }
   if (key === "ArrowLeft" || key === "ArrowRight") {
     const column = here.column + (key === "ArrowRight" ? 1 : -1);
-    return nearest(places, indices.filter((at) => places[at].column === column), here.y);
+    return nearest(
+      places,
+      indices.filter((at) => places[at].column === column),
+      here.y,
+    );
   }
   return undefined;
 }
@@ -44,5 +48,8 @@ function neighbour(places, i, key) {
  * @param {number} y
  */
 function nearest(places, candidates, y) {
-  return candidates.reduce((best, at) => (best < 0 || Math.abs(places[at].y - y) < Math.abs(places[best].y - y) ? at : best), -1);
+  return candidates.reduce(
+    (best, at) => (best < 0 || Math.abs(places[at].y - y) < Math.abs(places[best].y - y) ? at : best),
+    -1,
+  );
 }

@@ -23,7 +23,9 @@ const CHARACTER = 6.3;
  * @returns {Layout}
  */
 export function circuitLayout(circuit, available) {
-  const used = circuit.columns.map((column, i) => ({ column, members: membersOf(circuit, i) })).filter((one) => one.members.length);
+  const used = circuit.columns
+    .map((column, i) => ({ column, members: membersOf(circuit, i) }))
+    .filter((one) => one.members.length);
   const step = Math.max(LEAST_COLUMN, (available - 2 * SIDE) / Math.max(used.length - 1, 1));
   const most = Math.max(1, ...used.map((one) => one.members.length));
   const spacing = most <= 5 ? 74 : most <= 40 ? 22 : 14;
@@ -32,11 +34,21 @@ export function circuitLayout(circuit, available) {
   const nodes = new Array(circuit.nodes.length);
   const columns = used.map(({ column, members }, at) => {
     const x = SIDE + (used.length === 1 ? (available - 2 * SIDE) / 2 : at * step);
-    const ys = spread(members.map((i) => circuit.nodes[i].order * height), spacing, height);
+    const ys = spread(
+      members.map((i) => circuit.nodes[i].order * height),
+      spacing,
+      height,
+    );
     members.forEach((i, rank) => (nodes[i] = { x, y: TOP + 20 + ys[rank], column: at }));
     return { x, lines: wrap(column.label, Math.floor((step - 8) / CHARACTER)) };
   });
-  return { width: Math.max(available, 2 * SIDE + step * (used.length - 1)), height: TOP + height + 40, columns, nodes, spacing };
+  return {
+    width: Math.max(available, 2 * SIDE + step * (used.length - 1)),
+    height: TOP + height + (spacing > 40 ? 60 : 40),
+    columns,
+    nodes,
+    spacing,
+  };
 }
 
 /**
@@ -55,7 +67,7 @@ function membersOf(circuit, column) {
  * @param {number} spacing
  * @param {number} height
  */
-export function spread(places, spacing, height) {
+function spread(places, spacing, height) {
   const moved = [...places];
   for (let i = 1; i < moved.length; i += 1) moved[i] = Math.max(moved[i], moved[i - 1] + spacing);
   let limit = height;
@@ -91,7 +103,9 @@ export function edgePath(layout, edge) {
   const [a, b] = [layout.nodes[edge.source], layout.nodes[edge.target]];
   const bow = Math.min(Math.max(Math.abs(b.column - a.column) - 1, 0) * 16, 60);
   const middle = (a.x + b.x) / 2;
-  return `M${round(a.x)},${round(a.y)}C${round(middle)},${round(a.y - bow)} ${round(middle)},${round(b.y - bow)} ${round(b.x)},${round(b.y)}`;
+  const points = [a, { x: middle, y: a.y - bow }, { x: middle, y: b.y - bow }, b];
+  const [start, ...rest] = points.map(({ x, y }) => `${round(x)},${round(y)}`);
+  return `M${start}C${rest.join(" ")}`;
 }
 
 /**

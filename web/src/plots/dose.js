@@ -39,10 +39,18 @@ export function dosePlot(sweep, name) {
     state.at = at;
     key.show(at);
   }
-  const scale = choice("scale", [["linear", "linear"], ["log", "logarithmic"]], "linear", (value) => {
-    state.log = value === "log";
-    redraw();
-  });
+  const scale = choice(
+    "scale",
+    [
+      ["linear", "linear"],
+      ["log", "logarithmic"],
+    ],
+    "linear",
+    (value) => {
+      state.log = value === "log";
+      redraw();
+    },
+  );
   key.show(state.at);
   return h(
     "div",
@@ -66,17 +74,40 @@ function doseKey(sweep, curves, toggle) {
   const rows = curves.map((curve) => {
     const value = h("td", { class: "number" });
     const band = h("td", { class: "number quiet" });
-    const swatch = s("svg", { class: "swatch", width: 28, height: 10, "aria-hidden": "true" },
-      s("line", { class: `curve ${curve.style}`, x1: 1, x2: 27, y1: 5, y2: 5 }));
-    const button = h("button", { type: "button", "aria-pressed": "true", title: "Hide or show this curve" }, swatch, h("span", {}, curve.label));
+    const swatch = s(
+      "svg",
+      { class: "swatch", width: 28, height: 10, "aria-hidden": "true" },
+      s("line", { class: `curve ${curve.style}`, x1: 1, x2: 27, y1: 5, y2: 5 }),
+    );
+    const button = h(
+      "button",
+      { type: "button", "aria-pressed": "true", title: "Hide or show this curve" },
+      swatch,
+      h("span", {}, curve.label),
+    );
     button.addEventListener("click", () => button.setAttribute("aria-pressed", String(!toggle(curve.name))));
-    return { curve, value, band, element: h("tr", { class: curve.style.startsWith("base") ? "quiet" : null }, h("th", { scope: "row" }, button), value, band) };
+    return {
+      curve,
+      value,
+      band,
+      element: h(
+        "tr",
+        { class: curve.style.startsWith("base") ? "quiet" : null },
+        h("th", { scope: "row" }, button),
+        value,
+        band,
+      ),
+    };
   });
   const table = h(
     "table",
     { class: "dose-key" },
     h("caption", {}, "P(target) at ", strength, ", 95% band"),
-    h("thead", { class: "hidden" }, h("tr", {}, ...["curve", "P(target)", "95% band"].map((x) => h("th", { scope: "col" }, x)))),
+    h(
+      "thead",
+      { class: "hidden" },
+      h("tr", {}, ...["curve", "P(target)", "95% band"].map((x) => h("th", { scope: "col" }, x))),
+    ),
     h("tbody", {}, ...rows.map((row) => row.element)),
   );
   /** @param {number} at index of a strength */
@@ -109,7 +140,11 @@ function drawDose(sweep, curves, state, width, moved) {
     "P(target) over the strength of the edit",
     yAxis(y, ticks, [MARGIN.left, width - MARGIN.right], plain),
     xAxis(x, x.ticks(width < 420 ? 3 : 6), bottom, plain),
-    s("text", { class: "axis-name", x: MARGIN.left, y: HEIGHT - 8 }, width < 420 ? "strength of the edit" : "strength of the edit (1: what the counterfactual prompt gives)"),
+    s(
+      "text",
+      { class: "axis-name", x: MARGIN.left, y: HEIGHT - 8 },
+      width < 420 ? "strength of the edit" : "strength of the edit (1: what the counterfactual prompt gives)",
+    ),
     // A model gives the other answer where P(target) is over a half.
     s("line", { class: "half", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(0.5), y2: y(0.5) }),
     ...shown.toReversed().map((curve) => doseCurve(sweep, curve, x, y)),
@@ -119,7 +154,9 @@ function drawDose(sweep, curves, state, width, moved) {
     const at = sweep.strengths[state.at];
     marker.replaceChildren(
       s("line", { x1: x(at), x2: x(at), y1: MARGIN.top, y2: bottom }),
-      ...shown.map((curve) => s("circle", { class: `dot ${curve.style}`, cx: x(at), cy: y(sweep[curve.name]?.[state.at] ?? 0), r: 3.5 })),
+      ...shown.map((curve) =>
+        s("circle", { class: `dot ${curve.style}`, cx: x(at), cy: y(sweep[curve.name]?.[state.at] ?? 0), r: 3.5 }),
+      ),
     );
   };
   mark();
@@ -156,8 +193,17 @@ function doseScales(sweep, curves, log, width) {
 function doseCurve(sweep, curve, x, y) {
   const values = sweep[curve.name] ?? [];
   const bounds = sweep.bands?.[curve.name];
-  const path = line((_, i) => x(sweep.strengths[i]), (/** @type {number} */ p) => y(p));
-  const band = bounds && area((_, i) => x(sweep.strengths[i]), (_, i) => y(bounds.low[i]), (/** @type {number} */ p) => y(p));
+  const path = line(
+    (_, i) => x(sweep.strengths[i]),
+    (/** @type {number} */ p) => y(p),
+  );
+  const band =
+    bounds &&
+    area(
+      (_, i) => x(sweep.strengths[i]),
+      (_, i) => y(bounds.low[i]),
+      (/** @type {number} */ p) => y(p),
+    );
   return s(
     "g",
     { "data-curve": curve.name },
@@ -178,18 +224,31 @@ function doseCurve(sweep, curve, x, y) {
 function strengthControl(sweep, state, x, width, bottom, changed) {
   const { strengths } = sweep;
   const hit = s("rect", {
-    class: "hit", x: MARGIN.left, y: MARGIN.top, width: width - MARGIN.left - MARGIN.right, height: bottom - MARGIN.top,
-    tabindex: 0, role: "slider", "aria-label": "strength", "aria-valuemin": strengths[0], "aria-valuemax": strengths[strengths.length - 1],
+    class: "hit",
+    x: MARGIN.left,
+    y: MARGIN.top,
+    width: width - MARGIN.left - MARGIN.right,
+    height: bottom - MARGIN.top,
+    tabindex: 0,
+    role: "slider",
+    "aria-label": "strength",
+    "aria-valuemin": strengths[0],
+    "aria-valuemax": strengths[strengths.length - 1],
   });
   const set = (/** @type {number} */ at) => {
     state.at = Math.min(Math.max(at, 0), strengths.length - 1);
     hit.setAttribute("aria-valuenow", String(strengths[state.at]));
-    hit.setAttribute("aria-valuetext", `strength ${plain(strengths[state.at])}, P(target) ${num(sweep.p_target?.[state.at])}`);
+    hit.setAttribute(
+      "aria-valuetext",
+      `strength ${plain(strengths[state.at])}, P(target) ${num(sweep.p_target?.[state.at])}`,
+    );
     changed();
   };
   hit.addEventListener("pointermove", (event) => {
     const box = hit.getBoundingClientRect();
-    const value = x.invert(MARGIN.left + ((event.clientX - box.left) / box.width) * (width - MARGIN.left - MARGIN.right));
+    const value = x.invert(
+      MARGIN.left + ((event.clientX - box.left) / box.width) * (width - MARGIN.left - MARGIN.right),
+    );
     const distances = strengths.map((one) => Math.abs(one - value));
     set(distances.indexOf(Math.min(...distances)));
   });

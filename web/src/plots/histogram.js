@@ -20,21 +20,35 @@ export function histogramPlot({ edges, counts }, percentiles) {
       const middle = (edges[i] + edges[i + 1]) / 2;
       const bar = s("rect", {
         class: middle < 0 ? "column negative" : "column",
-        x: x(edges[i]) + 0.5, width: Math.max(x(edges[i + 1]) - x(edges[i]) - 1, 0.5),
+        x: x(edges[i]) + 0.5,
+        width: Math.max(x(edges[i + 1]) - x(edges[i]) - 1, 0.5),
         // What is counted at all is seen.
-        y: n ? Math.min(y(n), y(0) - 1) : y(0), height: n ? Math.max(y(0) - y(n), 1) : 0,
+        y: n ? Math.min(y(n), y(0) - 1) : y(0),
+        height: n ? Math.max(y(0) - y(n), 1) : 0,
       });
-      const hit = s("rect", { class: "back", x: x(edges[i]), width: x(edges[i + 1]) - x(edges[i]), y: MARGIN.top, height: HEIGHT - MARGIN.top - MARGIN.bottom });
+      const hit = s("rect", {
+        class: "back",
+        x: x(edges[i]),
+        width: x(edges[i + 1]) - x(edges[i]),
+        y: MARGIN.top,
+        height: HEIGHT - MARGIN.top - MARGIN.bottom,
+      });
       const group = s("g", { class: "bin" }, hit, bar);
-      group.addEventListener("mouseenter", () => showTip(bar, tipLines(`${num(edges[i], 2)} to ${num(edges[i + 1], 2)}`, [["tokens", count(n)]])));
+      group.addEventListener("mouseenter", () =>
+        showTip(bar, tipLines(`${num(edges[i], 2)} to ${num(edges[i + 1], 2)}`, [["tokens", count(n)]])),
+      );
       group.addEventListener("mouseleave", hideTip);
       return group;
     });
     return canvas(
-      width, HEIGHT, "Histogram of the node's values where it is not zero",
+      width,
+      HEIGHT,
+      "Histogram of the node's values where it is not zero",
       bars,
       s("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(0), y2: y(0) }),
-      edges[0] < 0 && edges[edges.length - 1] > 0 && s("line", { class: "zero", x1: x(0), x2: x(0), y1: MARGIN.top, y2: y(0) + 5 }),
+      edges[0] < 0 &&
+        edges[edges.length - 1] > 0 &&
+        s("line", { class: "zero", x1: x(0), x2: x(0), y1: MARGIN.top, y2: y(0) + 5 }),
       boxLine(percentiles, x),
       xAxis(x, x.ticks(width < 420 ? 4 : 8), HEIGHT - MARGIN.bottom, plain),
     );
@@ -58,7 +72,15 @@ function boxLine(percentiles, x) {
     s("circle", { cx: x(p50), cy: y, r: 4 }),
   );
   group.addEventListener("mouseenter", () =>
-    showTip(group, tipLines("where it is not zero", [["5–95%", `${num(p5)} to ${num(p95)}`], ["25–75%", `${num(p25)} to ${num(p75)}`], ["median", num(p50)]])));
+    showTip(
+      group,
+      tipLines("where it is not zero", [
+        ["5–95%", `${num(p5)} to ${num(p95)}`],
+        ["25–75%", `${num(p25)} to ${num(p75)}`],
+        ["median", num(p50)],
+      ]),
+    ),
+  );
   group.addEventListener("mouseleave", hideTip);
   return group;
 }

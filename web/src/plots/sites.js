@@ -7,7 +7,15 @@ import { tableView } from "../ui.js";
 import { canvas, logTicks, plain, yAxis } from "./axes.js";
 
 /** @typedef {import("../types.js").Site} Site */
-/** @typedef {{label: string, style: string, key: keyof Site, control?: keyof Site, controlLabel?: string, error?: keyof Site}} Series */
+/**
+ * @typedef {object} Series
+ * @property {string} label
+ * @property {string} style
+ * @property {keyof Site} key
+ * @property {keyof Site} [control]
+ * @property {string} [controlLabel]
+ * @property {keyof Site} [error] its standard error
+ */
 
 /**
  * @typedef {object} Panel
@@ -34,13 +42,26 @@ export function sitePanel(panel, sites, over) {
   const plot = responsive((width) => drawPanel(panel, sites, groups, width, over));
   const keys = panel.series.map((one) => h("span", { class: `key ${one.style}` }, one.label));
   const controls = [...new Set(panel.series.flatMap((one) => one.controlLabel ?? []))];
-  const columns = panel.series.flatMap((one) => (one.control ? [one, { ...one, key: one.control, label: `${one.label}: ${one.controlLabel}` }] : [one]));
+  const columns = panel.series.flatMap((one) =>
+    one.control ? [one, { ...one, key: one.control, label: `${one.label}: ${one.controlLabel}` }] : [one],
+  );
   const element = h(
     "figure",
     { class: "panel" },
     h("figcaption", {}, h("strong", {}, panel.title), h("span", { class: "quiet" }, panel.unit)),
     plot,
-    h("p", { class: "keys" }, ...keys, controls.length > 0 && h("span", { class: "key control" }, `control: ${controls.join("; ")}`), panel.rule && h("span", { class: "key rule" }, `${panel.rule.label}, ${num(panel.rule.value, panel.rule.value === 1 ? 0 : 3)}`)),
+    h(
+      "p",
+      { class: "keys" },
+      ...keys,
+      controls.length > 0 && h("span", { class: "key control" }, `control: ${controls.join("; ")}`),
+      panel.rule &&
+        h(
+          "span",
+          { class: "key rule" },
+          `${panel.rule.label}, ${num(panel.rule.value, panel.rule.value === 1 ? 0 : 3)}`,
+        ),
+    ),
     tableView(panel.title, ["site", ...columns.map((one) => one.label)], () =>
       sites.map((site) => [site.name, ...columns.map((one) => num(/** @type {number} */ (site[one.key])))]),
     ),
@@ -59,7 +80,10 @@ export function sitePanel(panel, sites, over) {
  * @param {(site: Site | null) => void} over
  */
 function drawPanel(panel, sites, groups, width, over) {
-  const x = scalePoint(sites.map((site) => site.name), [MARGIN.left, width - MARGIN.right]).padding(0.6);
+  const x = scalePoint(
+    sites.map((site) => site.name),
+    [MARGIN.left, width - MARGIN.right],
+  ).padding(0.6);
   const { y, ticks } = panelScale(panel, sites);
   const bottom = HEIGHT - MARGIN.bottom;
   const many = x.step() < 40;
@@ -70,8 +94,11 @@ function drawPanel(panel, sites, groups, width, over) {
       "g",
       { class: "site" },
       s("rect", { class: "back", x: center - half, y: MARGIN.top, width: 2 * half, height: HEIGHT - MARGIN.top }),
-      ...panel.series.map((one, at) => siteMarks(one, site, center + (at - (panel.series.length - 1) / 2) * Math.min(2 * BESIDE, half), y)),
-      (!many || i % Math.ceil(40 / x.step()) === 0) && s("text", { class: "label", x: center, y: bottom + 20, "text-anchor": "middle" }, site.name),
+      ...panel.series.map((one, at) =>
+        siteMarks(one, site, center + (at - (panel.series.length - 1) / 2) * Math.min(2 * BESIDE, half), y),
+      ),
+      (!many || i % Math.ceil(40 / x.step()) === 0) &&
+        s("text", { class: "label", x: center, y: bottom + 20, "text-anchor": "middle" }, site.name),
     );
     group.addEventListener("mouseenter", () => {
       over(site);
@@ -81,8 +108,23 @@ function drawPanel(panel, sites, groups, width, over) {
     groups.set(site, group);
     return group;
   });
-  const rule = panel.rule && s("line", { class: "half", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(panel.rule.value), y2: y(panel.rule.value) });
-  return canvas(width, HEIGHT, `${panel.title} per site`, yAxis(y, ticks, [MARGIN.left, width - MARGIN.right], plain), ...columns, rule);
+  const rule =
+    panel.rule &&
+    s("line", {
+      class: "half",
+      x1: MARGIN.left,
+      x2: width - MARGIN.right,
+      y1: y(panel.rule.value),
+      y2: y(panel.rule.value),
+    });
+  return canvas(
+    width,
+    HEIGHT,
+    `${panel.title} per site`,
+    yAxis(y, ticks, [MARGIN.left, width - MARGIN.right], plain),
+    ...columns,
+    rule,
+  );
 }
 
 /**
@@ -96,8 +138,10 @@ function siteMarks(one, site, x, y) {
   const control = one.control && /** @type {number | null} */ (site[one.control]);
   const error = one.error && /** @type {number | null} */ (site[one.error]);
   return [
-    typeof control === "number" && s("line", { class: "control-mark", x1: x - 6, x2: x + 6, y1: y(control), y2: y(control) }),
-    typeof error === "number" && s("line", { class: `error ${one.style}`, x1: x, x2: x, y1: y(value - 2 * error), y2: y(value + 2 * error) }),
+    typeof control === "number" &&
+      s("line", { class: "control-mark", x1: x - 6, x2: x + 6, y1: y(control), y2: y(control) }),
+    typeof error === "number" &&
+      s("line", { class: `error ${one.style}`, x1: x, x2: x, y1: y(value - 2 * error), y2: y(value + 2 * error) }),
     s("circle", { class: `dot ${one.style}`, cx: x, cy: y(value), r: 4.5 }),
   ];
 }
@@ -111,7 +155,9 @@ function siteRows(panel, site) {
   return panel.series.flatMap((one) => {
     const error = one.error && /** @type {number | null} */ (site[one.error]);
     /** @type {[string, string][]} */
-    const rows = [[one.label, num(/** @type {number} */ (site[one.key])) + (typeof error === "number" ? ` ± ${num(error)}` : "")]];
+    const rows = [
+      [one.label, num(/** @type {number} */ (site[one.key])) + (typeof error === "number" ? ` ± ${num(error)}` : "")],
+    ];
     if (one.control) rows.push([one.controlLabel ?? "control", num(/** @type {number} */ (site[one.control]))]);
     return rows;
   });

@@ -6,7 +6,22 @@ import { count, describeNode, num, percent, signed } from "../format.js";
 import { noChannel } from "../hints.js";
 import { histogramPlot } from "../plots/histogram.js";
 import { href } from "../router.js";
-import { barList, breakable, chip, choice, heading, missing, nodeName, plainTable, quiet, scroller, section, stat, stats, tableView } from "../ui.js";
+import {
+  barList,
+  breakable,
+  chip,
+  choice,
+  heading,
+  missing,
+  nodeName,
+  plainTable,
+  scroller,
+  section,
+  stat,
+  stats,
+  tableView,
+} from "../ui.js";
+import { denseSide } from "./dense-side.js";
 
 /** @typedef {import("../types.js").PageData} PageData */
 /** @typedef {import("../types.js").Channel} Channel */
@@ -25,13 +40,33 @@ export function channelView(page, id) {
     stats(
       stat("active at", percent(channel.density), `of ${count(channel.tokens)} tokens`),
       stat("mean", signed(channel.mean), "over all tokens"),
-      channel.dense && stat("correlation, encoder’s reading", signed(channel.dense.encoder_correlation, 2), `active in both at ${percent(channel.dense.both_active)} of tokens, in either at ${percent(channel.dense.either_active)}`),
-      channel.dense && stat("KL in the dense model", num(channel.dense.kl), `random directions ${num(channel.dense.kl_random)}`),
+      channel.dense &&
+        stat(
+          "correlation, encoder’s reading",
+          signed(channel.dense.encoder_correlation, 2),
+          `active in both at ${percent(channel.dense.both_active)} of tokens, ` +
+            `in either at ${percent(channel.dense.either_active)}`,
+        ),
+      channel.dense &&
+        stat("KL in the dense model", num(channel.dense.kl), `random directions ${num(channel.dense.kl_random)}`),
     ),
     inCircuits(page, id),
     contextsSection(channel),
-    section("Values where it is not zero", "Line over the plot: 5th to 95th percentile, thick in the middle half, a dot at the median.", values(channel)),
-    section("Weights", "The strongest, by size. Tokens are rows of the embedding and the unembedding.", h("div", { class: "columns" }, weightList("Incoming", channel.weights_in), weightList("Outgoing", channel.weights_out))),
+    section(
+      "Values where it is not zero",
+      "Line over the plot: 5th to 95th percentile, thick in the middle half, a dot at the median.",
+      values(channel),
+    ),
+    section(
+      "Weights",
+      "The strongest, by size. Tokens are rows of the embedding and the unembedding.",
+      h(
+        "div",
+        { class: "columns" },
+        weightList("Incoming", channel.weights_in),
+        weightList("Outgoing", channel.weights_out),
+      ),
+    ),
     section("In the dense model", null, ...denseSide(channel)),
   ];
 }
@@ -48,8 +83,12 @@ function capital(text) {
  */
 function elsewhere(page, id) {
   const stream = /\.(?:read|write)\.(\d+)$/.exec(id);
-  const same = stream ? allNodes(page).filter((one) => one !== id && /\.(?:read|write)\.\d+$/.test(one) && one.endsWith(`.${stream[1]}`)) : [];
-  return same.length ? ["The same channel of the stream: ", ...same.flatMap((one, i) => [i > 0 && ", ", nodeName(one)]), "."] : [];
+  const same = stream
+    ? allNodes(page).filter((one) => one !== id && /\.(?:read|write)\.\d+$/.test(one) && one.endsWith(`.${stream[1]}`))
+    : [];
+  return same.length
+    ? ["The same channel of the stream: ", ...same.flatMap((one, i) => [i > 0 && ", ", nodeName(one)]), "."]
+    : [];
 }
 
 /**
@@ -61,33 +100,98 @@ function inCircuits(page, id) {
   if (found.length === 0) return null;
   const rows = found.map(({ circuit, index }) => {
     const node = circuit.nodes[index];
-    const joined = circuit.edges.filter((edge) => edge.kind === "weight" && (edge.source === index || edge.target === index)).length;
-    return [h("a", { href: href("circuit", circuit.task) }, ...breakable(circuit.task)), signed(node.mean), signed(node.ablation), joined];
+    const joined = circuit.edges.filter(
+      (edge) => edge.kind === "weight" && (edge.source === index || edge.target === index),
+    ).length;
+    return [
+      h("a", { href: href("circuit", circuit.task) }, ...breakable(circuit.task)),
+      signed(node.mean),
+      signed(node.ablation),
+      joined,
+    ];
   });
-  return section("In circuits", null, scroller("Circuits of this node", plainTable("Circuits of this node", ["circuit", "mean", "loss when frozen", "weights in the circuit"], rows)));
+  return section(
+    "In circuits",
+    null,
+    scroller(
+      "Circuits of this node",
+      plainTable("Circuits of this node", ["circuit", "mean", "loss when frozen", "weights in the circuit"], rows),
+    ),
+  );
 }
 
 /** @param {Channel} channel */
 function contextsSection(channel) {
   const byTask = Object.entries(channel.task_contexts);
-  const all = [...channel.positive, ...channel.negative, ...channel.random, ...byTask.flatMap(([, contexts]) => contexts)];
+  const all = [
+    ...channel.positive,
+    ...channel.negative,
+    ...channel.random,
+    ...byTask.flatMap(([, contexts]) => contexts),
+  ];
   const scale = contextScale(all);
   const signs = (/** @type {Context[]} */ positive, /** @type {Context[]} */ negative, /** @type {string} */ where) =>
-    h("div", { class: "columns" },
+    h(
+      "div",
+      { class: "columns" },
       contextList(`Most positive${where}`, positive, scale, "It is never positive here."),
-      contextList(`Most negative${where}`, negative, scale, "It is never negative here."));
-  const box = h("div", { class: "shade-values" },
+      contextList(`Most negative${where}`, negative, scale, "It is never negative here."),
+    );
+  const box = h(
+    "div",
+    { class: "shade-values" },
     signs(channel.positive, channel.negative, ""),
-    ...byTask.map(([task, contexts]) => signs(
-      contexts.filter((one) => one.value > 0).sort((a, b) => b.value - a.value),
-      contexts.filter((one) => one.value < 0).sort((a, b) => a.value - b.value), `, task ${task}`)),
-    contextList("Random tokens where it is active", channel.random, scale, "It is active nowhere in the text.", true));
+    ...byTask.map(([task, contexts]) =>
+      signs(
+        contexts.filter((one) => one.value > 0).sort((a, b) => b.value - a.value),
+        contexts.filter((one) => one.value < 0).sort((a, b) => a.value - b.value),
+        `, task ${task}`,
+      ),
+    ),
+    contextList("Random tokens where it is active", channel.random, scale, "It is active nowhere in the text.", true),
+  );
   const readings = all.some((one) => one.readings !== null && one.readings !== undefined);
-  const toggle = readings && choice("shade by", [["values", "node’s value"], ["readings", "encoder’s reading"]], "values", (by) => (box.className = `shade-${by}`));
+  const toggle =
+    readings &&
+    choice(
+      "shade by",
+      [
+        ["values", "node’s value"],
+        ["readings", "encoder’s reading"],
+      ],
+      "values",
+      (by) => (box.className = `shade-${by}`),
+    );
   return section(
     "Contexts",
-    ["Both signs mean something. ", h("span", { class: "swatch-positive" }, "positive"), " ", h("span", { class: "swatch-negative" }, "negative"), readings ? "; each line starts with the node’s value at the outlined token, under it what the encoder reads there in the dense model." : "; each line starts with the value at the outlined token."],
-    toggle, box,
+    [
+      "Both signs mean something. ",
+      h("span", { class: "swatch-positive" }, "positive"),
+      " ",
+      h("span", { class: "swatch-negative" }, "negative"),
+      readings
+        ? "; each line starts with the node’s value at the outlined token, " +
+          "under it what the encoder reads there in the dense model."
+        : "; each line starts with the value at the outlined token.",
+    ],
+    toggle,
+    box,
+    all.length > 0 &&
+      tableView("value of every token", ["context", "token", "node’s value", "encoder’s reading"], () =>
+        tokenRows(all),
+      ),
+  );
+}
+
+/** @param {Context[]} contexts */
+function tokenRows(contexts) {
+  return contexts.flatMap(({ row, position, at, tokens, values, readings }) =>
+    tokens.map((token, i) => [
+      `row ${row}, position ${position - at + i}`,
+      chip(token),
+      signed(values[i]),
+      signed(readings?.[i]),
+    ]),
   );
 }
 
@@ -95,9 +199,42 @@ function contextsSection(channel) {
 function values({ histogram, percentiles }) {
   const entries = Object.entries(percentiles).sort(([a], [b]) => Number(a) - Number(b));
   return [
-    histogram && histogram.counts.length ? histogramPlot(histogram, percentiles) : missing("The page holds no histogram of this node."),
-    entries.length > 0 && scroller("Percentiles", h("table", { class: "percentiles" }, h("caption", { class: "hidden" }, "Percentiles"), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "percentile"), ...entries.map(([key]) => h("th", { scope: "col" }, key)))), h("tbody", {}, h("tr", {}, h("th", { scope: "row" }, "value"), ...entries.map(([, value]) => h("td", { class: "number" }, num(value))))))),
-    histogram && tableView("histogram", ["from", "to", "tokens"], () => histogram.counts.map((n, i) => [num(histogram.edges[i]), num(histogram.edges[i + 1]), count(n)])),
+    histogram && histogram.counts.length
+      ? histogramPlot(histogram, percentiles)
+      : missing("The page holds no histogram of this node."),
+    entries.length > 0 &&
+      scroller(
+        "Percentiles",
+        h(
+          "table",
+          { class: "percentiles" },
+          h("caption", { class: "hidden" }, "Percentiles"),
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              h("th", { scope: "col" }, "percentile"),
+              ...entries.map(([key]) => h("th", { scope: "col" }, key)),
+            ),
+          ),
+          h(
+            "tbody",
+            {},
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, "value"),
+              ...entries.map(([, value]) => h("td", { class: "number" }, num(value))),
+            ),
+          ),
+        ),
+      ),
+    histogram &&
+      tableView("histogram", ["from", "to", "tokens"], () =>
+        histogram.counts.map((n, i) => [num(histogram.edges[i]), num(histogram.edges[i + 1]), count(n)]),
+      ),
   ];
 }
 
@@ -107,21 +244,9 @@ function values({ histogram, percentiles }) {
  */
 function weightList(title, weights) {
   if (weights.length === 0) return h("div", {}, h("h3", {}, title), h("p", { class: "quiet" }, "None."));
-  return barList(title, weights.map(([id, weight]) => ({ name: nodeName(id), value: weight, text: signed(weight) })), 20);
-}
-
-/** @param {Channel} channel */
-function denseSide({ dense, no_dense_side: why, decoder_column: column, node }) {
-  if (!dense) return [missing(why ? `Not known: ${why}.` : "Only reads and writes of a bridged stream have a column in the dense model.")];
-  const list = (/** @type {string} */ title, /** @type {[string, number][]} */ changes) =>
-    changes.length ? barList(title, changes.map(([token, change]) => ({ name: chip(token), value: change, text: signed(change, 2) }))) : h("p", { class: "quiet" }, `${title}: none.`);
-  return [
-    h("p", { class: "lead" }, `Through the bridge of ${dense.site}, at the dense model’s ${dense.dense_site}. The channel’s column times ${num(dense.added, 2)}, the 99th percentile of its size, is added at each of ${count(dense.tokens)} tokens.`),
-    stats(
-      stat("KL of the addition", num(dense.kl), `random directions of that norm ${num(dense.kl_random)}`),
-      dense.task !== null && stat("cosine with the mean difference", signed(dense.mean_difference, 2), `dense model’s own, task ${dense.task}`),
-    ),
-    h("div", { class: "columns" }, list("Logits raised most", dense.raised), list("Logits lowered most", dense.lowered)),
-        h("div", { class: "columns" }, column && column.length ? barList("Largest entries of the decoder’s column, by channel of the dense stream", column.map(([index, weight]) => ({ name: `${dense.dense_site} ${index}`, value: weight, text: signed(weight) })), 16) : missing(`The page holds no column of the decoder for ${node}.`)),
-  ];
+  return barList(
+    title,
+    weights.map(([id, weight]) => ({ name: nodeName(id), value: weight, text: signed(weight) })),
+    20,
+  );
 }

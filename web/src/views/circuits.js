@@ -11,8 +11,11 @@ import { breakable, figure, heading } from "../ui.js";
 /** @param {import("../types.js").PageData} page */
 export function circuitsView({ circuits }) {
   const title = heading(
-    "Circuits", "The few nodes that do a task",
-    "A circuit is what is left of the sparse model when every other node is frozen at its mean. Loss is in nats; guessing is 0.693. In a quieter tone: the whole model, and the model without the circuit.",
+    "Circuits",
+    "The few nodes that do a task",
+    "A circuit is what is left of the sparse model when every other node is frozen at its mean. " +
+      "Loss is in nats; guessing is 0.693. In a quieter tone: the whole model, and the model without " +
+      "the circuit.",
   );
   const rows = Object.values(circuits);
   if (rows.length === 0) return [title, noCircuits()];
@@ -22,12 +25,35 @@ export function circuitsView({ circuits }) {
     rows,
     link: (one) => href("circuit", one.task),
     columns: [
-      { label: "task", text: true, value: (one) => one.task, cell: (one) => h("a", { href: href("circuit", one.task) }, ...breakable(one.task)) },
+      {
+        label: "task",
+        text: true,
+        value: (one) => one.task,
+        cell: (one) => h("a", { href: href("circuit", one.task) }, ...breakable(one.task)),
+      },
       { label: "nodes", value: (one) => one.nodes.length, cell: (one) => one.nodes.length },
       { label: "weights", value: weights, cell: weights },
-      { label: "loss", note: "whole model", value: (one) => one.loss, cell: (one) => figure(num(one.loss), num(one.loss_full_model)) },
-      { label: "right, other pairs", note: "without it", value: (one) => one.fresh?.accuracy, cell: (one) => one.fresh && figure(percent(one.fresh.accuracy), one.ablated ? percent(one.ablated.accuracy) : "") },
-      { label: "controls as good", value: (one) => one.controls.filter((control) => control.as_good).length, cell: (one) => (one.controls.length ? `${one.controls.filter((control) => control.as_good).length} of ${one.controls.length}` : "none measured") },
+      {
+        label: "loss",
+        note: "whole model",
+        value: (one) => one.loss,
+        cell: (one) => figure(num(one.loss), num(one.loss_full_model)),
+      },
+      {
+        label: "right, other pairs",
+        note: "without it",
+        value: (one) => one.fresh?.accuracy,
+        cell: (one) =>
+          one.fresh && figure(percent(one.fresh.accuracy), one.ablated ? percent(one.ablated.accuracy) : ""),
+      },
+      {
+        label: "controls as good",
+        value: (one) => one.controls.filter((control) => control.as_good).length,
+        cell: (one) =>
+          one.controls.length
+            ? `${one.controls.filter((control) => control.as_good).length} of ${one.controls.length}`
+            : "none measured",
+      },
     ],
   });
   return [title, element];

@@ -13,11 +13,19 @@ import { solvedMark } from "./overview.js";
 /** @param {import("../types.js").PageData} page */
 export function tasksView(page) {
   const title = heading(
-    "Tasks", "What both models solve, and what an edit turns",
-    "A task is pairs of prompts that differ in a cue and so in their answers. Filled: solved, 90% of the prompts or more. P(target) is at strength 1, of the few channels where they were measured, else of one; in a quieter tone random directions of the same norm.",
+    "Tasks",
+    "What both models solve, and what an edit turns",
+    "A task is pairs of prompts that differ in a cue and so in their answers. Filled: solved, 90% " +
+      "of the prompts or more. P(target) is at strength 1, of the few channels where they were " +
+      "measured, else of one; in a quieter tone random directions of the same norm.",
   );
   if (page.tasks.length === 0) return [title, noTasks()];
-  const table = sortable({ caption: "Tasks. Press a column’s name to sort by it, a row to open the task.", columns: columns(page), rows: page.tasks, link: (task) => href("task", task.name) });
+  const table = sortable({
+    caption: "Tasks. Press a column’s name to sort by it, a row to open the task.",
+    columns: columns(page),
+    rows: page.tasks,
+    link: (task) => href("task", task.name),
+  });
   return [title, table.element];
 }
 
@@ -32,14 +40,40 @@ function columns(page) {
   };
   const agreement = (/** @type {Task} */ task) => bestSweep(task)?.agreement ?? null;
   return [
-    { label: "task", text: true, value: (task) => task.name, cell: (task) => h("a", { href: href("task", task.name) }, ...breakable(task.name)) },
+    {
+      label: "task",
+      text: true,
+      value: (task) => task.name,
+      cell: (task) => h("a", { href: href("task", task.name) }, ...breakable(task.name)),
+    },
     { label: "dense solves", value: (task) => task.solved.dense, cell: (task) => solvedMark(task.solved.dense) },
     { label: "sparse solves", value: (task) => task.solved.sparse, cell: (task) => solvedMark(task.solved.sparse) },
-    { label: "circuit", note: "nodes, weights", value: (task) => task.circuit?.edges, cell: (task) => circuitCell(page, task) },
+    {
+      label: "circuit",
+      note: "nodes, weights",
+      value: (task) => task.circuit?.edges,
+      cell: (task) => circuitCell(page, task),
+    },
     { label: "channels edited", text: true, value: (task) => bestSweep(task)?.site, cell: channelsCell },
-    { label: "dense P(target)", note: "random", value: (task) => at(task, "p_target"), cell: (task) => bestSweep(task) && figure(num(at(task, "p_target"), 2), num(at(task, "p_target_random_direction"), 2)) },
-    { label: "sparse P(target)", value: (task) => at(task, "p_target_sparse_model"), cell: (task) => bestSweep(task) && num(at(task, "p_target_sparse_model"), 2) },
-    { label: "agreement R²", note: "other channels", value: (task) => agreement(task)?.r_squared, cell: (task) => agreement(task) && figure(num(agreement(task)?.r_squared, 2), num(agreement(task)?.r_squared_shuffled, 2)) },
+    {
+      label: "dense P(target)",
+      note: "random",
+      value: (task) => at(task, "p_target"),
+      cell: (task) =>
+        bestSweep(task) && figure(num(at(task, "p_target"), 2), num(at(task, "p_target_random_direction"), 2)),
+    },
+    {
+      label: "sparse P(target)",
+      value: (task) => at(task, "p_target_sparse_model"),
+      cell: (task) => bestSweep(task) && num(at(task, "p_target_sparse_model"), 2),
+    },
+    {
+      label: "agreement R²",
+      note: "other channels",
+      value: (task) => agreement(task)?.r_squared,
+      cell: (task) =>
+        agreement(task) && figure(num(agreement(task)?.r_squared, 2), num(agreement(task)?.r_squared_shuffled, 2)),
+    },
   ];
 }
 
@@ -57,6 +91,9 @@ function circuitCell(page, task) {
 function channelsCell(task) {
   const sweep = bestSweep(task);
   if (!sweep) return h("span", { class: "quiet", title: task.steering_missing }, "–");
-  const links = nodesOf(sweep).flatMap((node, i) => [i > 0 && ", ", h("a", { href: href("channel", node) }, node.split(".").at(-1))]);
+  const links = nodesOf(sweep).flatMap((node, i) => [
+    i > 0 && ", ",
+    h("a", { href: href("channel", node) }, node.split(".").at(-1)),
+  ]);
   return [...links, " ", quiet(`at ${sweep.site}`)];
 }
