@@ -13,6 +13,7 @@ from bridges.circuits.attribution import attributions
 from bridges.circuits.circuit import Circuit, edges_between
 from bridges.circuits.masks import Masks, ablated
 from bridges.circuits.paths import on_paths
+from bridges.circuits.reduction import reduced
 from bridges.circuits.settings import PruneConfig
 from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, answer_differences, calibrate, task_loss
 from bridges.io.progress import Bar
@@ -22,9 +23,8 @@ from bridges.tasks.pairs import TaskPairs
 On = dict[str, Bool[Tensor, " _"]]
 CALIBRATION_PAIRS = 32
 """Training pairs that the scale and the shift of a circuit's logits are fitted on."""
-TRIALS, FAILURES = 100, 12
-"""Nodes that dropping is tried for at most, and in a row without success: of a circuit of thousands, which masks that
-learned too little leave, each trial costs a pass over the prompts and gains one node."""
+TRIALS = 300
+"""Smaller circuits that are tried at most once the size is bisected: each costs a pass over the prompts."""
 
 
 class TargetNotReached(ValueError):
@@ -194,22 +194,24 @@ class Search:
     def _dropped(self, best: Judged, ranking: Ranking) -> Judged:
         """Without nodes that are on no path of the circuit, then without those that it does not need.
 
-        The nodes of the smallest scores are tried first.
+        A ranking may put a node that is needed after hundreds that are not, which the bisection then keeps. Nodes of
+        the smallest scores are tried first.
         """
         best = self._connected(best)
         nodes = [(place, int(i)) for place, mask in best.on.items() for i in mask.nonzero()]
         nodes.sort(key=lambda node: ranking.scores[node[0]][node[1]].item())
-        failures = 0
-        for place, index in nodes[:TRIALS]:
-            if failures >= FAILURES:
-                break
-            fewer = {**best.on, place: best.on[place].clone()}
-            fewer[place][index] = False
-            judged = self.judged(fewer)
-            if judged.loss <= self.config.target_loss:
-                best, failures = judged, 0
-            else:
-                failures += 1
+
+        def suffices(kept: list[tuple[str, int]]) -> bool:
+            nonlocal best
+            on = {place: torch.zeros_like(mask) for place, mask in best.on.items()}
+            for place, index in kept:
+                on[place][index] = True
+            judged = self.judged(on)
+            if enough := judged.loss <= self.config.target_loss:
+                best = judged
+            return enough
+
+        reduced(nodes, suffices, TRIALS)
         return self._connected(best)
 
     def _connected(self, best: Judged) -> Judged:
