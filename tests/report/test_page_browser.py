@@ -74,9 +74,9 @@ def test_a_page_without_content_says_what_is_missing(visit, view):
     expect(page.locator("h1")).to_have_count(1)
     named = {
         "bridges": "bridges evaluate",
-        "tasks": "bridges steer",
-        "circuit": "bridges circuit",
-        "channel": "--feature",
+        "tasks": "bridges report",
+        "circuit": "bridges report",
+        "channel": "bridges report",
     }
     if view in named:
         expect(page.locator(".missing code")).to_contain_text(named[view])
@@ -238,7 +238,7 @@ def test_a_circuit_shows_controls_losses_and_attention(visit):
     page = visit("circuit/quotes")
     text = page.locator("main").text_content()
     assert "A model with permuted weights has a circuit of this size too." in text
-    expect(page.locator(".as-good")).to_have_text("permuted weights3 nodes, 2 edges This does as well as the circuit.")
+    expect(page.locator(".as-good")).to_have_text("permuted weights3 nodes, 2 edges This counts against the circuit.")
     for shown in ("+0.662", "+0.654", "0.041", "0.465", "0.694", "98.5%", "whole model 0.012"):
         assert shown in text
     page.locator(".cell.sink").nth(1).hover()

@@ -4,52 +4,43 @@ import { code, missing } from "./ui.js";
 /** @param {import("./types.js").Task | string} task */
 export function noCircuit(task) {
   const [name, why] = typeof task === "string" ? [task, ""] : [task.name, task.circuit_missing];
-  return missing(
-    `No circuit of this task is in the page${why ? ` (${why})` : ""}; `,
-    code(`bridges circuit FOLDER --task ${name}`),
-    " searches one.",
-  );
+  return lacking("circuit of this task", why, `bridges report FOLDER --tasks ${name}`);
 }
 
 export function noCircuits() {
-  return missing(
-    "No circuit is in the page; ",
-    code("bridges circuit FOLDER --task all"),
-    " searches one for each task.",
-  );
+  return lacking("circuit", "", "bridges report FOLDER --tasks all");
 }
 
 /** @param {import("./types.js").Task} task */
 export function noSteering(task) {
-  const why = task.steering_missing;
-  return missing(
-    `No edit was measured on this task${why ? ` (${why})` : ""}; `,
-    code(`bridges steer FOLDER --task ${task.name}`),
-    " measures one.",
-  );
+  return lacking("edit on this task", task.steering_missing, `bridges report FOLDER --tasks ${task.name}`);
 }
 
 export function noHeadline() {
-  return missing("No edit was measured; ", code("bridges steer FOLDER --task NAME"), " measures one.");
+  return lacking("edit", "", "bridges report FOLDER --tasks all");
 }
 
 export function noTasks() {
-  return missing("No task is in the page; ", code("bridges steer FOLDER --task NAME"), " measures one.");
+  return lacking("task", "", "bridges report FOLDER --tasks all");
 }
 
 export function noBridges() {
-  return missing("No bridge was measured; ", code("bridges evaluate FOLDER"), " measures them.");
+  return lacking("bridge's figures", "", "bridges evaluate FOLDER");
 }
 
 /** @param {string} node */
 export function noChannel(node) {
-  return missing(
-    "What this node does on text is not in the page; ",
-    code(`bridges circuit FOLDER --feature ${node}`),
-    " shows it.",
-  );
+  return lacking("view of this node", "", `bridges circuit FOLDER --feature ${node}`);
 }
 
 export function noChannels() {
-  return missing("No channel is in the page; ", code("bridges circuit FOLDER --feature NODE"), " shows what one does.");
+  return lacking("channel", "", "bridges report FOLDER --tasks all");
+}
+
+/**
+ * The reason that the figures give, or else the command that makes what is missing.
+ * @param {string} what @param {string} why @param {string} command
+ */
+function lacking(what, why, command) {
+  return why ? missing(`The page has no ${what}: ${why}`) : missing(`The page has no ${what}; `, code(command), " makes it.");
 }

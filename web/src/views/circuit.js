@@ -95,7 +95,7 @@ function controls({ controls: all, verdict, task }) {
             "div",
             { class: control.as_good ? "as-good" : null },
             h("dt", {}, control.name),
-            h("dd", {}, control.value, control.as_good && [" ", h("strong", {}, "This does as well as the circuit.")]),
+            h("dd", {}, control.value, control.as_good && [" ", h("strong", {}, "This counts against the circuit.")]),
           ),
         ),
       ),
