@@ -69,8 +69,8 @@ def report(
         The path of the file. Where the run reported to wandb, the page is logged there too.
 
     Raises:
-        ValueError: the folder holds no bridges, or does not say what its models are; a task is unknown; there is no
-            tokenizer.
+        ValueError: the folder holds no bridges, or does not say what its models are; they are others than those that
+            the bridges were fitted to; a task is unknown, or there is no tokenizer to make its prompts with.
 
     >>> import bridges
     >>> from pathlib import Path
@@ -89,8 +89,8 @@ def report(
         run.require(folder.bridges, data=False)
         loaded = run.load_models()
         dense, sparse = loaded[0] if dense is None else dense, loaded[1] if sparse is None else sparse
-    if known is None:
-        raise ValueError("tokenizer=None, and none is saved with the models; pass one: the page shows text")
+    if known is None and names:
+        raise ValueError(f"tokenizer=None, and none is saved with the models; pass one to make prompts of {names[0]}")
     bridge_set = BridgeSet.from_pretrained(folder.bridges)
     with frozen_pair(dense, sparse, bridge_set, check_models=True) as pair:
         missing = {} if tasks is None else _measure(folder, pair, names, known, progress)
