@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bridges.circuits.prefixes import Prefixes, last_logits
 from bridges.models.sparse.model import SparseTransformer
 from bridges.tasks.pairs import TaskPairs
 from bridges.tasks.token_sets import TokenSets
@@ -54,13 +55,19 @@ class Calibration(NamedTuple):
     shift: float = 0.0
 
 
-def answer_differences(model: SparseTransformer, prompts: Presented) -> Float[Tensor, " n"]:
+def answer_differences(
+    model: SparseTransformer, prompts: Presented, prefixes: Prefixes | None = None
+) -> Float[Tensor, " n"]:
     """The logit of the right answer minus that of the other, after the last token of every prompt.
 
-    An answer that is a set of tokens has the logarithm of its summed exponentials.
+    An answer that is a set of tokens has the logarithm of its summed exponentials. With `prefixes`, which must be those
+    of the prompts, the pass computes each prefix once; see `last_logits`.
     """
-    mask = None if bool(prompts.attention_mask.all()) else prompts.attention_mask
-    logits = model(prompts.input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+    if prefixes is None:
+        mask = None if bool(prompts.attention_mask.all()) else prompts.attention_mask
+        logits = model(prompts.input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+    else:
+        logits = last_logits(model, prefixes)
     return prompts.right.logsumexp(logits) - prompts.other.logsumexp(logits)
 
 
