@@ -7,14 +7,17 @@ prompt alone has a q, neurons and writes, since nothing reads the others.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.models.residual import position_ids
-from bridges.models.sparse.blocks import Attention, Block, attention_pattern
+from bridges.models.sparse.blocks import Block, attention_pattern
 from bridges.models.sparse.model import SparseTransformer
 
 
@@ -52,7 +55,7 @@ class Prefixes(NamedTuple):
         return Prefixes(self.input_ids[rows][:, real], self.positions[rows][:, real], numbers[:, real])
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Which rows a pass has, and who reads which; `rows` are of the first site: distinct tokens at their positions."""
 
     tokens: Int[Tensor, " rows"]
@@ -67,17 +70,24 @@ class _Layout(NamedTuple):
     """Which keys each query may attend to."""
 
     @classmethod
-    def of(cls, prefixes: Prefixes, embeds_positions: bool) -> _Layout:
+    def of(cls, prefixes: Prefixes, with_positions: bool) -> Layout:
+        """Of a pass over these; `with_positions` says whether equal tokens at two positions have rows of their own."""
         numbers, seq = prefixes.numbers, prefixes.numbers.shape[1]
         real = (numbers >= 0).flatten().nonzero().squeeze(1)
         known, of_real = numbers.flatten()[real].unique(return_inverse=True)
         met = torch.empty_like(known).scatter_(0, of_real, real)
         prefix_of = numbers.new_zeros(numbers.numel()).scatter_(0, real, of_real).view_as(numbers)
-        ends = torch.stack([prefixes.input_ids, prefixes.positions * embeds_positions], -1).flatten(0, 1)[met]
-        distinct, row_of = ends.unique(dim=0, return_inverse=True)
-        tokens, positions = distinct.T
+        # One number for a token at a position, since `unique` is much faster over numbers than over pairs.
+        ends = (prefixes.input_ids * seq + prefixes.positions * with_positions).flatten()[met]
+        distinct, row_of = ends.unique(return_inverse=True)
+        tokens, positions = distinct // seq, distinct % seq
         allowed = attention_pattern(seq, 0, numbers >= 0, numbers.device)
         return cls(tokens, positions, row_of, prefix_of, met, allowed)
+
+
+def embeds_positions(model: SparseTransformer) -> bool:
+    """Whether what the first layer reads differs from position to position."""
+    return model.config.d_pos_emb is not None or bool(model.transformer.wpe.weight.any())
 
 
 def last_logits(model: SparseTransformer, prefixes: Prefixes) -> Float[Tensor, "n vocab"]:
@@ -96,8 +106,7 @@ def last_logits(model: SparseTransformer, prefixes: Prefixes) -> Float[Tensor, "
     >>> bool((found - model(ids).logits[:, -1]).abs().max() < 1e-4)
     True
     """
-    embeds_positions = model.config.d_pos_emb is not None or bool(model.transformer.wpe.weight.any())
-    layout = _Layout.of(prefixes, embeds_positions)
+    layout = Layout.of(prefixes, embeds_positions(model))
     tokens, at = layout.tokens[None], layout.positions[None]
     residual, positions = model.embed(tokens, at), model.positions(at)
     rows = layout.row_of  # of the residual and of the positions, by prefix
@@ -117,7 +126,7 @@ def _attention(
     residual: Float[Tensor, "1 rows d_model"],
     positions: Float[Tensor, "1 rows d_pos"] | None,
     rows: Int[Tensor, " prefixes"],
-    layout: _Layout,
+    layout: Layout,
     is_last: bool,
 ) -> Float[Tensor, "1 queries d_model"]:
     """What is added to the stream at every prefix, or in the last layer after every prompt's last token."""
@@ -126,21 +135,34 @@ def _attention(
         read = torch.cat([read, block.ln_p1(positions)], dim=-1)
     q, k, v = attn.c_attn(attn.attn_in(read)).chunk(3, dim=-1)
     keys, allowed = rows[layout.prefix_of], layout.allowed
-    k, v = attn.attn_k(k)[0, keys], attn.attn_v(v)[0, keys]
+    k, v = at_tokens(attn.attn_k(k)[0], keys), at_tokens(attn.attn_v(v)[0], keys)
+    sink = None if attn.attn_imp is None else attn.attn_imp.sink_logit
     if is_last:
         q = attn.attn_q(q[:, keys[:, -1]])[0, :, None]
-        mixed = _mixed(attn, q, k, v, allowed[:, :, -1:])[:, 0]
+        mixed = attend(q, k, v, allowed[:, :, -1:], attn.d_head, sink)[:, 0]
     else:
-        mixed = _mixed(attn, attn.attn_q(q)[0, keys], k, v, allowed).flatten(0, 1)[layout.met]
+        mixed = attend(at_tokens(attn.attn_q(q)[0], keys), k, v, allowed, attn.d_head, sink).flatten(0, 1)[layout.met]
     return attn.attn_out(attn.c_proj(mixed[None]))
 
 
-def _mixed(
-    attn: Attention,
+def at_tokens(x: Float[Tensor, "rows d"], rows: Int[Tensor, "n s"]) -> Float[Tensor, "n s d"]:
+    """The rows that tokens have, `x[rows]`, whose backward pass is slower."""
+    return F.embedding(rows, x)
+
+
+def attend(
     q: Float[Tensor, "n s heads"],
     k: Float[Tensor, "n t heads"],
     v: Float[Tensor, "n t heads"],
     allowed: Bool[Tensor, "n 1 s t"],
+    d_head: int,
+    sink: Float[Tensor, " n_head"] | None,
 ) -> Float[Tensor, "n s heads"]:
-    q, k, v = (attn._split_heads(x) for x in (q, k, v))
-    return attn._attend(q, k, v, allowed).transpose(1, 2).flatten(2)
+    """What a sparse model's attention makes of q, k and v of any of its heads; `sink` has these heads' logits."""
+    q, k, v = (rearrange(x, "n s (n_head d) -> n n_head s d", d=d_head) for x in (q, k, v))
+    scores = ((q @ k.mT) * (1 / math.sqrt(d_head))).masked_fill(~allowed, torch.finfo(q.dtype).min)
+    if sink is not None:
+        slot = sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([slot, scores], dim=-1)
+    weights = scores.softmax(-1)[..., 0 if sink is None else 1 :]
+    return rearrange(weights @ v, "n n_head s d -> n s (n_head d)")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from bridges.circuits.attribution import attributions
 from bridges.circuits.circuit import Circuit, edges_between
-from bridges.circuits.masks import Masks, ablated
+from bridges.circuits.live import MaskedPass
+from bridges.circuits.masks import Masks
 from bridges.circuits.paths import on_paths
 from bridges.circuits.prefixes import Prefixes
 from bridges.circuits.settings import PruneConfig
-from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, answer_differences, calibrate, task_loss
+from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, calibrate, task_loss
 from bridges.io.progress import Bar
 from bridges.models.sparse.model import SparseTransformer
 from bridges.tasks.pairs import TaskPairs
@@ -73,6 +74,7 @@ class Search:
                 f"task {pairs.task!r} has {n} pairs; pruning needs at least 4, one in four to choose the size"
             )
         self.model, self.config, self.task = model, config, pairs.task
+        self.masked_pass = MaskedPass(model)
         self.means = {place: mean.to(model.device) for place, mean in means.items()}
         n_judge = max(1, n // 4)
         self.prompts = Presented.of(pairs, model.device)
@@ -108,8 +110,8 @@ class Search:
         """The loss of a circuit on the pairs that choose the size, calibrated on training pairs."""
         fit = 2 * len(self.calibration)
         prompts, prefixes = self._both_prompts(self.calibration, self.judge)
-        with ablated(self.model, on, self.means):
-            differences = answer_differences(self.model, prompts, prefixes)
+        logits = self.masked_pass.logits(prefixes, Masks.fixed(self.means, on))
+        differences = prompts.differences(logits)
         calibration = calibrate(differences[:fit], prompts.sign[:fit])
         loss = task_loss(differences[fit:].double(), prompts.sign[fit:].double(), *calibration).item()
         return Judged(on, loss, calibration)
@@ -143,8 +145,7 @@ class Search:
                 group["lr"] = c.lr * (1 - step / c.steps)
             rows = torch.randperm(len(self.train), generator=generator)[: c.pairs_per_step]
             prompts, prefixes = self._both_prompts(self.train[rows.to(self.train.device)])
-            with masks.applied(self.model):
-                differences = answer_differences(self.model, prompts, prefixes)
+            differences = prompts.differences(self.masked_pass.logits(prefixes, masks))
             scale = free[0].exp().clamp(max=MAX_SCALE)
             loss = task_loss(differences, prompts.sign, scale, free[1])
             optimizer.zero_grad()

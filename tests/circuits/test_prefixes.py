@@ -1,9 +1,10 @@
-"""The pass that computes every prefix once against the model's own, in values and gradients."""
+"""Passes that compute every prefix once, and live nodes alone, against the model's own, in values and gradients."""
 
 import pytest
 import torch
 from pairs import sparse_model
 
+from bridges.circuits.live import MAX_LIVE, MaskedPass
 from bridges.circuits.masks import Masks, ablated
 from bridges.circuits.nodes import node_means, place_sizes, recorded_nodes
 from bridges.circuits.prefixes import Prefixes, last_logits
@@ -34,6 +35,12 @@ def plain_logits(model):
     return model(IDS, attention_mask=MASK, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
+def logits_and_gradients(logits, weights, masks):
+    """The logits, and the gradients of their weighted sum with respect to the masks' parameters."""
+    parameters = list(masks.parameters.values())
+    return logits, torch.autograd.grad((weights * logits).sum(), parameters, allow_unused=True, materialize_grads=True)
+
+
 def masks_of(model, share_on=0.6):
     """Masks of which a share is on, drawn at random."""
     everything = {place: torch.ones(size, dtype=torch.bool) for place, size in place_sizes(model).items()}
@@ -50,20 +57,52 @@ def model(request):
     return sparse_model(**request.param).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("share_on", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("share_on", [0.0, 0.15, 0.6, 1.0])
 def test_logits_and_gradients_of_masks_are_those_of_the_plain_pass(model, share_on):
     masks, prefixes = masks_of(model, share_on), Prefixes.of(IDS, MASK)
     weights = torch.randn(len(IDS), model.config.vocab_size, generator=torch.Generator().manual_seed(2)).double()
     found = []
-    for logits_of in (lambda: plain_logits(model), lambda: last_logits(model, prefixes)):
+    for logits_of in (plain_logits, lambda model: last_logits(model, prefixes)):
         with masks.applied(model):
-            logits = logits_of()
-        found.append((logits, torch.autograd.grad((weights * logits).sum(), list(masks.parameters.values()))))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-12)
-    for place, expected, gradient in zip(masks.parameters, found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11, msg=place)
+            logits = logits_of(model)
+        found.append(logits_and_gradients(logits, weights, masks))
+    found.append(logits_and_gradients(MaskedPass(model).live_logits(prefixes, masks), weights, masks))
+    for logits, gradients in found[1:]:
+        torch.testing.assert_close(logits, found[0][0], rtol=1e-10, atol=1e-12)
+        for place, expected, gradient in zip(masks.parameters, found[0][1], gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11, msg=place)
     if share_on:
-        assert max(gradient.abs().max() for gradient in found[1][1]) > 1e-3
+        assert max(gradient.abs().max() for gradient in found[0][1]) > 1e-3
+
+
+def test_a_circuit_has_the_same_logits_by_either_pass():
+    model = sparse_model().eval().requires_grad_(False)
+    generator, prefixes = torch.Generator().manual_seed(3), Prefixes.of(IDS, MASK)
+    on = {place: torch.rand(size, generator=generator) > 0.7 for place, size in place_sizes(model).items()}
+    means = node_means(model, [(IDS, MASK)])
+    with torch.no_grad():
+        with ablated(model, on, means):
+            expected = plain_logits(model)
+        masks = Masks.fixed(means, on)
+        torch.testing.assert_close(MaskedPass(model).live_logits(prefixes, masks), expected)
+        torch.testing.assert_close(MaskedPass(model).logits(prefixes, masks), expected)
+
+
+def test_the_live_pass_is_taken_once_few_masks_are_on(monkeypatch):
+    model = sparse_model().eval().requires_grad_(False)
+    sizes, prefixes, taken = place_sizes(model), Prefixes.of(IDS, MASK), []
+    most = int(sum(sizes.values()) * MAX_LIVE)
+
+    def live_logits(self, *args):
+        taken.append(True)
+        return torch.zeros(len(IDS), model.config.vocab_size)
+
+    monkeypatch.setattr(MaskedPass, "live_logits", live_logits)
+    for n_on in (most, most + 1):
+        on = {place: torch.zeros(size, dtype=torch.bool) for place, size in sizes.items()}
+        on["1.mlp.neuron"][:n_on] = True
+        MaskedPass(model).logits(prefixes, Masks.fixed(node_means(model, [(IDS, MASK)]), on))
+        assert len(taken) == 1 <= most < sizes["1.mlp.neuron"]
 
 
 def test_embeddings_that_hold_positions_are_told_apart():
