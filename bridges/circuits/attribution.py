@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.circuits.nodes import replaced_nodes
+from bridges.circuits.prefixes import Prefixes
 from bridges.circuits.task_loss import Presented, answer_differences, task_loss
 from bridges.models.sparse.model import SparseTransformer
 
@@ -55,10 +56,11 @@ def attributions(
     shares = {place: torch.zeros_like(mean).to(model.device).requires_grad_() for place, mean in means.items()}
     functions = {place: partial(_toward, share=share, mean=means[place]) for place, share in shares.items()}
     found = {place: torch.zeros_like(share, dtype=torch.float64) for place, share in shares.items()}
+    prefixes = Prefixes.of(prompts.input_ids, prompts.attention_mask)
     for rows in torch.arange(n, device=model.device).split(prompts_per_pass):
         part = prompts.take(rows)
         with replaced_nodes(model, functions):
-            differences = answer_differences(model, part)
+            differences = answer_differences(model, part, prefixes.take(rows))
         loss = task_loss(differences, part.sign) * (len(rows) / n)
         gradients = torch.autograd.grad(loss, list(shares.values()))
         for place, gradient in zip(found, gradients, strict=True):

@@ -40,6 +40,13 @@ class Masks:
             start = torch.where(allowed[place], INITIAL_VALUE + noise, -1.0)
             self.parameters[place] = start.requires_grad_()
 
+    @classmethod
+    def fixed(cls, means: Mapping[str, Float[Tensor, " _"]], on: Mapping[str, Bool[Tensor, " _"]]) -> Masks:
+        """Masks that do not learn, by which these nodes are on."""
+        masks = cls(means, on, torch.Generator())
+        masks.parameters = {place: 2.0 * on[place].to(mean) - 1 for place, mean in means.items()}
+        return masks
+
     def on(self) -> dict[str, Bool[Tensor, " _"]]:
         """Which nodes are on, by place."""
         return {place: parameter.detach() > 0 for place, parameter in self.parameters.items()}
@@ -52,7 +59,7 @@ class Masks:
     def applied(self, model: SparseTransformer) -> AbstractContextManager[None]:
         """Context in which the model runs with nodes that are off frozen at their means."""
         functions = {
-            place: partial(_masked, parameter=parameter, mean=self.means[place])
+            place: partial(masked, parameter=parameter, mean=self.means[place])
             for place, parameter in self.parameters.items()
         }
         return replaced_nodes(model, functions)
@@ -80,11 +87,12 @@ def _frozen(x: Float[Tensor, "b s d"], on: Bool[Tensor, " d"], mean: Float[Tenso
     return torch.where(on, x, mean.to(x.dtype))
 
 
-def _masked(x: Float[Tensor, "b s d"], parameter: Float[Tensor, " d"], mean: Float[Tensor, " d"]) -> Tensor:
+def masked(x: Float[Tensor, "*rows d"], parameter: Float[Tensor, " d"], mean: Float[Tensor, " d"]) -> Tensor:
+    """x where the parameter is over 0, else the mean, with the surrogate gradient."""
     return _Masked.apply(x, parameter, mean)  # pyright: ignore[reportReturnType]
 
 
-def _surrogate(parameter: Tensor) -> Tensor:
+def surrogate_slope(parameter: Tensor) -> Tensor:
     """The derivative of a sigmoid at temperature 1, in the place of that of a step."""
     return parameter.sigmoid() * (1 - parameter.sigmoid())
 
@@ -98,7 +106,7 @@ class _Heaviside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (parameter,) = ctx.saved_tensors
-        return grads[0] * _surrogate(parameter)
+        return grads[0] * surrogate_slope(parameter)
 
 
 class _Masked(torch.autograd.Function):
@@ -115,4 +123,4 @@ class _Masked(torch.autograd.Function):
         grad = grads[0]
         x_grad = torch.where(parameter > 0, grad, 0) if ctx.needs_input_grad[0] else None
         effect = (grad * x).flatten(0, -2).sum(0) - grad.flatten(0, -2).sum(0) * mean
-        return x_grad, effect * _surrogate(parameter), None
+        return x_grad, effect * surrogate_slope(parameter), None

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from bridges.circuits.attribution import attributions
 from bridges.circuits.circuit import Circuit, edges_between
-from bridges.circuits.masks import Masks, ablated
+from bridges.circuits.live import MaskedPass
+from bridges.circuits.masks import Masks
 from bridges.circuits.paths import on_paths
+from bridges.circuits.prefixes import Prefixes
 from bridges.circuits.reduction import reduced
 from bridges.circuits.settings import PruneConfig
-from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, answer_differences, calibrate, task_loss
+from bridges.circuits.task_loss import MAX_SCALE, Calibration, Presented, calibrate, task_loss
 from bridges.io.progress import Bar
 from bridges.models.sparse.model import SparseTransformer
 from bridges.tasks.pairs import TaskPairs
@@ -72,11 +74,14 @@ class Search:
                 f"task {pairs.task!r} has {n} pairs; pruning needs at least 4, one in four to choose the size"
             )
         self.model, self.config, self.task = model, config, pairs.task
+        self.masked_pass = MaskedPass(model)
         self.means = {place: mean.to(model.device) for place, mean in means.items()}
         n_judge = max(1, n // 4)
-        self.train = pairs.rows(0, n - n_judge)
-        self.judge = Presented.of(pairs.rows(n - n_judge), model.device)
-        self.calibration_pairs = Presented.of(self.train.rows(0, CALIBRATION_PAIRS), model.device)
+        self.prompts = Presented.of(pairs, model.device)
+        self.prefixes = Prefixes.of(self.prompts.input_ids, self.prompts.attention_mask)
+        pair = torch.arange(n, device=model.device)
+        self.train, self.judge = pair[: n - n_judge], pair[n - n_judge :]
+        self.calibration = self.train[:CALIBRATION_PAIRS]
         self.tokens = torch.cat([pairs.input_ids, pairs.counterfactual_ids]).unique().tolist()
         answers = torch.cat([sets.distinct.flatten() for sets in (pairs.answer_sets, pairs.target_sets)]).unique()
         self.answers = answers[answers >= 0].tolist()
@@ -103,16 +108,22 @@ class Search:
     @torch.no_grad()
     def judged(self, on: On) -> Judged:
         """The loss of a circuit on the pairs that choose the size, calibrated on training pairs."""
-        with ablated(self.model, on, self.means):
-            on_training = answer_differences(self.model, self.calibration_pairs)
-            on_judge = answer_differences(self.model, self.judge)
-        calibration = calibrate(on_training, self.calibration_pairs.sign)
-        loss = task_loss(on_judge.double(), self.judge.sign.double(), *calibration).item()
+        fit = 2 * len(self.calibration)
+        prompts, prefixes = self._both_prompts(self.calibration, self.judge)
+        logits = self.masked_pass.logits(prefixes, Masks.fixed(self.means, on))
+        differences = prompts.differences(logits)
+        calibration = calibrate(differences[:fit], prompts.sign[:fit])
+        loss = task_loss(differences[fit:].double(), prompts.sign[fit:].double(), *calibration).item()
         return Judged(on, loss, calibration)
+
+    def _both_prompts(self, *pairs: Int[Tensor, " _"]) -> tuple[Presented, Prefixes]:
+        """Both prompts of some pairs after both prompts of others, with their prefixes."""
+        rows = torch.cat([torch.cat([some, some + len(self.prompts.sign) // 2]) for some in pairs])
+        return self.prompts.take(rows), self.prefixes.take(rows)
 
     def _attributed(self, bar: Bar) -> Ranking:
         """Rank the nodes on paths by what freezing each does to the loss on training pairs, of either sign."""
-        prompts = Presented.of(self.train, self.model.device)
+        prompts, _ = self._both_prompts(self.train)
         found = attributions(self.model, prompts, self.means, 2 * self.config.pairs_per_step, bar.advance)
         return Ranking({place: self._on_paths(place, one.abs()) for place, one in found.items()}, 1)
 
@@ -132,10 +143,9 @@ class Search:
         for step in range(c.steps):
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * (1 - step / c.steps)
-            rows = torch.randperm(len(self.train.input_ids), generator=generator)[: c.pairs_per_step]
-            prompts = Presented.of(self.train.take(rows), self.model.device)
-            with masks.applied(self.model):
-                differences = answer_differences(self.model, prompts)
+            rows = torch.randperm(len(self.train), generator=generator)[: c.pairs_per_step]
+            prompts, prefixes = self._both_prompts(self.train[rows.to(self.train.device)])
+            differences = prompts.differences(self.masked_pass.logits(prefixes, masks))
             scale = free[0].exp().clamp(max=MAX_SCALE)
             loss = task_loss(differences, prompts.sign, scale, free[1])
             optimizer.zero_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bridges.circuits.prefixes import Prefixes, last_logits
 from bridges.models.sparse.model import SparseTransformer
 from bridges.tasks.pairs import TaskPairs
 from bridges.tasks.token_sets import TokenSets
@@ -46,6 +47,13 @@ class Presented(NamedTuple):
         ids, mask, sign = (tensor[rows] for tensor in (self.input_ids, self.attention_mask, self.sign))
         return Presented(ids, mask, self.right.take(rows), self.other.take(rows), sign)
 
+    def differences(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+        """The logit of the right answer minus that of the other.
+
+        An answer that is a set of tokens has the logarithm of its summed exponentials.
+        """
+        return self.right.logsumexp(logits) - self.other.logsumexp(logits)
+
 
 class Calibration(NamedTuple):
     """What the difference d of the two answers' logits is turned into before the loss: scale * d + shift * sign."""
@@ -54,14 +62,19 @@ class Calibration(NamedTuple):
     shift: float = 0.0
 
 
-def answer_differences(model: SparseTransformer, prompts: Presented) -> Float[Tensor, " n"]:
-    """The logit of the right answer minus that of the other, after the last token of every prompt.
+def answer_differences(
+    model: SparseTransformer, prompts: Presented, prefixes: Prefixes | None = None
+) -> Float[Tensor, " n"]:
+    """The differences of the answers' logits after the last token of every prompt.
 
-    An answer that is a set of tokens has the logarithm of its summed exponentials.
+    With `prefixes`, which must be those of the prompts, the pass computes each prefix once; see `last_logits`.
     """
-    mask = None if bool(prompts.attention_mask.all()) else prompts.attention_mask
-    logits = model(prompts.input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
-    return prompts.right.logsumexp(logits) - prompts.other.logsumexp(logits)
+    if prefixes is None:
+        mask = None if bool(prompts.attention_mask.all()) else prompts.attention_mask
+        logits = model(prompts.input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+    else:
+        logits = last_logits(model, prefixes)
+    return prompts.differences(logits)
 
 
 def task_loss(
