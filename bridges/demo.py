@@ -13,13 +13,11 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
-from bridges.channels.find import CHOSEN_ON, find_sizes
-from bridges.channels.from_circuit import circuit_channels
+from bridges.channels.find import CHOSEN_ON
+from bridges.channels.one_and_few import MAX_CHANNELS, sweep_one_and_few
 from bridges.channels.prompts import frozen_pair
-from bridges.channels.runs import Prompts
-from bridges.channels.search import SearchOptions
 from bridges.channels.side_effects import other_tasks
-from bridges.channels.sweep import STRENGTHS, Sweep, sweep_prompts
+from bridges.channels.sweep import Sweep
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.controls import necessity
 from bridges.circuits.feature_view import Feature
@@ -58,7 +56,7 @@ TEXT_ROWS = 32
 TRAIN_DOCUMENTS, HELDOUT_DOCUMENTS, SEARCH_DOCUMENTS = 3000, 300, 60
 EVAL_TOKENS, KL_TOKENS, FEATURE_TOKENS = 8192, 4096, 8192
 """Held-out tokens for NMSEs and KLs of the bundled bridges, whose own report has more, and for what a channel does."""
-EDGES_SHOWN, READS_SHOWN, CONTEXTS, MAX_CHANNELS = 20, 3, 3, 4
+EDGES_SHOWN, READS_SHOWN, CONTEXTS = 20, 3, 3
 PAIRS_SEED = 1
 CIRCUIT_LOSS = 1e-3
 """The circuit's target loss, at which the whole chain is in it; at the paper's 0.15 its first nodes may stay out."""
@@ -139,7 +137,14 @@ def write_demo_page(
     found = replace(found, circuits_missing=missing, steering_missing=missing)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         rows = text[: FEATURE_TOKENS // text.shape[1]]
-        options = {"text": rows, "channels": read, "headline": TASK, "title": "The bundled pair", "progress": progress}
+        options = {
+            "text": rows,
+            "text_source": "held-out bundled corpus",
+            "channels": read,
+            "headline": TASK,
+            "title": "The bundled pair",
+            "progress": progress,
+        }
         data = page_data(models, found, TASKS, pair.tokenizer, **options)
     write_page(data, out / "index.html")
 
@@ -205,8 +210,8 @@ def read_circuit(
     """What each node of the circuit does on text and on the task's prompts, those of the stream in both models."""
     nodes = [f"{place}.{i}" for place, indices in circuit.nodes.items() for i in indices]
     rows, names = text[: FEATURE_TOKENS // text.shape[1]], token_names(pair.tokenizer, pair.sparse.config.vocab_size)
-    pairs = page_pairs(TASK, pair.tokenizer)
-    steps = channel_steps(len(nodes), rows, with_dense=True)
+    pairs = page_pairs(TASK, pair.tokenizer, circuit)
+    steps = channel_steps(len(nodes), rows)
     with (
         frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models,
         progress_bar("channels of the circuit", steps, progress) as bar,
@@ -229,14 +234,6 @@ def steer_quotes(
     """
     others = other_tasks(TASK, pair.tokenizer)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
-        nodes = circuit_channels(circuit, models, TASK)
-        chosen_on, reported = (Prompts(models, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
-        sweeps = []
-        options = SearchOptions(MAX_CHANNELS, by="both")
-        for found in find_sizes(models, chosen_on, search_text, options, progress, nodes):
-            sweeps.append(
-                sweep_prompts(
-                    models, chosen_on, reported, found.best, STRENGTHS, reported_text, others, found.agreement, progress
-                )
-            )
-    return sweeps[0], sweeps[1]
+        return sweep_one_and_few(
+            models, pairs, circuit, search_text, reported_text, others, progress, max_channels=MAX_CHANNELS
+        )

@@ -27,7 +27,7 @@ def mean_text(
 ) -> list[Batch]:
     """Batches of the given text, of the bundled corpus where the tokenizer is its own, or sampled from the model."""
     width = min(default_seq_len(model.config.block_size), DEFAULT_SEQ_LEN)
-    if text is None and _is_bundled(tokenizer):
+    if text is None and is_bundled(tokenizer):
         documents = bundled_documents("heldout", seed)[:DOCUMENTS]  # a twentieth of the text, made in no time
         text = pack_rows(encode_documents(tokenizer, documents), width, tokenizer.bos_token_id)
     elif text is None:
@@ -37,6 +37,6 @@ def mean_text(
     return [(ids, None) for ids in text[:rows].split(ROWS)]
 
 
-def _is_bundled(tokenizer: Any) -> bool:
+def is_bundled(tokenizer: Any) -> bool:
     """Whether it has the vocabulary of the bundled tokenizer."""
     return tokenizer is not None and tokenizer.get_vocab() == load_tokenizer().get_vocab()

@@ -53,7 +53,7 @@ def content_policy(script: str, style: str) -> str:
     "default-src 'none'; script-src 'sha256-47DEQpj8HBS"
     """
     allowed = [f"{name}-src '{_hash(text)}'" for name, text in (("script", script), ("style", style))]
-    return "; ".join(["default-src 'none'", *allowed, "img-src data:"])
+    return "; ".join(["default-src 'none'", *allowed])
 
 
 def _hash(text: str) -> str:

@@ -57,9 +57,9 @@ def channel_views(
         return {node: _view(model, node, shown, rows, values[node], names, pair, bar) for node, shown in nodes.items()}
 
 
-def channel_steps(n_nodes: int, rows: Int[Tensor, "rows seq"], with_dense: bool) -> int:
-    """What `channel_views` advances its bar by: tokens that a model runs on."""
-    return rows.numel() + n_nodes * dense_side_tokens(rows) * with_dense
+def channel_steps(n_nodes: int, rows: Int[Tensor, "rows seq"]) -> int:
+    """What `channel_views` with a dense model advances its bar by: tokens that a model runs on."""
+    return rows.numel() + n_nodes * dense_side_tokens(rows)
 
 
 def _values(

@@ -13,7 +13,8 @@ class ControlRow(NamedTuple):
 
     name: str
     value: str
-    as_good: bool
+    as_good: bool | None
+    """None where no verdict judges it."""
 
 
 def control_rows(circuit: Circuit) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def control_rows(circuit: Circuit) -> dict[str, Any]:
     for name, (label, words, held_against) in _CONTROLS.items():
         if name in found:
             # A verdict is a few words, a colon and figures: its words say which control it is of.
-            against = any(line.startswith(held_against) for line in lines)
+            against = any(line.startswith(held_against) for line in lines) if held_against else None
             rows.append(ControlRow(label, words(found[name]), against)._asdict())
     return {"controls": rows, "verdict": lines}
 
@@ -78,13 +79,14 @@ _CONTROLS: dict[str, tuple[str, Callable[[Any], str], str]] = {
     "necessity": ("necessity", _necessity, "not necessary"),
     "interchange": ("its nodes take the other prompt's values", _interchange, "does not carry the answer"),
     "outside_kept": ("nodes outside it run", _outside, "disturbed from outside"),
-    "elsewhere": ("other tasks and text", _elsewhere, "elsewhere"),
+    "elsewhere": ("other tasks and text", _elsewhere, ""),
     "shuffled_labels": ("shuffled labels", _size, "shuffled labels"),
     "meaningless_cue": ("a cue that means nothing", _size, "meaningless cue"),
     "permuted_weights": ("permuted weights", _size, "permuted weights"),
     "forbidden": ("these nodes forbidden", _size, "redundant"),
-    "attribution": ("ranked by attribution instead", _size, "attribution"),
-    "other_seed": ("another seed", _other_seed, "another seed"),
+    "attribution": ("ranked by attribution instead", _size, ""),
+    "other_seed": ("another seed", _other_seed, ""),
     "dense_twin": ("a model with dense weights", _twin, "dense twin"),
 }
-"""By name in `circuit.json`: the label, the figures in words, and how a verdict that holds it against begins."""
+"""By name in `circuit.json`: the label, the figures in words, and how a verdict that holds it against the circuit
+begins; "" where no verdict judges it."""

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bridges.bridge import BridgeSet
-from bridges.channels.dense_side import BridgedNode, find_bridged
-from bridges.channels.find import CHOSEN_ON, find_sizes
-from bridges.channels.from_circuit import circuit_channels
+from bridges.channels.find import CHOSEN_ON
+from bridges.channels.one_and_few import sweep_one_and_few
 from bridges.channels.prompts import frozen_pair
-from bridges.channels.runs import Prompts
-from bridges.channels.search import NoChannelsFoundError, SearchOptions, sample_text
+from bridges.channels.search import NoChannelsFoundError, sample_text
 from bridges.channels.side_effects import other_tasks
-from bridges.channels.sweep import STRENGTHS, sweep_prompts
 from bridges.circuits.circuit import Circuit
+from bridges.circuits.controls import controls
 from bridges.circuits.many import pruned_tasks
-from bridges.circuits.nodes import Node
 from bridges.fitting.run_file import RunFile
 from bridges.fitting.tracking import log_page
 from bridges.io.files import write_json
 from bridges.io.progress import announce
+from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.hybrid import ModelPair
 from bridges.report.page import write_page
-from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
+from bridges.tasks.pairs import TASKS, task_pairs
 from bridges.views.collect import Results, page_data
 from bridges.views.run_folder import CIRCUITS, RunFolder
 
 PAGE = "index.html"
-MAX_CHANNELS = 4
 PROMPTS = 64
 """Pairs of a task that steering is reported on, others than those that channels are chosen on."""
 SECONDS_PER_TASK = (60, 240)
@@ -56,13 +54,13 @@ def report(
     Args:
         run_dir: a folder of `bridges fit` or `bridges demo`.
         out: the file; by default `index.html` in `run_dir`.
-        tasks: names of `TASKS`, or "all". Circuits and steering that the folder lacks for them are searched for and
-            measured first, and left in `circuits/` and `sweeps/`; the same call goes on with what is missing. By
-            default the tasks that the folder has results of, and nothing is measured but what channels do.
+        tasks: names of `TASKS`, or "all". Circuits, their controls and steering that the folder lacks for them are
+            searched for and measured first, and left in `circuits/` and `sweeps/`; the same call goes on with what is
+            missing. By default nothing is measured but what channels do. The page always has all of `TASKS`.
         dense: the dense model, if not the one that the folder names.
         sparse: the sparse model, if not the one that the folder names.
         tokenizer: by default the one that the folder names, or that is saved with a model.
-        json: whether to write the page's data too, beside it with the suffix `.json`.
+        json: whether to write the page's data too, beside it with the suffix `.data.json`.
         progress: whether to show bars.
 
     Returns:
@@ -81,92 +79,111 @@ def report(
     >>> page.name, page.stat().st_size < 5_000_000
     ('index.html', True)
     """
-    folder = RunFolder(run_dir)
-    names = _task_names(tasks, folder)
+    folder, path = RunFolder(run_dir), _page_path(run_dir, out)
+    wanted = _task_names(tasks)
     run = RunFile.of_folder(folder.bridges)
-    known = tokenizer if tokenizer is not None else run.tokenizer() if run.tables else None
-    if dense is None or sparse is None:
-        run.require(folder.bridges, data=False)
-        loaded = run.load_models()
-        dense, sparse = loaded[0] if dense is None else dense, loaded[1] if sparse is None else sparse
-    if known is None and names:
-        raise ValueError(f"tokenizer=None, and none is saved with the models; pass one to make prompts of {names[0]}")
+    models, known = _models(run, folder, dense, sparse, tokenizer)
     bridge_set = BridgeSet.from_pretrained(folder.bridges)
-    with frozen_pair(dense, sparse, bridge_set, check_models=True) as pair:
-        missing = {} if tasks is None else _measure(folder, pair, names, known, progress)
-        results = Results(
-            report=folder.report(),
-            circuits=folder.circuits(),
-            steering=folder.steering(),
-            circuits_missing={name: _not_made("circuit", folder, name) for name in names} | folder.unreached(),
-            steering_missing={name: _not_made("steering", folder, name) for name in names} | missing,
-        )
-        data = page_data(pair, results, names, known, title=f"Bridges of {folder.path.name}", progress=progress)
-    path = folder.path / PAGE if out is None else Path(out).expanduser()
+    with frozen_pair(*models, bridge_set, check_models=True) as pair:
+        if wanted:
+            measure(folder, pair, wanted, known, progress)
+        results = _results(folder, pair)
+        text = run.heldout_rows(models).input_ids if "fit" in run.tables else None
+        options = {"text": text, "text_source": "held-out rows of the run", "progress": progress}
+        title = f"Bridges of {folder.path.resolve().name}"
+        data = page_data(pair, results, TASKS if known is not None else (), known, title=title, **options)
     write_page(data, path)
     if json:
-        write_json(path.with_suffix(".json"), data)
+        write_json(path.with_suffix(".data.json"), data)
     log_page(folder.path, path)
     return path
 
 
-def _task_names(tasks: Sequence[str] | str | None, folder: RunFolder) -> list[str]:
+def _page_path(run_dir: str | Path, out: str | Path | None) -> Path:
+    path = Path(run_dir).expanduser() / PAGE if out is None else Path(out).expanduser()
+    if path.is_dir() or path.suffix == ".json":
+        raise ValueError(f"out={str(path)!r} must be a file for HTML, as {path.with_suffix('.html').name}")
+    return path
+
+
+def _task_names(tasks: Sequence[str] | str | None) -> list[str]:
     if tasks is None:
-        return folder.tasks()
+        return []
     names = list(TASKS) if tasks == "all" else [tasks] if isinstance(tasks, str) else list(tasks)
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"tasks={unknown[0]!r} must be all, or some of {', '.join(TASKS)}")
     return names
 
 
-def _not_made(what: str, folder: RunFolder, task: str) -> str:
-    return f"no {what} yet: `bridges report {folder.path} --tasks {task}` makes it"
+def _models(run: RunFile, folder: RunFolder, dense: Any, sparse: Any, tokenizer: Any) -> tuple[tuple[Any, Any], Any]:
+    """Both models, those given before the run's own, and the tokenizer: the one given, a given model's, the run's."""
+    given = {"dense": dense, "sparse": sparse}
+    named = RunFile({side: {} for side, model in given.items() if model is not None} | run.tables)
+    named.require(folder.bridges, data=False)
+    models = tuple(run.model(side) if model is None else model for side, model in given.items())
+    if tokenizer is None:
+        saved = (find_tokenizer(model) for model in given.values() if model is not None)
+        tokenizer = next((one for one in saved if one is not None), None)
+    if tokenizer is None and run.tables:
+        tokenizer = run.tokenizer()
+    return (models[0], models[1]), tokenizer
 
 
-def _measure(
-    folder: RunFolder, pair: ModelPair, names: Sequence[str], tokenizer: Any, progress: bool
-) -> dict[str, str]:
-    """Search for the circuits and channels that the folder lacks; returns why some tasks have no steering."""
-    model = pair.sparse.model
-    known, steered, missing = folder.circuits(), folder.steering(), dict[str, str]()
-    unsearched = [name for name in names if name not in known] if isinstance(model, SparseTransformer) else []
-    unsteered = [name for name in names if None in (steered.get(name) or {"one": None}).values()]
-    if n := len(unsearched) + len(unsteered):
-        low, high = (seconds * n // 120 for seconds in SECONDS_PER_TASK)
-        sizes = f"{len(unsearched)} circuits and {len(unsteered)} sweeps to find"
-        announce(f"report: {sizes}, {low} to {high} minutes for models like the bundled pair", progress)
-    if unsearched and isinstance(model, SparseTransformer):
-        for _ in pruned_tasks(model, unsearched, folder.path / CIRCUITS, tokenizer, False, progress=progress):
-            pass  # each leaves its circuit in the folder
-    known = folder.circuits()
-    for name in unsteered:
-        try:
-            folder.save_sweeps(name, _sweeps(pair, name, known.get(name), tokenizer, progress))
-        except NoChannelsFoundError as error:
-            missing[name] = str(error)
-    return missing
-
-
-def _sweeps(
-    pair: ModelPair, task: str, circuit: Circuit | None, tokenizer: Any, progress: bool
-) -> dict[str, dict[str, Any]]:
-    """The sweep of the one channel, and of the few, that turn both models; those of the circuit are tried first."""
-    pairs: TaskPairs = task_pairs(task, tokenizer, CHOSEN_ON + PROMPTS, seed=1)
-    nodes = circuit_channels(circuit, pair, task) if circuit is not None and _is_bridged(circuit, pair) else None
-    chosen_on, reported = (Prompts(pair, part) for part in (pairs.rows(0, CHOSEN_ON), pairs.rows(CHOSEN_ON)))
-    options, others = SearchOptions(MAX_CHANNELS, by="both"), other_tasks(task, tokenizer)
-    found = find_sizes(pair, chosen_on, sample_text(pair, 0), options, progress, nodes)
-    text = sample_text(pair, 0, for_search=False)
-    one, few = (
-        sweep_prompts(
-            pair, chosen_on, reported, sizes.best, STRENGTHS, text, others, sizes.agreement, progress
-        ).to_dict()
-        for sizes in found
+def _results(folder: RunFolder, pair: ModelPair) -> Results:
+    """What the folder holds, and of every task why it lacks something."""
+    circuits = {name: f"no circuit yet: `bridges report {folder.path} --tasks {name}` looks for it" for name in TASKS}
+    if not isinstance(pair.sparse.model, SparseTransformer):
+        circuits = dict.fromkeys(TASKS, "only a SparseTransformer has circuits")
+    steering = {name: f"not measured yet: `bridges report {folder.path} --tasks {name}` does it" for name in TASKS}
+    return Results(
+        report=folder.report(pair.bridge_set),
+        circuits=folder.circuits(pair),
+        steering=folder.steering(pair.bridge_set),
+        circuits_missing=circuits | folder.unreached(pair),
+        steering_missing=steering | folder.unsteered(pair.bridge_set),
+        left_out=folder.left_out(pair),
     )
-    return {"one": one, "few": few}
 
 
-def _is_bridged(circuit: Circuit, pair: ModelPair) -> bool:
-    """Whether some node of the circuit is a channel of a bridged stream."""
-    nodes = (Node(place, i) for place, indices in circuit.nodes.items() for i in indices)
-    return any(isinstance(find_bridged(node, pair), BridgedNode) for node in nodes)
+def measure(folder: RunFolder, pair: ModelPair, tasks: Sequence[str], tokenizer: Any, progress: bool = True) -> None:
+    """Search for the circuits and channels that the folder lacks for some tasks, and leave them there."""
+    if tokenizer is None:
+        raise ValueError(f"tokenizer=None, and none is saved with the models; pass one to make prompts of {tasks[0]}")
+    known, model = folder.circuits(pair), pair.sparse.model
+    steered, failed = folder.steering(pair.bridge_set), folder.unsteered(pair.bridge_set)
+    bare = [name for name in tasks if name not in known or not known[name].controls]
+    bare = bare if isinstance(model, SparseTransformer) else []
+    unsteered = [name for name in tasks if name not in failed and None in steered.get(name, {"one": None}).values()]
+    if n := len(bare) + len(unsteered):
+        low, high = (seconds * n // 120 for seconds in SECONDS_PER_TASK)
+        sizes = f"{len(bare)} circuits or their controls and {len(unsteered)} sweeps to make"
+        announce(f"report: {sizes}, {low} to {high} minutes for models like the bundled pair", progress)
+    if isinstance(model, SparseTransformer):
+        for name in bare:
+            _measure_circuit(folder, model, name, known.get(name), tokenizer, progress)
+    known = folder.circuits(pair)
+    for name in unsteered:
+        folder.save_sweeps(name, _sweeps(pair, name, known.get(name), tokenizer, progress), pair.bridge_set)
+
+
+def _measure_circuit(
+    folder: RunFolder, model: SparseTransformer, task: str, circuit: Circuit | None, tokenizer: Any, progress: bool
+) -> None:
+    """Search for a circuit where there is none, then measure its controls but for those that search again."""
+    out = folder.path / CIRCUITS
+    if circuit is None:
+        _, circuit, _ = next(pruned_tasks(model, [task], out, tokenizer, with_controls=False, progress=progress))
+    if circuit is not None and not circuit.controls:
+        found = controls(model, circuit, tokenizer=tokenizer, searches=False, progress=progress)
+        replace(circuit, controls=found).save(out / task)
+
+
+def _sweeps(pair: ModelPair, task: str, circuit: Circuit | None, tokenizer: Any, progress: bool) -> dict[str, Any]:
+    """Both sweeps of a task, or why there are none, as `sweeps/TASK.json` has them."""
+    pairs = task_pairs(task, tokenizer, CHOSEN_ON + PROMPTS, seed=1)
+    texts = (sample_text(pair, 0), sample_text(pair, 0, for_search=False))
+    try:
+        one, few = sweep_one_and_few(pair, pairs, circuit, *texts, other_tasks(task, tokenizer), progress)
+    except NoChannelsFoundError as error:
+        return {"missing": str(error)}
+    return {"one": one.to_dict(), "few": few.to_dict()}

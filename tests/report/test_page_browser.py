@@ -73,7 +73,6 @@ def test_a_page_without_content_says_what_is_missing(visit, view):
     page = visit(view, data="empty")
     expect(page.locator("h1")).to_have_count(1)
     named = {
-        "bridges": "bridges evaluate",
         "tasks": "bridges report",
         "circuit": "bridges report",
         "channel": "bridges report",

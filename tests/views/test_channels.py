@@ -30,7 +30,7 @@ def test_many_nodes_at_once_are_what_feature_says_of_each():
     bar = CountingBar()
     with frozen_pair(dense, sparse, bridge_set, check_models=False) as pair:
         views = channel_views(sparse, dict.fromkeys(nodes, ()), text, names, pair, bar)
-    assert bar.done == channel_steps(len(nodes), text, with_dense=True)
+    assert bar.done == channel_steps(len(nodes), text)
     for node in nodes:
         options = {"dense": dense, "bridge_set": bridge_set, "check_models": False, "progress": False}
         expected = feature(sparse, node, text, contexts=6, weights=12, **options).to_dict()

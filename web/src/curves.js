@@ -31,19 +31,27 @@ export function curvesOf(sweep) {
 }
 
 /**
- * P(target) of a curve at a strength's index; the last if none is given.
+ * P(target) of a curve at a strength, 1 if none is given; null where it was not measured at that strength.
  * @param {import("./types.js").Sweep} sweep
  * @param {import("./types.js").CurveName} name
- * @param {number} [at]
+ * @param {number} [strength]
  */
-export function valueAt(sweep, name, at = sweep.strengths.length - 1) {
-  return sweep[name]?.[at] ?? null;
+export function valueAt(sweep, name, strength = 1) {
+  return sweep[name]?.[sweep.strengths.indexOf(strength)] ?? null;
 }
 
 /**
- * The sweep that tables speak of: of a few channels if there is one, else of one channel.
+ * The sweep that tables speak of: of one channel where it turns both models, else of a few if there is one.
  * @param {import("./types.js").Task} task
  */
-export function bestSweep(task) {
-  return task.steering.few ?? task.steering.one;
+export function bestSweep({ steering: { one, few } }) {
+  return one && turnsBoth(one) ? one : (few ?? one);
+}
+
+/**
+ * Whether an edit of strength 1 makes the other answer the likelier one in both models.
+ * @param {import("./types.js").Sweep} sweep
+ */
+export function turnsBoth(sweep) {
+  return Math.min(valueAt(sweep, "p_target") ?? 0, valueAt(sweep, "p_target_sparse_model") ?? 0) > 0.5;
 }

@@ -25,12 +25,12 @@ export function noTasks() {
 }
 
 export function noBridges() {
-  return lacking("bridge's figures", "", "bridges evaluate FOLDER");
+  return missing("The page has no figures of bridges.");
 }
 
 /** @param {string} node */
 export function noChannel(node) {
-  return lacking("view of this node", "", `bridges circuit FOLDER --feature ${node}`);
+  return missing("The page has no view of this node; ", code(`bridges circuit MODEL --feature ${node}`), " prints one.");
 }
 
 export function noChannels() {

@@ -9,6 +9,8 @@
  * @property {{dense: Model, sparse: Model}} models
  * @property {Bridges} bridges
  * @property {Task[]} tasks
+ * @property {Record<string, string>} left_out tasks that the page does not have, and why
+ * @property {string} text where the text that channels are shown on comes from, in words
  * @property {Record<string, Circuit>} circuits by task
  * @property {Record<string, Channel>} channels by node, as "1.attn.read.559"
  *
@@ -18,7 +20,6 @@
  * @property {number} width
  * @property {number} parameters
  * @property {number | null} nonzeros
- * @property {number | null} nonzeros_per_row
  *
  * @typedef {object} Bridges
  * @property {number} tokens
@@ -51,6 +52,7 @@
  *
  * @typedef {object} Task
  * @property {string} name
+ * @property {string} description what the task is, in a sentence, or ""
  * @property {number} pairs
  * @property {{dense: number | null, sparse: number | null}} solved share of prompts answered right
  * @property {Example[]} examples
@@ -111,7 +113,7 @@
  * @property {{loss: number, accuracy: number} | null} ablated the model without the circuit
  * @property {{layer: string, loss: number}[]} ablation_by_layer
  * @property {{layer: number, head: number, prompts: AttentionPrompt[]}[]} attention
- * @property {{name: string, value: string, as_good: boolean}[]} controls
+ * @property {{name: string, value: string, as_good: boolean | null}[]} controls as_good: held against the circuit; null where no verdict judges it
  * @property {string[]} verdict
  *
  * @typedef {object} AttentionPrompt

@@ -96,7 +96,8 @@ function siteBridge(site, x, step) {
   const named = (/** @type {string} */ name) => (step < CONTROL_NAMES ? "" : `${name} `);
   const bottom = TOP + GAP;
   const [left, right] = [x - 11, x + 11];
-  const reach = (/** @type {number} */ nmse) => GAP * Math.min(Math.max(1 - nmse, 0), 1);
+  // A figure that is undefined, null, spans nothing.
+  const reach = (/** @type {number | null} */ nmse) => (nmse === null ? 0 : GAP * Math.min(Math.max(1 - nmse, 0), 1));
   const group = s(
     "g",
     { class: "bridge" },

@@ -134,15 +134,16 @@ function drawPanel(panel, sites, groups, width, over) {
  * @param {(x: number) => number} y
  */
 function siteMarks(one, site, x, y) {
-  const value = /** @type {number} */ (site[one.key]);
+  const value = /** @type {number | null} */ (site[one.key]);
   const control = one.control && /** @type {number | null} */ (site[one.control]);
   const error = one.error && /** @type {number | null} */ (site[one.error]);
   return [
     typeof control === "number" &&
       s("line", { class: "control-mark", x1: x - 6, x2: x + 6, y1: y(control), y2: y(control) }),
-    typeof error === "number" &&
+    typeof value === "number" &&
+      typeof error === "number" &&
       s("line", { class: `error ${one.style}`, x1: x, x2: x, y1: y(value - 2 * error), y2: y(value + 2 * error) }),
-    s("circle", { class: `dot ${one.style}`, cx: x, cy: y(value), r: 4.5 }),
+    typeof value === "number" && s("circle", { class: `dot ${one.style}`, cx: x, cy: y(value), r: 4.5 }),
   ];
 }
 

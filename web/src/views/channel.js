@@ -38,7 +38,7 @@ export function channelView(page, id) {
   return [
     title,
     stats(
-      stat("active at", percent(channel.density), `of ${count(channel.tokens)} tokens`),
+      stat("active at", percent(channel.density), `of ${count(channel.tokens)} tokens, ${page.text}`),
       stat("mean", signed(channel.mean), "over all tokens"),
       channel.dense &&
         stat(

@@ -77,7 +77,7 @@ function controls({ controls: all, verdict, task }) {
       null,
       missing(
         "No control was measured, so the size says little; ",
-        code(`bridges circuit FOLDER --task ${task} --controls`),
+        code(`bridges report FOLDER --tasks ${task}`),
         " measures them.",
       ),
     );
@@ -126,9 +126,10 @@ function ablations(circuit) {
     .sort((a, b) => (b.ablation ?? 0) - (a.ablation ?? 0));
   const bars = nodes.map((node) => ({ name: nodeName(node.id), value: node.ablation, text: signed(node.ablation) }));
   const layers = circuit.ablation_by_layer.map(({ layer, loss }) => ({ name: layer, value: loss, text: signed(loss) }));
+  const part = bars.length < circuit.nodes.length ? `, ${bars.length} of ${circuit.nodes.length} nodes measured` : "";
   return [
     bars.length
-      ? barList("Per node, change of the loss in nats", bars, 16)
+      ? barList(`Per node, change of the loss in nats${part}`, bars, 16)
       : missing("No node’s ablation was measured."),
     layers.length
       ? barList("Per layer, change of the loss in nats", layers)

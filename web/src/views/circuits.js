@@ -47,12 +47,14 @@ export function circuitsView({ circuits }) {
           one.fresh && figure(percent(one.fresh.accuracy), one.ablated ? percent(one.ablated.accuracy) : ""),
       },
       {
-        label: "controls as good",
+        label: "controls against it",
         value: (one) => one.controls.filter((control) => control.as_good).length,
-        cell: (one) =>
-          one.controls.length
-            ? `${one.controls.filter((control) => control.as_good).length} of ${one.controls.length}`
-            : "none measured",
+        cell: (one) => {
+          const judged = one.controls.filter((control) => control.as_good !== null);
+          return judged.length
+            ? `${judged.filter((control) => control.as_good).length} of ${judged.length}`
+            : "none measured";
+        },
       },
     ],
   });

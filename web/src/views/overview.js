@@ -1,5 +1,5 @@
 // The two models, their bridge, the best steering result, and how to read the rest.
-import { bestSweep, valueAt } from "../curves.js";
+import { bestSweep, turnsBoth, valueAt } from "../curves.js";
 import { h } from "../dom.js";
 import { channelsOf, count, many, num, percent } from "../format.js";
 import { noBridges, noHeadline } from "../hints.js";
@@ -21,7 +21,7 @@ export function overview(page) {
       page.title,
       "Linear maps, the bridges, join the residual streams of a dense language model and of a " +
         "weight-sparse one that a person can read. ",
-      "A channel of the sparse model, edited, then steers the dense one.",
+      "What is edited in a channel of the sparse model is decoded into the dense one.",
     ),
     summary(page),
     section(
@@ -76,13 +76,14 @@ function summary({ bridges, tasks, circuits }) {
 function headline(page) {
   const task = page.tasks.find((one) => one.name === page.headline);
   const sweep = task && bestSweep(task);
-  const title = "A channel of the sparse model steers the dense one";
-  if (!task || !sweep) return section(title, null, noHeadline());
+  if (!task || !sweep) return section("Editing the sparse model", null, noHeadline());
   const what = editName(sweep);
+  const edited = page.tasks.filter(bestSweep).length;
   return section(
-    title,
+    turnsBoth(sweep) ? `${capital(what)} ${channelsOf(sweep).length > 1 ? "turn" : "turns"} both models` : `Editing ${what}`,
     [
-      "Task ",
+      edited > 1 && `The best of the ${edited} tasks that edits were measured on: `,
+      edited > 1 ? "" : "Task ",
       h("a", { href: href("task", task.name) }, ...breakable(task.name)),
       `: ${what} set to what the counterfactual prompt gives, and the change pushed through the bridge. `,
       "P(target) is the probability of the counterfactual’s answer: over a half, the model gives the other answer.",
@@ -108,6 +109,11 @@ function headline(page) {
     ),
     dosePlot(sweep, what),
   );
+}
+
+/** @param {string} text */
+function capital(text) {
+  return text[0].toUpperCase() + text.slice(1);
 }
 
 /**

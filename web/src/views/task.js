@@ -42,7 +42,7 @@ export function taskView(page, name) {
     ].filter(([, sweep]) => sweep)
   );
   return [
-    heading("Task", breakable(task.name), `${many(task.pairs, "pair")} of prompts that differ in a cue.`),
+    heading("Task", breakable(task.name), task.description, ` ${many(task.pairs, "pair")} of prompts that differ in a cue.`),
     taskStats(page, task),
     section(
       "Prompts",

@@ -5,7 +5,7 @@ import { nodesOf, num } from "../format.js";
 import { noTasks } from "../hints.js";
 import { href } from "../router.js";
 import { sortable } from "../sortable.js";
-import { breakable, figure, heading, quiet } from "../ui.js";
+import { breakable, figure, heading, quiet, section } from "../ui.js";
 import { solvedMark } from "./overview.js";
 
 /** @typedef {import("../types.js").Task} Task */
@@ -16,8 +16,8 @@ export function tasksView(page) {
     "Tasks",
     "What both models solve, and what an edit turns",
     "A task is pairs of prompts that differ in a cue and so in their answers. Filled: solved, 90% " +
-      "of the prompts or more. P(target) is at strength 1, of the few channels where they were " +
-      "measured, else of one; in a quieter tone random directions of the same norm.",
+      "of the prompts or more. P(target) is at strength 1, of one channel where it turns both models, " +
+      "else of a few; in a quieter tone random directions of the same norm.",
   );
   if (page.tasks.length === 0) return [title, noTasks()];
   const table = sortable({
@@ -26,7 +26,18 @@ export function tasksView(page) {
     rows: page.tasks,
     link: (task) => href("task", task.name),
   });
-  return [title, table.element];
+  return [title, table.element, leftOut(page)];
+}
+
+/** @param {import("../types.js").PageData} page */
+function leftOut({ left_out: reasons }) {
+  const names = Object.keys(reasons);
+  if (names.length === 0) return null;
+  return section(
+    "Left out",
+    "Tasks that the page does not have, and why.",
+    h("dl", { class: "terms" }, ...names.map((name) => h("div", {}, h("dt", {}, name), h("dd", {}, reasons[name])))),
+  );
 }
 
 /**
