@@ -17,7 +17,7 @@ from bridges.models.sparse.blocks import Block
 from bridges.models.sparse.model import SparseTransformer
 
 QKV = ("attn.q", "attn.k", "attn.v")
-MAX_LIVE = 1 / 32
+MAX_LIVE = 1 / 16
 """Up to this part of the model's nodes on, `live_logits` is faster than the whole pass (benchmarks/bench_prune.py)."""
 
 
