@@ -1,4 +1,4 @@
-"""The search for one task's circuit: a ranking of nodes, a bisection of the size, and dropping nodes one by one."""
+"""The search for one task's circuit: a ranking of nodes, a bisection of the size, and dropping those not needed."""
 
 from __future__ import annotations
 

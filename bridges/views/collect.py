@@ -162,7 +162,9 @@ def page_pairs(task: str, tokenizer: Any, circuit: Circuit | None = None) -> Tas
     if not {"n", "seed"} <= settings.keys():
         return task_pairs(task, tokenizer, PAIRS, PAIRS_SEED)
     searched = set(_prompts(task_pairs(task, tokenizer, settings["n"], settings["seed"])))
-    drawn = task_pairs(task, tokenizer, 2 * PAIRS, PAIRS_SEED)
+    # Equal seeds begin with equal prompts.
+    seed = PAIRS_SEED + (settings["seed"] == PAIRS_SEED)
+    drawn = task_pairs(task, tokenizer, 2 * PAIRS, seed)
     new = [i for i, pair in enumerate(_prompts(drawn)) if pair not in searched]
     if not new:
         raise ValueError(f"task {task!r} has no prompts but those that its circuit was searched on")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from pairs import gpt2, join, sparse_model, tokens, with_units
+from pairs import gpt2, join, neox, sparse_model, tokens, with_units
 
 from bridges.channels.prompts import frozen_pair
 from bridges.evaluate import evaluate
@@ -8,9 +8,9 @@ from bridges.report.page import render_page
 from bridges.views.collect import Results, page_data
 
 
-def data_of(dense, sparse, **arguments):
+def data_of(dense, sparse, site_map=None, **arguments):
     """The page's data of a joined pair without tasks."""
-    pair = with_units(join(dense, sparse))
+    pair = with_units(join(dense, sparse, site_map=site_map))
     rows = tokens(6, 7)
     report = evaluate(dense, sparse, pair.bridge_set, rows, progress=False)
     with frozen_pair(dense, sparse, pair.bridge_set, check_models=False) as models:
@@ -27,14 +27,15 @@ def test_two_models_of_any_kind_have_a_page_without_circuits():
     assert "<title>Bridges</title>" in render_page(data)
 
 
-def test_nonzeros_are_counted_in_the_matrices():
+def test_nonzeros_are_counted_in_all_parameters_and_layers_by_their_names():
     sparse = sparse_model()
     with torch.no_grad():
         for parameter in sparse.parameters():
             parameter.zero_()
         sparse.lm_head.weight[:, 0] = 1.0
     found = data_of(gpt2(), sparse)[0]["models"]["sparse"]
-    assert found["nonzeros"] == 17
+    assert found["nonzeros"] == 17 and found["layers"] == 2
+    assert data_of(neox(), sparse_model(), site_map=[("0.block", "0.attn")])[0]["models"]["dense"]["layers"] == 2
 
 
 def test_steering_of_tasks_that_the_page_does_not_have_is_left_out():
