@@ -60,7 +60,7 @@ def large_circuit(nodes: int = NODES, edges: int = EDGES) -> dict[str, Any]:
 
 
 def large_page() -> dict[str, Any]:
-    model = {"name": "made up", "layers": 2, "width": 8, "parameters": 1, "nonzeros": None, "nonzeros_per_row": None}
+    model = {"name": "made up", "layers": 2, "width": 8, "parameters": 1, "nonzeros": None}
     no_bridges = {"tokens": 0, "nmse_tokens": None, "dense_ce": 0.0, "sparse_ce": 0.0, "kl_sparse_alone": 0.0}
     return {
         "format": 1,
@@ -69,6 +69,8 @@ def large_page() -> dict[str, Any]:
         "headline": "",
         "models": {"dense": model, "sparse": model},
         "bridges": no_bridges | {"sites": [], "mean": {}},
+        "text": "",
+        "left_out": {},
         "tasks": [],
         "circuits": {"large": large_circuit()},
         "channels": {},

@@ -77,6 +77,7 @@ EXAMPLE = {
 }
 TASK = {
     "name": "quotes",
+    "description": "A string is closed by the quote that opened it.",
     "pairs": 64,
     "solved": {"dense": 1.0, "sparse": 0.95},
     "examples": [EXAMPLE],
@@ -87,6 +88,7 @@ TASK = {
 }
 BARE_TASK = {
     "name": "a_hard_one",
+    "description": "",
     "pairs": 64,
     "solved": {"dense": 0.62, "sparse": None},
     "examples": [],
@@ -194,7 +196,7 @@ BARE_CHANNEL = CHANNEL | {
     "task_contexts": {},
     "decoder_column": None,
 }
-MODEL = {"layers": 2, "width": 8, "parameters": 5432, "nonzeros": None, "nonzeros_per_row": None}
+MODEL = {"layers": 2, "width": 8, "parameters": 5432, "nonzeros": None}
 
 
 def page_data() -> dict[str, Any]:
@@ -206,7 +208,7 @@ def page_data() -> dict[str, Any]:
         "headline": "quotes",
         "models": {
             "dense": MODEL | {"name": "small dense"},
-            "sparse": MODEL | {"name": "small sparse", "nonzeros": 321, "nonzeros_per_row": 2.5},
+            "sparse": MODEL | {"name": "small sparse", "nonzeros": 321},
         },
         "bridges": {
             "tokens": 4096,
@@ -217,11 +219,21 @@ def page_data() -> dict[str, Any]:
             "sites": SITES,
             "mean": MEAN,
         },
+        "text": "text by hand",
+        "left_out": {"my_task": "its prompts are not here"},
         "tasks": [TASK, BARE_TASK],
         "circuits": {"quotes": CIRCUIT},
         "channels": {"0.mlp.read.3": CHANNEL, "0.mlp.neuron.7": BARE_CHANNEL},
     }
     return copy.deepcopy(data)
+
+
+def odd_page_data() -> dict[str, Any]:
+    """Figures that are undefined at the first site, and an edit at strengths without 1."""
+    data = page_data()
+    data["bridges"]["sites"][0] |= {"nmse_encode": None, "kl_dense_to_sparse": None}
+    data["tasks"][0]["steering"] = {"one": sweep("0.mlp", 3) | {"strengths": [-1.0, 0.0, 0.5]}, "few": None}
+    return data
 
 
 def empty_page_data() -> dict[str, Any]:
@@ -232,6 +244,7 @@ def empty_page_data() -> dict[str, Any]:
         | {"headline": "", "bridges": data["bridges"] | {"sites": [], "mean": {}}}
         | {
             "tasks": [],
+            "left_out": {},
             "circuits": {},
             "channels": {},
         }

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report.page_data import CURVES, empty_page_data, page_data
+from report.page_data import CURVES, empty_page_data, odd_page_data, page_data
 
 from bridges.report.page import write_page
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
     return {name: write_page(data(), folder / f"{name}.html") for name, data in DATA.items()}
 
 
-DATA = {"full": page_data, "empty": empty_page_data}
+DATA = {"full": page_data, "empty": empty_page_data, "odd": odd_page_data}
 
 
 @pytest.fixture
@@ -129,6 +129,26 @@ def test_the_overview_shows_the_headline_and_the_bridges(visit):
     expect(page.locator(".tooltip")).to_contain_text("0.311 (0.021)")
 
 
+def test_figures_are_looked_up_by_their_strength_and_what_was_not_measured_is_a_dash(visit):
+    page = visit(data="odd")
+    headline = page.locator("section", has=page.locator("h2", has_text="Editing channel 3 at 0.mlp")).text_content()
+    before = page_data()["tasks"][0]["steering"]["one"]["p_target"][1]
+    assert f"{before:.3f} → –" in headline and "turns both models" not in page.locator("main").text_content()
+    page = visit()
+    expect(page.locator("h2", has_text="Channel 3 at 0.mlp turns both models")).to_have_count(1)
+
+
+def test_undefined_figures_are_not_drawn(visit):
+    page, whole = visit(data="odd"), visit()
+    spans = [
+        [abs(float(line.get_attribute("y2")) - float(line.get_attribute("y1"))) for line in lines]
+        for lines in (page.locator(".reach.dense").all(), whole.locator(".reach.dense").all())
+    ]
+    assert spans[0][0] == 0 < spans[1][0] and spans[0][1:] == spans[1][1:]
+    dots = [visit("bridges", data=data).locator("circle.dot").count() for data in ("odd", "full")]
+    assert dots[0] == dots[1] - 2
+
+
 def test_bridges_shows_every_figure_beside_its_control_and_sorts(visit):
     page = visit("bridges")
     row = page.locator("tbody tr", has_text="0.mlp").first.text_content()
@@ -147,9 +167,10 @@ def test_bridges_shows_every_figure_beside_its_control_and_sorts(visit):
 def test_tasks_shows_what_is_solved_and_edited(visit):
     page = visit("tasks")
     full, bare = (page.locator("tbody tr", has_text=name).text_content() for name in ("quotes", "a_hard_one"))
-    for shown in ("● 100% solved", "● 95% solved", "4, 3", "3, 5 at 0.mlp", "0.88 0.01", "0.77", "0.82 0.03"):
+    for shown in ("● 100% solved", "● 95% solved", "4, 3", "3 at 0.mlp", "0.88 0.01", "0.77", "0.82 0.03"):
         assert shown in full
     assert "○ 62% not solved" in bare and "not measured" in bare
+    assert "my_taskits prompts are not here" in page.locator("main").text_content()
 
 
 def test_a_task_shades_the_cue_and_tells_side_effects(visit):
@@ -270,7 +291,7 @@ def test_a_channel_shows_both_signs_and_what_the_encoder_reads(visit):
 
 def test_a_node_that_was_not_looked_at_says_how_to(visit):
     page = visit("channel/final.read.9")
-    expect(page.locator(".missing")).to_contain_text("bridges circuit FOLDER --feature final.read.9")
+    expect(page.locator(".missing")).to_contain_text("bridges circuit MODEL --feature final.read.9")
     expect(page.locator("tbody a")).to_have_text("quotes")
 
 
