@@ -13,7 +13,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not real"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m "slow and not real"
+	$(BIN)/python -m pytest -m "slow and not real" --durations 15
 
 # Skips everything where there is no GPU.
 test-gpu: .venv/ready
