@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+# Only a browser knows where the focus is; CI fetches one where it can.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on the path"),

@@ -2,7 +2,6 @@
 import { h } from "./dom.js";
 
 const tip = h("div", { class: "tooltip", role: "tooltip", hidden: true });
-const MARGIN = 12;
 
 /** Put the tooltip into the page; Escape hides it. */
 export function mountTooltip() {
@@ -12,17 +11,16 @@ export function mountTooltip() {
 }
 
 /**
- * Show content beside an element, or beside the pointer if there is an event of one.
+ * Show content beside an element.
  * @param {Element} target
  * @param {import("./dom.js").Child[]} content
- * @param {MouseEvent} [event]
  */
-export function showTip(target, content, event) {
+export function showTip(target, content) {
   tip.replaceChildren(...h("div", {}, content).childNodes);
   tip.hidden = false;
   const box = target.getBoundingClientRect();
-  const x = event ? event.clientX : box.left + box.width / 2;
-  const [top, bottom] = event ? [event.clientY - MARGIN, event.clientY + MARGIN] : [box.top - 6, box.bottom + 6];
+  const x = box.left + box.width / 2;
+  const [top, bottom] = [box.top - 6, box.bottom + 6];
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.min(Math.max(8, x - width / 2), innerWidth - width - 8);
   tip.style.left = `${Math.max(8, left)}px`;

@@ -89,16 +89,7 @@ function headline(page) {
       "P(target) is the probability of the counterfactual’s answer: over a half, the model gives the other answer.",
     ],
     stats(
-      stat(
-        "dense model, P(target)",
-        `${num(valueAt(sweep, "p_target", 0))} → ${num(valueAt(sweep, "p_target"))}`,
-        `random directions ${num(valueAt(sweep, "p_target_random_direction"))}`,
-      ),
-      stat(
-        "sparse model, same edit",
-        `${num(valueAt(sweep, "p_target_sparse_model", 0))} → ${num(valueAt(sweep, "p_target_sparse_model"))}`,
-        `${count(sweep.prompts)} held-out prompts`,
-      ),
+      ...bothModels(sweep, `${count(sweep.prompts)} held-out prompts`),
       stat("dense mean difference", num(valueAt(sweep, "p_target_mean_difference")), "dense model’s own direction"),
       sweep.agreement &&
         stat(
@@ -109,6 +100,26 @@ function headline(page) {
     ),
     dosePlot(sweep, what),
   );
+}
+
+/**
+ * P(target) of both models before and after an edit.
+ * @param {Sweep} sweep
+ * @param {string} [note] in a quieter tone under the sparse model's
+ */
+export function bothModels(sweep, note) {
+  return [
+    stat(
+      "dense model, P(target)",
+      `${num(valueAt(sweep, "p_target", 0))} → ${num(valueAt(sweep, "p_target"))}`,
+      `random directions ${num(valueAt(sweep, "p_target_random_direction"))}`,
+    ),
+    stat(
+      "sparse model, same edit",
+      `${num(valueAt(sweep, "p_target_sparse_model", 0))} → ${num(valueAt(sweep, "p_target_sparse_model"))}`,
+      note,
+    ),
+  ];
 }
 
 /** @param {string} text */

@@ -19,7 +19,7 @@ import {
   stat,
   stats,
 } from "../ui.js";
-import { editName, solvedMark } from "./overview.js";
+import { bothModels, editName, solvedMark } from "./overview.js";
 
 /** @typedef {import("../types.js").Task} Task */
 /** @typedef {import("../types.js").Sweep} Sweep */
@@ -132,15 +132,7 @@ function sweepSection(label, sweep) {
       ` · ${many(sweep.prompts, "held-out prompt")}`,
     ],
     stats(
-      stat(
-        "dense model, P(target)",
-        `${num(valueAt(sweep, "p_target", 0))} → ${num(valueAt(sweep, "p_target"))}`,
-        `random directions ${num(valueAt(sweep, "p_target_random_direction"))}`,
-      ),
-      stat(
-        "sparse model, same edit",
-        `${num(valueAt(sweep, "p_target_sparse_model", 0))} → ${num(valueAt(sweep, "p_target_sparse_model"))}`,
-      ),
+      ...bothModels(sweep),
       agreement &&
         stat(
           "agreement, R²",
