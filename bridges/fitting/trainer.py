@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.random_state import preserve_random_state
 from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
-from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
+from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, trained_parameters
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.fitting.selection import Selection, interval
 from bridges.fitting.standardized import StandardizedBridges
@@ -25,9 +26,12 @@ from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
 from bridges.sparsity import projection as sparsity
-from bridges.sparsity.support import Support
+from bridges.sparsity.moving import MOVE_UNTIL, moved_masks, moving_share
+from bridges.sparsity.support import Support, skip_zeros
 
 FP16_LOSS_SCALE = 1024.0
+MIN_PER_CHANNEL = 1
+"""Nonzero weights that every neuron and attention channel keeps at least where the support moves."""
 
 
 class ProcessGroup:
@@ -117,7 +121,7 @@ class Trainer:
         self.pair, self.config, self.processes = pair, config, processes
         self.step = start.step
         self.support = _support(pair, config, start)
-        """The nonzeros that alone train, where the zeros of the start are kept."""
+        """The nonzeros that alone train; None where all weights do."""
         self.maps = StandardizedBridges(pair.bridge_set, start.standardizations)
         """What the bridges' optimiser steps on."""
         if start.standardized:
@@ -144,12 +148,11 @@ class Trainer:
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
-        with nullcontext() if self.support is None else self.support.sparse_kernels():
+        moves = self._moves(step)
+        with self._kernels(whole=moves):
             losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
         refuse_not_finite(losses, step)
-        if self.support is not None:
-            self.support.gather_gradients()
-        self.processes.sum_gradients(self._parameters())
+        whole = self._gather_gradients(moves)
         refuse_not_finite_gradients(self._parameters(), step)
         for group, rate in zip(self.bridge_optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.lr(step) / self.config.lr
@@ -158,6 +161,8 @@ class Trainer:
         self.maps.fold()
         if self.sparse_optimizer is not None:
             self._sparse_step(self.sparse_optimizer, step)
+            if moves:
+                self._move_support(self.sparse_optimizer, step, whole)
         self.step = step
         return losses
 
@@ -185,6 +190,36 @@ class Trainer:
             tensors["supports"] = {} if self.support is None else self.support.masks
         return Checkpoint(self.step, {}, {name: values for name, values in tensors.items() if values})
 
+    def _moves(self, step: int) -> bool:
+        """Whether the support moves after a step: at intervals, and where the density arrives at its target."""
+        c = self.config
+        if c.support != "moving":
+            return False
+        arrives = step == max(1, math.ceil(c.anneal * c.steps))
+        return arrives or (step % c.move_every == 0 and step <= max(MOVE_UNTIL, c.anneal) * c.steps)
+
+    def _kernels(self, whole: bool) -> AbstractContextManager[None]:
+        """Context in which a sparse model that trains multiplies by its nonzeros alone, where that is faster.
+
+        `whole`: all entries of its matrices get gradients.
+        """
+        if self.support is not None and not whole:
+            return self.support.sparse_kernels()
+        by_nonzeros = self.config.train_sparse and self.config.mixed_precision == "no"
+        return skip_zeros(self.pair.sparse.model) if by_nonzeros else nullcontext()
+
+    def _gather_gradients(self, whole: bool) -> dict[str, Tensor]:
+        """Bring all gradients, summed over processes, to `_parameters`; those of `whole` tensors by name, if asked."""
+        if self.support is None or not whole:
+            if self.support is not None:
+                self.support.gather_gradients()
+            self.processes.sum_gradients(self._parameters())
+            return {}
+        self.processes.sum_gradients(trained_parameters(self.pair, train_sparse=True))
+        gradients = self.support.dense_gradients()
+        self.support.gather_gradients()
+        return gradients
+
     def _parameters(self) -> Iterator[Tensor]:
         """What losses are backpropagated to: the bridges' plain weights, and what trains of the sparse model."""
         yield from self.pair.bridge_set.parameters()
@@ -207,10 +242,20 @@ class Trainer:
         elif config.target_density is not None:
             sparsity.project(self.pair.sparse.model, kept)
 
+    def _move_support(self, optimizer: torch.optim.Optimizer, step: int, gradients: dict[str, Tensor]) -> None:
+        """Let the least important weights make room for the zeros of largest gradient; `gradients` of whole tensors."""
+        assert self.support is not None
+        share = moving_share(step, self.config.steps, self.config.move_share, MOVE_UNTIL)
+        importance = self.support.saliencies(optimizer)
+        model, masks, kept = self.pair.sparse.model, self.support.masks, self.kept_fraction(step)
+        self.support.move(moved_masks(model, masks, gradients, kept, share, MIN_PER_CHANNEL, importance), optimizer)
+
 
 def _support(pair: ModelPair, config: FitConfig, start: StartState) -> Support | None:
-    if not config.train_sparse or config.target_density is not None:
+    if not config.train_sparse or (config.target_density is not None and config.support == "projected"):
         return None
+    if config.support == "moving" and start.supports is None and config.start_density < 1:
+        sparsity.project(pair.sparse.model, config.start_density, MIN_PER_CHANNEL)
     masks = sparsity.supports(pair.sparse.model) if start.supports is None else start.supports
     return Support(pair.sparse.model, masks, use_kernels=config.mixed_precision == "no")
 
