@@ -42,9 +42,9 @@ KINDS = {
 
 @contextmanager
 def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
-    """{name: function that does one step and returns the loss} of the written-out step and of ours, inside the context.
+    """Inside, {name: function that does one step and returns the loss}, of the written-out step and of ours.
 
-    Both compute the same losses of the same models. Where weights of the sparse model train, the written-out step trains
+    Both compute the same losses of the same models. Where weights of the sparse model train, the written-out one trains
     and projects all of them.
     """
     settings = KINDS[kind] | settings

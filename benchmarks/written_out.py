@@ -72,9 +72,9 @@ def kl(target_logits: Tensor, logits: Tensor) -> Tensor:
 class WrittenOut:
     """The models, the bridges and their optimisers.
 
-    `dense`: a GPT2LMHeadModel. `sparse`: a `SparseTransformer` of equal depth, changed in place. `bridges`: modules with
-    the four tensors of a `Bridge` and its k, one per site. `kept`: the fraction of weights that the projection leaves;
-    None: the sparse model is frozen.
+    `dense`: a GPT2LMHeadModel. `sparse`: a `SparseTransformer` of equal depth, changed in place. `bridges`: modules
+    with the four tensors of a `Bridge` and its k, one per site. `kept`: the fraction of weights that the projection
+    leaves; None: the sparse model is frozen.
     """
 
     def __init__(self, dense, sparse, bridges, kept=None, lr=1e-3, sparse_lr=2.5e-3):

@@ -18,7 +18,7 @@ _FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def has_fused_attention(q: Tensor, k: Tensor) -> bool:
-    """Whether `causal_attention` runs on these: float32 or float64 on the CPU, as many queries as keys, not compiled."""
+    """Whether `causal_attention` runs on these: float32 or float64 on the CPU, as many queries as keys."""
     plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
     return plain and q.shape[-2] == k.shape[-2] and q.numel() > 0 and hasattr(torch.ops.aten, _FUSED)
 

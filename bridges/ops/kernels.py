@@ -161,7 +161,7 @@ def values_gradient(starts, columns, grad, x, out):  # pragma: no cover - compil
 
 @compiled_parallel
 def both_gradients(column_starts, rows, values, by_column, grad, x, x_grad, out):  # pragma: no cover - compiled
-    """`values_gradient` into `out`, and x_grad[t, c] = sum over the nonzeros j of column c of values[j] grad[t, rows[j]].
+    """x_grad[t, c] = sum over the nonzeros j of column c of values[j] grad[t, rows[j]]; `values_gradient` into `out`.
 
     `values` and `rows` are in the order of columns, `by_column` is their index in the order of rows. Each row of the
     gradient is read once for both.

@@ -90,7 +90,7 @@ def test_the_sparse_model_takes_clipped_adamw_steps_at_its_own_rate():
     rate = 0.02 * (0.5 / 0.75) ** 0.5
     expected = adamw(before, [gain.grad], [rate], (0.9, 0.95), 1e-3, 0.3)
     torch.testing.assert_close(gain.detach(), expected, rtol=1e-12, atol=0)
-    assert found.kept_fraction(1) == 0.75 and found.kept_fraction(2) == 0.5
+    assert found.sparse.kept_fraction(1) == 0.75 and found.sparse.kept_fraction(2) == 0.5
     embedding = pair.sparse.model.transformer.wte.weight
     assert int(torch.count_nonzero(embedding)) == round(0.75 * embedding.numel())
 
@@ -136,16 +136,18 @@ def test_a_moving_support_falls_to_its_density_moves_and_trains_nothing_else():
     pair = join(gpt2(layers=1), sparse_model(layers=1))
     found = trainer(pair, steps=8, anneal=0.5, **{**MOVING, "target_density": 0.25})
     weights = dict(sparsity.sparse_parameters(pair.sparse.model))
-    before = found.support.masks
+    before = found.sparse.support.masks
     counts = []
     for _ in range(8):
-        masks = found.support.masks
+        masks = found.sparse.support.masks
         found.train_step([BATCH])
-        assert all((weight == 0)[~(masks[name] | found.support.masks[name])].all() for name, weight in weights.items())
-        counts.append(int(found.support.masks["transformer.wte.weight"].sum()))
+        assert all(
+            (weight == 0)[~(masks[name] | found.sparse.support.masks[name])].all() for name, weight in weights.items()
+        )
+        counts.append(int(found.sparse.support.masks["transformer.wte.weight"].sum()))
     size = weights["transformer.wte.weight"].numel()
     assert counts == [round(kept * size) for kept in (0.6, 0.425, 0.425, 0.25, 0.25, 0.25, 0.25, 0.25)]
-    grown = [name for name, mask in found.support.masks.items() if (mask & ~before[name]).any()]
+    grown = [name for name, mask in found.sparse.support.masks.items() if (mask & ~before[name]).any()]
     assert "transformer.h.0.mlp.c_fc.weight" in grown
 
 
