@@ -10,6 +10,8 @@ BLOCK = 128
 nonzero is multiplied with all of them in one SIMD loop."""
 _TILE = 16
 """Rows that are transposed back together: float32 values in a line of the first-level cache."""
+_BRACKET_BITS = 12
+"""Leading bits of a magnitude that `topk_mask_long` counts by: the counts stay in the first-level cache."""
 _LANES = 8
 """Tokens that are transposed together."""
 
@@ -59,6 +61,41 @@ def topk_mask(rows, k, infinity, mask):  # pragma: no cover - compiled
                 mask[i, j] = False
                 reached -= 1
             j -= 1
+
+
+@compiled
+def topk_mask_long(row, k, infinity, mask):  # pragma: no cover - compiled
+    """`topk_mask` of one long row: magnitudes are counted by their leading bits, and one bracket is searched."""
+    integer = row.dtype.type
+    sign_free, nan = integer(np.iinfo(row.dtype).max), integer(infinity + 1)
+    shift = integer(8 * row.itemsize - 1 - _BRACKET_BITS)
+    counts = np.zeros(1 << _BRACKET_BITS, np.int64)
+    for j in range(row.size):
+        counts[min(integer(row[j] & sign_free), nan) >> shift] += 1
+    bracket, above = counts.size - 1, 0
+    while above + counts[bracket] < k:
+        above += counts[bracket]
+        bracket -= 1
+    inside = np.empty(counts[bracket], row.dtype)
+    n = 0
+    for j in range(row.size):
+        key = min(integer(row[j] & sign_free), nan)
+        if key >> shift == bracket:
+            inside[n] = key
+            n += 1
+    pivot = np.partition(inside, n - (k - above))[n - (k - above)]
+    reached = above
+    for i in range(n):
+        reached += inside[i] >= pivot
+    for j in range(row.size):
+        mask[j] = min(integer(row[j] & sign_free), nan) >= pivot
+    # Of the entries that tie at the threshold, the last ones beyond k are dropped.
+    j = row.size - 1
+    while reached > k:
+        if min(integer(row[j] & sign_free), nan) == pivot:
+            mask[j] = False
+            reached -= 1
+        j -= 1
 
 
 @compiled
