@@ -7,17 +7,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from report.chromium import needs_chromium
 from report.page_data import CURVES, page_data
 
 MINUS = "\N{MINUS SIGN}"
-CHROMIUM = shutil.which("chromium")
 WEB = Path(__file__).parents[2] / "web"
 ASSETS = Path(__file__).parents[2] / "bridges/report/assets"
 VIEWS = ["overview", "bridges", "tasks", "task/quotes", "task/a_hard_one", "circuit", "circuit/quotes", "channel"]
 VIEWS += ["channel/0.mlp.read.3", "channel/0.mlp.neuron.7", "nowhere"]
 
-# Only a browser runs the page's script; CI fetches one where it can.
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 
