@@ -108,7 +108,12 @@ function legend(crowded) {
     line("positive", "positive weight"),
     line("negative", `negative weight${crowded ? ` (not dashed while over ${MANY} are shown)` : ""}`),
     line("stream", "a write read again, not a weight"),
-    "line width: size of the weight; circle: loss when the node alone is frozen at its mean. Arrow " +
-      "keys move between nodes, Enter opens one; drag moves, Ctrl and wheel zooms.",
+    h(
+      "span",
+      {},
+      "Line width: size of the weight. Circle size: change of the loss when the node alone is frozen at its mean. " +
+        "The pointer on a line tells its weight, on a node its figures. Arrow keys move between nodes, Enter opens " +
+        "one; drag moves, Ctrl and wheel zooms.",
+    ),
   );
 }
