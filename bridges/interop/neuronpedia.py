@@ -60,7 +60,7 @@ def export_graph(
     ...     export_graph(demo_circuit(pair), pair.sparse, f"{folder}/graph.json", tokenizer=pair.tokenizer)
     ...     graph = read_json(f"{folder}/graph.json")
     >>> [node["clerp"] for node in graph["nodes"] if node["feature_type"] == "logit"]
-    ['Output "\\')" (p=1.000)', 'Output "")" (p=0.000)']
+    ['Output "\\')" (p=1.000)', 'Output "”)" (p=0.000)']
     """
     model = sparse_transformer(sparse)
     run = run_pair(circuit, model, one_pair(circuit, tokenizer, pairs, row))
@@ -180,8 +180,8 @@ def _logits(model: SparseTransformer, run: CircuitRun, tokenizer: Any) -> list[d
             "token_prob": answer.probability,
             "is_target_logit": i == 0,
             "jsNodeId": f"L_{answer.token}-{last}",
-            # The viewer reads the probability out of this text.
-            "clerp": f'Output "{_shown(_token(tokenizer, answer.token))}" (p={answer.probability:.3f})',
+            # The viewers read the token, up to the second straight quote, and the probability out of this text.
+            "clerp": f'Output "{_quotable(_token(tokenizer, answer.token))}" (p={answer.probability:.3f})',
         }
         for i, answer in enumerate(run.answers)
     ]
@@ -197,6 +197,10 @@ def _info(circuit: Circuit, run: CircuitRun) -> dict[str, Any]:
 
 def _token(tokenizer: Any, token: int) -> str:
     return f"[{token}]" if tokenizer is None else tokenizer.decode([token])
+
+
+def _quotable(token: str) -> str:
+    return _shown(token).replace('"', "”")
 
 
 def _shown(text: str) -> str:

@@ -28,6 +28,8 @@ MAX_ABLATED = 500
 """Nodes of a circuit that are ablated one by one at most: each is a pass over the prompts."""
 ABLATION_PAIRS = 24
 """Pairs that single nodes and layers are ablated on."""
+MINUS = "\N{MINUS SIGN}"
+"""As the page writes all negative figures."""
 TOKENS_SHOWN = 4
 """Tokens that a read's embedding weights, or a final read's unembedding weights, are told of."""
 PATTERN_PAIRS, MAX_PATTERNS = 2, 4
@@ -179,7 +181,10 @@ def _tokens(model: SparseTransformer, node: str, names: Sequence[str]) -> str:
         return ""
     sources, targets = neighbours(model, node, list(names))
     listed = [(name, weight) for name, weight in (targets if place == FINAL else sources) if name.startswith("token ")]
-    return ", ".join(f"{name.removeprefix('token ')!r} {weight:+.2f}" for name, weight in listed[:TOKENS_SHOWN])
+    shown = (
+        (name.removeprefix("token "), f"{weight:+.2f}".replace("-", MINUS)) for name, weight in listed[:TOKENS_SHOWN]
+    )
+    return ", ".join(f"{token!r} {figure}" for token, figure in shown)
 
 
 def _attention(

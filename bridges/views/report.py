@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,9 @@ from bridges.circuits.controls import controls
 from bridges.circuits.many import pruned_tasks
 from bridges.fitting.run_file import RunFile
 from bridges.fitting.tracking import log_page
+from bridges.io.amounts import duration
 from bridges.io.files import write_json
-from bridges.io.progress import announce
+from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
@@ -34,8 +36,6 @@ from bridges.views.run_folder import CIRCUITS, RunFolder
 PAGE = "index.html"
 PROMPTS = 64
 """Pairs of a task that steering is reported on, others than those that channels are chosen on."""
-SECONDS_PER_TASK = (60, 240)
-"""What measuring a task takes on two cores with the bundled pair, said before it starts."""
 
 
 def report(
@@ -154,16 +154,25 @@ def measure(folder: RunFolder, pair: ModelPair, tasks: Sequence[str], tokenizer:
     bare = [name for name in tasks if name not in known or not known[name].controls]
     bare = bare if isinstance(model, SparseTransformer) else []
     unsteered = [name for name in tasks if name not in failed and None in steered.get(name, {"one": None}).values()]
-    if n := len(bare) + len(unsteered):
-        low, high = (seconds * n // 120 for seconds in SECONDS_PER_TASK)
+    if bare or unsteered:
         sizes = f"{len(bare)} circuits or their controls and {len(unsteered)} sweeps to make"
-        announce(f"report: {sizes}, {low} to {high} minutes for models like the bundled pair", progress)
+        announce(f"report: {sizes}; the first of each tells how long the others take", progress)
     if isinstance(model, SparseTransformer):
-        for name in bare:
+        for name in _timed(bare, "report: circuits", progress):
             _measure_circuit(folder, model, name, known.get(name), tokenizer, progress)
     known = folder.circuits(pair)
-    for name in unsteered:
+    for name in _timed(unsteered, "report: sweeps", progress):
         folder.save_sweeps(name, _sweeps(pair, name, known.get(name), tokenizer, progress), pair.bridge_set)
+
+
+def _timed(tasks: Sequence[str], description: str, progress: bool) -> Iterator[str]:
+    """The tasks one by one, with a bar that tells what the others take if they take as long as those before did."""
+    start = monotonic()
+    with progress_bar(description, len(tasks), shown=progress and len(tasks) > 0) as bar:
+        for done, task in enumerate(tasks, 1):
+            yield task
+            others = (monotonic() - start) / done * (len(tasks) - done)
+            bar.advance(note=f"about {duration(others)} left" if others else "")
 
 
 def _measure_circuit(

@@ -203,6 +203,16 @@ def test_the_bundled_circuit_is_one_chain_from_the_quote_to_the_answers(tmp_path
     }
 
 
+def test_both_answers_can_be_read_out_of_their_labels_as_the_viewers_do(tmp_path):
+    pair = bridges.load_pair()
+    graph = exported(tmp_path, demo_circuit(pair), pair.sparse, tokenizer=pair.tokenizer)
+    answers = [node for node in graph["nodes"] if node["feature_type"] == "logit"]
+    # circuit-tracer's util-cg.js and Neuronpedia's utils.ts: what stands between the first two straight quotes.
+    assert sorted(node["clerp"].split('"')[1] for node in answers) == ["')", "\N{RIGHT DOUBLE QUOTATION MARK})"]
+    for node in answers:
+        assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(node["token_prob"], abs=5e-4)
+
+
 def test_probabilities_are_those_of_the_circuits_loss(tmp_path):
     model, pairs = sparse_model().eval(), random_pairs()
     circuit = random_circuit(model)

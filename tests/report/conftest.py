@@ -1,13 +1,10 @@
 """The report page in a real browser, for the tests that open it."""
 
-import shutil
-
 import pytest
-from report.page_data import empty_page_data, odd_page_data, page_data
+from report.chromium import CHROMIUM
+from report.page_data import crowded_page_data, empty_page_data, odd_page_data, page_data
 
 from bridges.report.page import write_page
-
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +20,7 @@ def files(tmp_path_factory):
     return {name: write_page(data(), folder / f"{name}.html") for name, data in DATA.items()}
 
 
-DATA = {"full": page_data, "empty": empty_page_data, "odd": odd_page_data}
+DATA = {"full": page_data, "empty": empty_page_data, "odd": odd_page_data, "crowded": crowded_page_data}
 
 
 @pytest.fixture

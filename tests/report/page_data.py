@@ -1,6 +1,7 @@
 """A small PageData made by hand: every kind of content once, figures that are easy to tell apart."""
 
 import copy
+import random
 from typing import Any
 
 SITE = {
@@ -143,6 +144,22 @@ CIRCUIT = {
 }
 
 
+def crowded_circuit(nodes: int = 60, weights: int = 1500) -> dict[str, Any]:
+    """A circuit with more weights than are drawn one by one, seeded."""
+    draw = random.Random(1)
+    columns = sorted(draw.randrange(4) for _ in range(nodes))
+    made = [
+        {"id": f"0.mlp.read.{i}", "column": column, "order": draw.random(), "mean": 0.0, "ablation": 0.1, "tokens": ""}
+        for i, column in enumerate(columns)
+    ]
+    pairs = [(i, j) for i in range(nodes) for j in range(nodes) if columns[i] < columns[j]]
+    edges = [
+        {"source": i, "target": j, "weight": draw.gauss(0, 0.2), "kind": "weight"}
+        for i, j in draw.sample(pairs, min(weights, len(pairs)))
+    ]
+    return CIRCUIT | {"task": "crowded", "nodes": made, "edges": edges, "attention": []}
+
+
 def context(value: float, tokens: list[str], at: int) -> dict[str, Any]:
     """A context whose one active token is `at`; the encoder reads half of the value everywhere."""
     values = [value if i == at else 0.0 for i in range(len(tokens))]
@@ -234,6 +251,11 @@ def odd_page_data() -> dict[str, Any]:
     data["bridges"]["sites"][0] |= {"nmse_encode": None, "kl_dense_to_sparse": None}
     data["tasks"][0]["steering"] = {"one": sweep("0.mlp", 3) | {"strengths": [-1.0, 0.0, 0.5]}, "few": None}
     return data
+
+
+def crowded_page_data() -> dict[str, Any]:
+    """One circuit, of many weights."""
+    return page_data() | {"circuits": {"crowded": crowded_circuit()}}
 
 
 def empty_page_data() -> dict[str, Any]:

@@ -7,17 +7,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from report.chromium import needs_chromium
 from report.page_data import CURVES, page_data
 
 MINUS = "\N{MINUS SIGN}"
-CHROMIUM = shutil.which("chromium")
 WEB = Path(__file__).parents[2] / "web"
 ASSETS = Path(__file__).parents[2] / "bridges/report/assets"
 VIEWS = ["overview", "bridges", "tasks", "task/quotes", "task/a_hard_one", "circuit", "circuit/quotes", "channel"]
 VIEWS += ["channel/0.mlp.read.3", "channel/0.mlp.neuron.7", "nowhere"]
 
-# Only a browser runs the page's script; CI fetches one where it can.
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 
@@ -177,6 +176,7 @@ def test_the_threshold_hides_weights_and_says_how_many(visit):
     told, edges = page.locator(".circuit-graph output"), page.locator(".back-edges path:not(.stream):not([visibility])")
     expect(told).to_have_text("|weight| ≥ 0.000: 3 weights shown, 0 hidden")
     slider = page.locator("input[type=range]")
+    expect(page.locator("a.node")).to_have_count(5)  # the graph is drawn once its width is known
     for value, shown in ((100, 2), (300, 1), (400, 1), (0, 3)):
         slider.fill(str(value))
         assert edges.count() == shown
@@ -213,6 +213,20 @@ def test_a_node_shows_figures_and_neighbours_and_opens_its_channel(visit):
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_have_text("0.mlp.read.3")
+
+
+@pytest.mark.parametrize("view", ["bridges", "tasks", "circuit", "channel"])
+def test_what_a_wide_table_is_stays_in_sight_on_a_phone(visit, view):
+    page = visit(view, width=360)
+    table = page.locator(".scroller:has(table.sortable)")
+    for scrolled in (0, 150):
+        table.evaluate("(box, by) => { box.scrollLeft = by }", scrolled)
+        left, right = table.locator("caption span").evaluate(
+            "span => [span.getBoundingClientRect().left, span.getBoundingClientRect().right]"
+        )
+        assert left >= 0 and right <= 360
+    heights = page.locator("tbody th a").evaluate_all("all => all.map(a => a.getBoundingClientRect().height)")
+    assert all(height < 30 for height in heights), "a row's name is in one line"
 
 
 def test_a_circuit_shows_controls_losses_and_attention(visit):

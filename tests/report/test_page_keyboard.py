@@ -1,14 +1,9 @@
 """Every view of the report page can be reached and left by the keyboard alone."""
 
-import shutil
-
 import pytest
+from report.chromium import needs_chromium
 
-# Only a browser knows where the focus is; CI fetches one where it can.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on the path"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 MOST_TABS = 60

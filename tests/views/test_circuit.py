@@ -38,7 +38,7 @@ def test_a_planted_chain_is_shown_node_by_node_with_its_weights_and_the_stream_b
         ("0.attn.write.1", "final.read.1", "stream"): 1.0,
     }
     # The tokens that write to the first node, and those whose logits the last one moves.
-    assert "'[1]' +2.00" in view["nodes"][0]["tokens"] and "'[2]' -2.00" in view["nodes"][0]["tokens"]
+    assert "'[1]' +2.00" in view["nodes"][0]["tokens"] and "'[2]' \N{MINUS SIGN}2.00" in view["nodes"][0]["tokens"]
     assert "'[4]' +3.00" in view["nodes"][-1]["tokens"] and view["nodes"][1]["tokens"] == ""
 
 

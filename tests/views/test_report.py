@@ -16,6 +16,8 @@ from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import pruned_tasks
 from bridges.demo import demo_circuit, sources
 from bridges.fitting.run_file import RunFile
+from bridges.io import progress
+from bridges.io.amounts import duration
 from bridges.io.files import read_json, write_json
 from bridges.io.fingerprint import fingerprint
 from bridges.views import collect, report
@@ -90,6 +92,15 @@ def test_what_a_task_lacks_is_measured_once_and_left_in_the_folder(folder, tmp_p
     monkeypatch.setattr(report, "pruned_tasks", None)  # a second search would fail
     monkeypatch.setattr(report, "sweep_one_and_few", None)
     assert data_of(bridges.report(folder, tasks=[TASK, "for_while"], progress=False)) == data
+
+
+def test_the_time_left_follows_from_the_tasks_measured_so_far(monkeypatch):
+    notes, clock = [], iter([100.0, 130.0, 220.0, 250.0])
+    monkeypatch.setattr(report, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.Bar, "advance", lambda self, steps=1, note=None: notes.append(note))
+    assert list(report._timed(["a", "b", "c"], "report: sweeps", progress=False)) == ["a", "b", "c"]
+    # 30 seconds for one of three; then two minutes for two of three.
+    assert notes == [f"about {duration(60)} left", f"about {duration(60)} left", ""]
 
 
 def test_what_is_refused_is_refused_before_anything_is_measured(folder, tmp_path):

@@ -81,7 +81,7 @@ export function sortable({ caption, columns, rows, link, over, last = [] }) {
   const table = h(
     "table",
     { class: "sortable" },
-    h("caption", {}, caption),
+    h("caption", {}, h("span", {}, caption)),
     h("thead", {}, h("tr", {}, ...headers)),
     body,
   );

@@ -11,8 +11,8 @@ export function mountTooltip() {
 }
 
 /**
- * Show content beside an element.
- * @param {Element} target
+ * Show content beside an element, or whatever else has a box.
+ * @param {Pick<Element, "getBoundingClientRect">} target
  * @param {import("./dom.js").Child[]} content
  */
 export function showTip(target, content) {

@@ -1,6 +1,6 @@
 // The small parts that every view is made of.
 import { h, vary } from "./dom.js";
-import { visible } from "./format.js";
+import { percent, visible } from "./format.js";
 import { href } from "./router.js";
 
 /**
@@ -10,6 +10,25 @@ import { href } from "./router.js";
  */
 export function figure(value, control = "") {
   return h("span", { class: "figure" }, h("span", { class: "value" }, value), control && [" ", quiet(control)]);
+}
+
+/** A model that answers so large a share of a task's prompts right solves it. */
+export const SOLVED = 0.9;
+
+/**
+ * Whether a model solves a task, with the share of prompts it answers right.
+ * @param {number | null} share
+ */
+export function solvedMark(share) {
+  if (share === null) return quiet("not measured");
+  const solved = share >= SOLVED;
+  return h(
+    "span",
+    { class: solved ? "solved" : "unsolved" },
+    h("span", { "aria-hidden": "true" }, solved ? "● " : "○ "),
+    figure(percent(share)),
+    h("span", { class: "hidden" }, solved ? " solved" : " not solved"),
+  );
 }
 
 /**

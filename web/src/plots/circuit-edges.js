@@ -1,56 +1,117 @@
-// The edges of a circuit as paths, and which of them a threshold hides.
+// The edges of a circuit as few paths, of which a threshold hides the smallest weights.
 import { s } from "../dom.js";
 import { edgePath } from "./circuit-layout.js";
 
 /** @typedef {import("../types.js").CEdge} CEdge */
 /** @typedef {import("./circuit-layout.js").Layout} Layout */
+/** @typedef {{largest: number, many: boolean}} Scale of the line widths; many: there are more than MANY weights */
+
+/**
+ * Weights of one sign and nearly one size, drawn as one path.
+ * @typedef {object} Run
+ * @property {SVGPathElement} path
+ * @property {number[]} ranks of its weights, by growing size
+ * @property {string[]} pieces of the path, one for each weight
+ * @property {number} width of the line, in CSS pixels
+ * @property {number} first index of the first piece that is shown
+ * @property {number} drawn index of the first piece that the path has
+ */
 
 /** Line widths, smallest to largest; of many edges thin ones, which cover less of each other. */
 const [FEW_WIDTHS, MANY_WIDTHS] = [
   [0.8, 6],
   [0.4, 2],
 ];
+/** So many lines can be told apart by their dashes, and drawn with them within a frame. */
 export const MANY = 600;
-const SETTLED = 180;
+/** A run is no longer than this, so that cutting it is fast, and its widths differ by less than can be seen. */
+const [RUN_LENGTH, RUN_WIDTHS] = [64, 0.05];
+
+/**
+ * @param {CEdge} edge
+ * @param {Scale} scale
+ */
+function lineWidth(edge, { largest, many }) {
+  const [least, most] = many ? MANY_WIDTHS : FEW_WIDTHS;
+  return least + (most - least) * (Math.abs(edge.weight) / largest);
+}
+
+/** @param {CEdge} edge */
+function lineClass(edge) {
+  return `edge ${edge.kind === "stream" ? "stream" : edge.weight < 0 ? "negative" : "positive"}`;
+}
 
 /**
  * A path for each edge.
  * @param {Layout} layout
  * @param {CEdge[]} edges
- * @param {{largest: number, many: boolean}} scale of their widths
+ * @param {Scale} scale
  */
-export function edgePaths(layout, edges, { largest, many }) {
-  const [least, most] = many ? MANY_WIDTHS : FEW_WIDTHS;
+export function edgePaths(layout, edges, scale) {
   return edges.map((edge) => {
-    const sign = edge.kind === "stream" ? "stream" : edge.weight < 0 ? "negative" : "positive";
-    const width =
-      edge.kind === "stream" ? null : (least + (most - least) * (Math.abs(edge.weight) / largest)).toFixed(2);
-    return s("path", { class: `edge ${sign}`, d: edgePath(layout, edge), "stroke-width": width });
+    const width = edge.kind === "stream" ? null : lineWidth(edge, scale).toFixed(2);
+    return s("path", { class: lineClass(edge), d: edgePath(layout, edge), "stroke-width": width });
   });
 }
 
 /**
- * Hide elements before an index and show the others, where that has changed.
- * @param {Element[]} elements
- * @param {number} before the index last time
- * @param {number} now
+ * Weights as runs, the largest last; one run for each weight unless there are many.
+ * @param {Layout} layout
+ * @param {CEdge[]} weights by growing size
+ * @param {Scale} scale
  */
-export function showFrom(elements, before, now) {
-  for (const element of elements.slice(Math.min(before, now), Math.max(before, now))) {
-    if (now > before) element.setAttribute("visibility", "hidden");
-    else element.removeAttribute("visibility");
+export function edgeRuns(layout, weights, scale) {
+  const most = scale.many ? RUN_LENGTH : 1;
+  /** @type {Run[]} */
+  const runs = [];
+  /** The run of either sign that is being filled. @type {Record<string, Run>} */
+  const open = {};
+  weights.forEach((edge, rank) => {
+    const [sign, width] = [lineClass(edge), lineWidth(edge, scale)];
+    let run = open[sign];
+    if (!run || run.pieces.length === most || width - run.width > RUN_WIDTHS) {
+      const path = s("path", { class: sign, "stroke-width": width.toFixed(2) });
+      run = open[sign] = { path, ranks: [], pieces: [], width, first: 0, drawn: 0 };
+      runs.push(run);
+    }
+    run.ranks.push(rank);
+    run.pieces.push(edgePath(layout, edge));
+  });
+  for (const run of runs) run.path.setAttribute("d", run.pieces.join(""));
+  return runs;
+}
+
+/**
+ * Hide the smallest weights. Only paths of which another part is seen than before are touched.
+ * @param {Run[]} runs
+ * @param {number} hidden how many weights are hidden
+ */
+export function showFrom(runs, hidden) {
+  for (const run of runs) {
+    const first = firstFrom(run.ranks, hidden);
+    if (first === run.first) continue;
+    run.first = first;
+    if (first === run.pieces.length) {
+      run.path.setAttribute("visibility", "hidden");
+      continue;
+    }
+    run.path.removeAttribute("visibility");
+    if (first !== run.drawn) run.path.setAttribute("d", run.pieces.slice(first).join(""));
+    run.drawn = first;
   }
 }
 
 /**
- * Draw thousands of edges fast while a threshold moves: without dashes, which come back when it rests.
- * @param {Element} group
+ * Index of the first of these ascending numbers that is at least `least`.
+ * @param {number[]} numbers
+ * @param {number} least
  */
-export function roughly(group) {
-  let timer = 0;
-  return () => {
-    group.classList.add("moving");
-    clearTimeout(timer);
-    timer = setTimeout(() => group.classList.remove("moving"), SETTLED);
-  };
+export function firstFrom(numbers, least) {
+  let [low, high] = [0, numbers.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (numbers[middle] < least) low = middle + 1;
+    else high = middle;
+  }
+  return low;
 }

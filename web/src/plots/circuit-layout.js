@@ -95,16 +95,25 @@ export function wrap(text, most) {
 }
 
 /**
- * The path of an edge; one that passes columns bows upwards, so that it does not run through their nodes.
+ * The four points of an edge's cubic curve; one that passes columns bows upwards, so that it does not run through
+ * their nodes.
+ * @param {Layout} layout
+ * @param {CEdge} edge
+ */
+function curvePoints(layout, edge) {
+  const [a, b] = [layout.nodes[edge.source], layout.nodes[edge.target]];
+  const bow = Math.min(Math.max(Math.abs(b.column - a.column) - 1, 0) * 16, 60);
+  const middle = (a.x + b.x) / 2;
+  return [a, { x: middle, y: a.y - bow }, { x: middle, y: b.y - bow }, b];
+}
+
+/**
+ * The path of an edge.
  * @param {Layout} layout
  * @param {CEdge} edge
  */
 export function edgePath(layout, edge) {
-  const [a, b] = [layout.nodes[edge.source], layout.nodes[edge.target]];
-  const bow = Math.min(Math.max(Math.abs(b.column - a.column) - 1, 0) * 16, 60);
-  const middle = (a.x + b.x) / 2;
-  const points = [a, { x: middle, y: a.y - bow }, { x: middle, y: b.y - bow }, b];
-  const [start, ...rest] = points.map(({ x, y }) => `${round(x)},${round(y)}`);
+  const [start, ...rest] = curvePoints(layout, edge).map(({ x, y }) => `${round(x)},${round(y)}`);
   return `M${start}C${rest.join(" ")}`;
 }
 
@@ -114,9 +123,38 @@ export function edgePath(layout, edge) {
  * @param {CEdge} edge
  */
 export function edgeMiddle(layout, edge) {
-  const [a, b] = [layout.nodes[edge.source], layout.nodes[edge.target]];
-  const bow = Math.min(Math.max(Math.abs(b.column - a.column) - 1, 0) * 16, 60);
-  return { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 - 0.75 * bow };
+  const [a, b, c, d] = curvePoints(layout, edge);
+  return { x: (a.x + d.x) / 2, y: (a.y + 3 * b.y + 3 * c.y + d.y) / 8 };
+}
+
+/**
+ * About how far an edge's path passes from a point: its distance along y, shortened by the path's slope there.
+ * Infinite where the point is left or right of the path.
+ * @param {Layout} layout
+ * @param {CEdge} edge
+ * @param {number} x
+ * @param {number} y
+ */
+export function edgeDistance(layout, edge, x, y) {
+  const [a, b, c, d] = curvePoints(layout, edge);
+  const share = (x - a.x) / (d.x - a.x);
+  if (!(share >= 0 && share <= 1)) return Infinity;
+  const t = parameterAt(share);
+  const u = 1 - t;
+  const dy = 3 * (u * u * (b.y - a.y) + 2 * u * t * (c.y - b.y) + t * t * (d.y - c.y));
+  const dx = 1.5 * (d.x - a.x) * (1 - 2 * t * u);
+  return Math.abs(u * u * u * a.y + 3 * u * u * t * b.y + 3 * u * t * t * c.y + t * t * t * d.y - y) / Math.hypot(1, dy / dx);
+}
+
+/**
+ * The parameter at which an edge's curve has gone this share of its way along x, by Newton's method: as both inner
+ * points are in the middle, the share is 1.5 t - 1.5 t² + t³, which grows with t.
+ * @param {number} share 0 to 1
+ */
+function parameterAt(share) {
+  let t = share;
+  for (let i = 0; i < 4; i += 1) t -= (1.5 * t - 1.5 * t * t + t * t * t - share) / (1.5 - 3 * t + 3 * t * t);
+  return t;
 }
 
 /** @param {number} x */

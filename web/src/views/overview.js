@@ -1,17 +1,15 @@
 // The two models, their bridge, the best steering result, and how to read the rest.
 import { bestSweep, turnsBoth, valueAt } from "../curves.js";
 import { h } from "../dom.js";
-import { channelsOf, count, many, num, percent } from "../format.js";
+import { agreementStat, bothModels, editName } from "../edits.js";
+import { channelsOf, count, many, num } from "../format.js";
 import { noBridges, noHeadline } from "../hints.js";
 import { dosePlot } from "../plots/dose.js";
 import { modelPicture } from "../plots/models.js";
 import { href } from "../router.js";
-import { breakable, figure, heading, quiet, section, stat, stats } from "../ui.js";
+import { breakable, heading, quiet, section, SOLVED, stat, stats } from "../ui.js";
 
 /** @typedef {import("../types.js").PageData} PageData */
-/** @typedef {import("../types.js").Sweep} Sweep */
-
-const SOLVED = 0.9;
 
 /** @param {PageData} page */
 export function overview(page) {
@@ -91,49 +89,15 @@ function headline(page) {
     stats(
       ...bothModels(sweep, `${count(sweep.prompts)} held-out prompts`),
       stat("dense mean difference", num(valueAt(sweep, "p_target_mean_difference")), "dense model’s own direction"),
-      sweep.agreement &&
-        stat(
-          "agreement of both models, R²",
-          num(sweep.agreement.r_squared, 2),
-          `other channels ${num(sweep.agreement.r_squared_shuffled, 2)}`,
-        ),
+      agreementStat(sweep),
     ),
     dosePlot(sweep, what),
   );
 }
 
-/**
- * P(target) of both models before and after an edit.
- * @param {Sweep} sweep
- * @param {string} [note] in a quieter tone under the sparse model's
- */
-export function bothModels(sweep, note) {
-  return [
-    stat(
-      "dense model, P(target)",
-      `${num(valueAt(sweep, "p_target", 0))} → ${num(valueAt(sweep, "p_target"))}`,
-      `random directions ${num(valueAt(sweep, "p_target_random_direction"))}`,
-    ),
-    stat(
-      "sparse model, same edit",
-      `${num(valueAt(sweep, "p_target_sparse_model", 0))} → ${num(valueAt(sweep, "p_target_sparse_model"))}`,
-      note,
-    ),
-  ];
-}
-
 /** @param {string} text */
 function capital(text) {
   return text[0].toUpperCase() + text.slice(1);
-}
-
-/**
- * What a sweep edits, in words.
- * @param {Sweep} sweep
- */
-export function editName(sweep) {
-  const channels = channelsOf(sweep);
-  return `${channels.length === 1 ? `channel ${channels[0]}` : `channels ${channels.join(", ")}`} at ${sweep.site}`;
 }
 
 /** @param {PageData} page */
@@ -223,19 +187,3 @@ const TERMS = [
   ],
   ["Control", "In a quieter tone beside a figure: what the same measurement gives where there is nothing to find."],
 ];
-
-/**
- * Whether a model solves a task, with the share of prompts it answers right.
- * @param {number | null} share
- */
-export function solvedMark(share) {
-  if (share === null) return quiet("not measured");
-  const solved = share >= SOLVED;
-  return h(
-    "span",
-    { class: solved ? "solved" : "unsolved" },
-    h("span", { "aria-hidden": "true" }, solved ? "● " : "○ "),
-    figure(percent(share)),
-    h("span", { class: "hidden" }, solved ? " solved" : " not solved"),
-  );
-}

@@ -1,6 +1,7 @@
 // One task: its prompts, the edits of one and of few channels, their side effects.
 import { valueAt } from "../curves.js";
 import { h } from "../dom.js";
+import { agreementStat, bothModels, editName } from "../edits.js";
 import { count, many, nodesOf, num, percent, signed } from "../format.js";
 import { noCircuit, noSteering } from "../hints.js";
 import { dosePlot } from "../plots/dose.js";
@@ -16,10 +17,10 @@ import {
   quiet,
   scroller,
   section,
+  solvedMark,
   stat,
   stats,
 } from "../ui.js";
-import { bothModels, editName, solvedMark } from "./overview.js";
 
 /** @typedef {import("../types.js").Task} Task */
 /** @typedef {import("../types.js").Sweep} Sweep */
@@ -133,14 +134,7 @@ function sweepSection(label, sweep) {
     ],
     stats(
       ...bothModels(sweep),
-      agreement &&
-        stat(
-          "agreement, R²",
-          num(agreement.r_squared, 2),
-          agreement.r_squared_shuffled === null
-            ? "no other channels"
-            : `other channels ${num(agreement.r_squared_shuffled, 2)}`,
-        ),
+      agreementStat(sweep),
       agreement && stat("slope", num(agreement.slope, 2), `same sign ${percent(agreement.sign)}`),
       directions && stat("by task order", directions.map((p) => num(p)).join(" / "), "P(target) at strength 1"),
     ),

@@ -5,8 +5,7 @@ import { nodesOf, num } from "../format.js";
 import { noTasks } from "../hints.js";
 import { href } from "../router.js";
 import { sortable } from "../sortable.js";
-import { breakable, figure, heading, quiet, section } from "../ui.js";
-import { solvedMark } from "./overview.js";
+import { breakable, figure, heading, quiet, section, solvedMark } from "../ui.js";
 
 /** @typedef {import("../types.js").Task} Task */
 
