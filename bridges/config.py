@@ -132,6 +132,14 @@ class FitConfig(Settings):
     """Fraction of weights kept at the start of the anneal; below 1 where an earlier run has pruned the model."""
     anneal: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the steps over which the kept fraction falls linearly from `start_density` to `target_density`."""
+    support: Literal["projected", "moving"] = "projected"
+    """How a sparse model with a `target_density` trains. "projected": every weight, and after each step all but the
+    largest are set to zero (the paper's way). "moving": its nonzeros alone, at less cost, and every `move_every` steps
+    the least important make room for the zeros of largest gradient, as in `pretrain`."""
+    move_every: int = Field(default=25, ge=1)
+    """Steps between two moves of a moving support; the step before a move costs a dense backward pass."""
+    move_share: float = Field(default=0.1, ge=0, le=1)
+    """The part of a moving support that a move replaces at the start; it decays to 0 with a cosine."""
     sparse_lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate of the sparse model, before warm-up, decay and the factor sqrt(target / kept)."""
     sparse_weight_decay: float = Field(default=0.1, ge=0)
@@ -166,6 +174,8 @@ class FitConfig(Settings):
             raise ValueError(f"sites_per_step={self.sites_per_step} must be at least 1, or 'all'")
         if self.target_density is not None and not self.train_sparse:
             raise ValueError(f"target_density={self.target_density} needs train_sparse=True")
+        if self.support == "moving" and self.target_density is None:
+            raise ValueError("support='moving' needs target_density; without it the zeros of the start stay zero")
         if self.resume and self.output_dir is None:
             raise ValueError("resume=True needs output_dir, the run folder to continue")
         return self

@@ -102,7 +102,7 @@ def fit(
         _refuse_untrainable(models[1].model, config)
         for model in models if config.steps else ():
             model.check_differentiable()
-        with frozen(models[0].model), _sparse_modes(models[1].model, config):
+        with frozen(models[0].model), sparse_modes(models[1].model, config):
             pair = untrained_pair(*models, config)
             data = prepare(
                 pair.dense, pair.sparse, data, eval_data, tokenizer, (dense, sparse), config, processes.world_size
@@ -122,7 +122,7 @@ def _refuse_untrainable(sparse: nn.Module, config: FitConfig) -> None:
 
 
 @contextmanager
-def _sparse_modes(sparse: nn.Module, config: FitConfig) -> Iterator[None]:
+def sparse_modes(sparse: nn.Module, config: FitConfig) -> Iterator[None]:
     """Inside, the sparse model trains, or is frozen and multiplies by its nonzeros alone where that is faster."""
     with train_mode(sparse) if config.train_sparse else frozen(sparse):
         fast = isinstance(sparse, SparseTransformer) and not config.train_sparse

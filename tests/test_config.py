@@ -48,6 +48,9 @@ INVALID = {
     "ce_weight": [-1.0],
     "train_sparse": [2],
     "anneal": [-0.1, 1.1],
+    "support": ["fixed"],
+    "move_every": [0],
+    "move_share": [1.5],
     "sparse_lr": [0.0],
     "sparse_weight_decay": [-0.1],
     "sparse_eps": [0.0],
@@ -92,6 +95,7 @@ def test_an_invalid_value_is_refused_by_name_and_value_on_one_line(name, value):
     ("settings", "message"),
     [
         ({"target_density": 0.1}, "target_density=0.1 needs train_sparse=True"),
+        ({"support": "moving"}, "support='moving' needs target_density"),
         ({"resume": True}, "resume=True needs output_dir"),
         ({"target_density": 0.0, "train_sparse": True}, "target_density=0.0 is invalid"),
         ({"target_density": 1.1, "train_sparse": True}, "target_density=1.1 is invalid"),

@@ -19,13 +19,12 @@ from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_op
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
 from bridges.fitting.selection import Selection, interval
+from bridges.fitting.sparse_training import SparseTraining
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import BEST_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
 from bridges.objective.hybrid import ModelPair
-from bridges.sparsity import projection as sparsity
-from bridges.sparsity.support import Support
 
 FP16_LOSS_SCALE = 1024.0
 
@@ -116,8 +115,8 @@ class Trainer:
         start = start or StartState()
         self.pair, self.config, self.processes = pair, config, processes
         self.step = start.step
-        self.support = _support(pair, config, start)
-        """The nonzeros that alone train, where the zeros of the start are kept."""
+        self.sparse = SparseTraining(pair.sparse.model, config, start) if config.train_sparse else None
+        """What trains of the sparse model; None where it is frozen."""
         self.maps = StandardizedBridges(pair.bridge_set, start.standardizations)
         """What the bridges' optimiser steps on."""
         if start.standardized:
@@ -125,10 +124,6 @@ class Trainer:
         self.bridge_optimizer = torch.optim.AdamW(self.maps.parameter_groups(config.lr), weight_decay=0.0)
         self._rates = [group["lr"] for group in self.bridge_optimizer.param_groups]
         restore_optimizer(self.bridge_optimizer, start.bridge_optimizer)
-        self.sparse_optimizer = _sparse_optimizer(pair, config, self.support)
-        """None where the sparse model is frozen."""
-        if self.sparse_optimizer is not None:
-            restore_optimizer(self.sparse_optimizer, start.sparse_optimizer)
         self.objective = _objective(config, processes)
 
     def sampled_sites(self, step: int) -> list[int]:
@@ -144,33 +139,26 @@ class Trainer:
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
-        with nullcontext() if self.support is None else self.support.sparse_kernels():
+        with nullcontext() if self.sparse is None else self.sparse.kernels(step):
             losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
         refuse_not_finite(losses, step)
-        if self.support is not None:
-            self.support.gather_gradients()
-        self.processes.sum_gradients(self._parameters())
+        self.processes.sum_gradients(self.pair.bridge_set.parameters())
+        if self.sparse is not None:
+            self.sparse.gather_gradients(step, self.processes.sum_gradients)
         refuse_not_finite_gradients(self._parameters(), step)
         for group, rate in zip(self.bridge_optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.lr(step) / self.config.lr
         self.maps.pull_gradients()
         self.bridge_optimizer.step()
         self.maps.fold()
-        if self.sparse_optimizer is not None:
-            self._sparse_step(self.sparse_optimizer, step)
+        if self.sparse is not None:
+            self.sparse.step(step)
         self.step = step
         return losses
 
     def lr(self, step: int) -> float:
         """The bridges' learning rate at a step, counted from 1."""
         return self.config.lr * (1 - (step - 1) / self.config.steps)
-
-    def kept_fraction(self, step: int) -> float:
-        """Part of the sparse model's weights kept after a step."""
-        c = self.config
-        if c.target_density is None:
-            return 1.0
-        return sparsity.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on; `start_from_checkpoint` reads it."""
@@ -179,52 +167,21 @@ class Trainer:
             "bridge_optimizer": optimizer_tensors(self.bridge_optimizer),
             STANDARDIZED_FILE: self.maps.tensors(),
         }
-        if self.sparse_optimizer is not None:
+        if self.sparse is not None:
             tensors["sparse"] = dict(self.pair.sparse.model.named_parameters())
-            tensors["sparse_optimizer"] = optimizer_tensors(self.sparse_optimizer)
-            tensors["supports"] = {} if self.support is None else self.support.masks
+            tensors["sparse_optimizer"] = optimizer_tensors(self.sparse.optimizer)
+            tensors["supports"] = {} if self.sparse.support is None else self.sparse.support.masks
         return Checkpoint(self.step, {}, {name: values for name, values in tensors.items() if values})
 
     def _parameters(self) -> Iterator[Tensor]:
         """What losses are backpropagated to: the bridges' plain weights, and what trains of the sparse model."""
         yield from self.pair.bridge_set.parameters()
-        if self.sparse_optimizer is not None:
-            yield from self.sparse_optimizer.param_groups[0]["params"]
+        if self.sparse is not None:
+            yield from self.sparse.parameters()
 
     def _zero_grad(self) -> None:
         for parameter in self._parameters():
             parameter.grad = None
-
-    def _sparse_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        config, kept = self.config, self.kept_fraction(step)
-        optimizer.param_groups[0]["lr"] = sparsity.learning_rate(
-            step, config.steps, config.sparse_lr, kept=kept, target=config.target_density or kept
-        )
-        sparsity.clip_to_rms(optimizer.param_groups[0]["params"])
-        optimizer.step()
-        if self.support is not None:
-            self.support.scatter()
-        elif config.target_density is not None:
-            sparsity.project(self.pair.sparse.model, kept)
-
-
-def _support(pair: ModelPair, config: FitConfig, start: StartState) -> Support | None:
-    if not config.train_sparse or config.target_density is not None:
-        return None
-    masks = sparsity.supports(pair.sparse.model) if start.supports is None else start.supports
-    return Support(pair.sparse.model, masks, use_kernels=config.mixed_precision == "no")
-
-
-def _sparse_optimizer(pair: ModelPair, config: FitConfig, support: Support | None) -> torch.optim.AdamW | None:
-    if not config.train_sparse:
-        return None
-    return torch.optim.AdamW(
-        [p for p in pair.sparse.model.parameters() if p.requires_grad] if support is None else support.parameters(),
-        lr=config.sparse_lr,
-        betas=(0.9, 0.95),
-        eps=config.sparse_eps,
-        weight_decay=config.sparse_weight_decay,
-    )
 
 
 def _objective(config: FitConfig, processes: ProcessGroup) -> Objective:
@@ -270,8 +227,8 @@ def train(
             row: dict[str, Any] = {"step": trainer.step, **losses.row()}
             row["tokens_per_second"] = round(losses.tokens / (time.perf_counter() - started), 1)
             row["lr"] = trainer.lr(trainer.step)
-            if config.train_sparse:
-                row["kept_fraction"] = trainer.kept_fraction(trainer.step)
+            if trainer.sparse is not None:
+                row["kept_fraction"] = trainer.sparse.kept_fraction(trainer.step)
             measured = trainer.step % interval(config.steps) == 0 or trainer.step == config.steps
             if selection is not None and measured:
                 row["selection/objective"] = selection.observe(trainer.step)

@@ -22,6 +22,9 @@ MAX_COUNTED_CHANNELS = 8
 """Up to this many channels, `abs_topk_at` counts what ranks before each; for more, finding every row's threshold is
 cheaper (benchmarks/bench_abs_topk.py)."""
 
+LONG_ROW = 2**16
+"""Rows from this length on, such as the flattened matrices of weight-sparse training, are searched by brackets."""
+
 
 class _FloatBits(NamedTuple):
     """How the bits of a float dtype are read as an integer."""
@@ -111,8 +114,13 @@ def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch 
     from bridges.ops import kernels
 
     mask = torch.empty(x.shape, dtype=torch.bool)
-    rows = _rows_of_bits(x)
-    kernels.topk_mask(rows, k, _BITS[x.dtype].infinity, mask.view(rows.shape).numpy())
+    rows, infinity = _rows_of_bits(x), _BITS[x.dtype].infinity
+    flags = mask.view(rows.shape).numpy()
+    if x.shape[-1] < LONG_ROW:
+        kernels.topk_mask(rows, k, infinity, flags)
+    else:
+        for row, row_flags in zip(rows, flags, strict=True):
+            kernels.topk_mask_long(row, k, infinity, row_flags)
     return mask
 
 

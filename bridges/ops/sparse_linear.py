@@ -58,10 +58,28 @@ def sparse_linear(
     and float64; otherwise by the dense product, and so in a process forked after the kernel had run (on one thread:
     RuntimeError on more, which would hang).
     """
-    if not (has_parallel_kernel(x) and x.dtype == values.dtype and x.dtype in (torch.float32, torch.float64)):
+    if not _runs_kernel(x, values, bias):
         return sparse_linear_eager(x, values, pattern, bias)
-    y = _SparseLinear.apply(x.flatten(0, -2), values, pattern).unflatten(0, x.shape[:-1])  # pyright: ignore
-    return y if bias is None else y + bias
+    bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
+    return _SparseLinear.apply(x.flatten(0, -2), values, bias, pattern).unflatten(0, x.shape[:-1])  # pyright: ignore
+
+
+def dense_gradient_linear(
+    x: Float[Tensor, "*batch n_in"],
+    weight: Float[Tensor, "n_out n_in"],
+    pattern: NonzeroPattern,
+    bias: Float[Tensor, " n_out"] | None = None,
+) -> Float[Tensor, "*batch n_out"]:
+    """x W' + bias for a matrix W that is zero outside `pattern`, with a gradient for every entry of W.
+
+    The product and the gradient of x multiply by nonzeros alone; that of W is a dense product. Falls back to the dense
+    product where `sparse_linear` does.
+    """
+    if not _runs_kernel(x, weight, bias):
+        return F.linear(x, weight, bias)
+    bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
+    y = _DenseGradientLinear.apply(x.flatten(0, -2), weight, bias, pattern)
+    return y.unflatten(0, x.shape[:-1])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def sparse_linear_eager(
@@ -75,34 +93,67 @@ def sparse_linear_eager(
     return F.linear(x, flat.view(pattern.shape), bias)
 
 
+def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    dtypes = {x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype}
+    return has_parallel_kernel(x) and len(dtypes) == 1 and x.dtype in (torch.float32, torch.float64)
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: NonzeroPattern) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor, pattern: NonzeroPattern) -> Tensor:
         from bridges.ops import kernels
 
         x = x.detach().contiguous()
         ctx.save_for_backward(x, values)
         ctx.pattern = pattern
         out = x.new_empty(len(x), pattern.shape[0])
-        kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, x, out))
+        kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, bias, x, out))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         from bridges.ops import kernels
 
         x, values = ctx.saved_tensors
         pattern, grad = ctx.pattern, grads[0].contiguous()
-        x_grad = values_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = torch.empty_like(x)
-            by_column = values[pattern.by_column]
-            kernels.multiply(*_arrays(pattern.column_starts, pattern.rows, by_column, grad, x_grad))
-        if ctx.needs_input_grad[1]:
-            blocks = values.new_empty((len(x) + kernels.BLOCK - 1) // kernels.BLOCK, len(values))
+        wants_x, wants_values, wants_bias, _ = ctx.needs_input_grad
+        x_grad = torch.empty_like(x) if wants_x else None
+        blocks = values.new_empty((len(x) + kernels.BLOCK - 1) // kernels.BLOCK, len(values)) if wants_values else None
+        if x_grad is None and blocks is not None:
             kernels.values_gradient(*_arrays(pattern.row_starts, pattern.columns, grad, x, blocks))
-            values_grad = blocks.sum(0)
-        return x_grad, values_grad, None
+        elif x_grad is not None:
+            by_column = pattern.column_starts, pattern.rows, values[pattern.by_column]
+            if blocks is None:
+                kernels.multiply(*_arrays(*by_column, grad.new_zeros(x.shape[1]), grad, x_grad))
+            else:
+                kernels.both_gradients(*_arrays(*by_column, pattern.by_column, grad, x, x_grad, blocks))
+        return x_grad, None if blocks is None else blocks.sum(0), grad.sum(0) if wants_bias else None, None
+
+
+class _DenseGradientLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, pattern: NonzeroPattern) -> Tensor:
+        from bridges.ops import kernels
+
+        x, values = x.detach().contiguous(), weight.detach().flatten()[pattern.flat]
+        ctx.save_for_backward(x, values)
+        ctx.pattern = pattern
+        out = x.new_empty(len(x), pattern.shape[0])
+        kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, bias, x, out))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        from bridges.ops import kernels
+
+        x, values = ctx.saved_tensors
+        pattern, grad = ctx.pattern, grads[0].contiguous()
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        x_grad = torch.empty_like(x) if wants_x else None
+        if x_grad is not None:
+            by_column = pattern.column_starts, pattern.rows, values[pattern.by_column]
+            kernels.multiply(*_arrays(*by_column, grad.new_zeros(x.shape[1]), grad, x_grad))
+        return x_grad, grad.mT @ x if wants_weight else None, grad.sum(0) if wants_bias else None, None
 
 
 def _starts(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_and_one"]:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from bridges.ops.abs_topk import abs_topk_mask
 from bridges.sparsity.projection import channel_dim, largest, sparse_parameters
 
+MOVE_UNTIL = 0.85
+"""The fraction of the steps after which a support stays, where no setting says another."""
+
 
 def moving_share(step: int, steps: int, start: float, until: float) -> float:
     """The share of the support that moves at a step: a cosine from `start` to 0 at step until * steps.

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from bridges.config import Settings
+from bridges.sparsity.moving import MOVE_UNTIL
 
 
 class PretrainConfig(Settings):
@@ -62,7 +63,7 @@ class PretrainConfig(Settings):
     large weights on which nothing depends leave first. "magnitude": its magnitude."""
     move_share: float = Field(default=0.1, ge=0, le=1)
     """The part of the support that a move replaces at the start; it decays to 0 with a cosine."""
-    move_until: float = Field(default=0.85, gt=0, le=1)
+    move_until: float = Field(default=MOVE_UNTIL, gt=0, le=1)
     """The fraction of the steps after which the support stays."""
 
     lr: float = Field(default=2.5e-3, gt=0)

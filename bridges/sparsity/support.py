@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bridges.models.modes import replaced_forwards
 from bridges.ops.compiled import has_parallel_kernel
-from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
+from bridges.ops.sparse_linear import NonzeroPattern, dense_gradient_linear, sparse_linear
 from bridges.sparsity.moving import saliency
 from bridges.sparsity.projection import sparse_parameters
 
@@ -163,6 +164,19 @@ def use_sparse_kernels(model: nn.Module) -> AbstractContextManager[None]:
     for module in model.modules():
         if isinstance(module, nn.Linear) and _is_low_density(module.weight, mask := module.weight != 0):
             forwards[module] = _sparse_forward(module.weight.detach()[mask], mask, module.bias)
+    return replaced_forwards(forwards)
+
+
+def skip_zeros(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which matrices of low density multiply by their nonzeros alone, but get gradients of all entries.
+
+    Where the zeros are is looked up when the context is made: weights must not change inside.
+    """
+    forwards = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and _is_low_density(module.weight, mask := module.weight != 0):
+            pattern = NonzeroPattern.from_mask(mask)
+            forwards[module] = partial(dense_gradient_linear, weight=module.weight, pattern=pattern, bias=module.bias)
     return replaced_forwards(forwards)
 
 

@@ -90,7 +90,7 @@ def test_the_sparse_model_takes_clipped_adamw_steps_at_its_own_rate():
     rate = 0.02 * (0.5 / 0.75) ** 0.5
     expected = adamw(before, [gain.grad], [rate], (0.9, 0.95), 1e-3, 0.3)
     torch.testing.assert_close(gain.detach(), expected, rtol=1e-12, atol=0)
-    assert found.kept_fraction(1) == 0.75 and found.kept_fraction(2) == 0.5
+    assert found.sparse.kept_fraction(1) == 0.75 and found.sparse.kept_fraction(2) == 0.5
     embedding = pair.sparse.model.transformer.wte.weight
     assert int(torch.count_nonzero(embedding)) == round(0.75 * embedding.numel())
 
@@ -104,7 +104,12 @@ def test_sampled_sites_follow_the_seed_and_the_step_alone():
     assert trainer(sites_per_step=9).sampled_sites(1) == trainer().sampled_sites(1) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("settings", [{}, JOINT, {"train_sparse": True}], ids=["frozen", "joint", "kept zeros"])
+MOVING = {**JOINT, "support": "moving", "start_density": 0.6, "move_every": 2, "move_share": 0.3}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, JOINT, {"train_sparse": True}, MOVING], ids=["frozen", "joint", "kept zeros", "moving"]
+)
 def test_a_trainer_built_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, settings):
     def pair():
         sparse = sparse_model(layers=1, dropout=0.2).train(bool(settings))
@@ -125,6 +130,41 @@ def test_a_trainer_built_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path,
         second.train_step([BATCH])
     assert second.step == 4
     assert all(torch.equal(one, two) for one, two in zip(tensors(second), tensors(whole), strict=True))
+
+
+def test_a_moving_support_falls_to_its_density_moves_and_trains_nothing_else():
+    pair = join(gpt2(layers=1), sparse_model(layers=1))
+    found = trainer(pair, steps=8, anneal=0.5, **{**MOVING, "target_density": 0.25})
+    weights = dict(sparsity.sparse_parameters(pair.sparse.model))
+    before = found.sparse.support.masks
+    counts = []
+    for _ in range(8):
+        masks = found.sparse.support.masks
+        found.train_step([BATCH])
+        assert all(
+            (weight == 0)[~(masks[name] | found.sparse.support.masks[name])].all() for name, weight in weights.items()
+        )
+        counts.append(int(found.sparse.support.masks["transformer.wte.weight"].sum()))
+    size = weights["transformer.wte.weight"].numel()
+    assert counts == [round(kept * size) for kept in (0.6, 0.425, 0.425, 0.25, 0.25, 0.25, 0.25, 0.25)]
+    grown = [name for name, mask in found.sparse.support.masks.items() if (mask & ~before[name]).any()]
+    assert "transformer.h.0.mlp.c_fc.weight" in grown
+
+
+def test_a_support_that_moves_nothing_is_the_fixed_one():
+    def pair():
+        sparse = sparse_model(layers=1)
+        sparsity.project(sparse, 0.6, 1)
+        return join(gpt2(layers=1), sparse)
+
+    # A moving run's peak rate is that of its own schedule, with as many weights kept as at the end.
+    still = trainer(pair(), **{**MOVING, "target_density": 0.6, "move_share": 0.0})
+    fixed = trainer(pair(), train_sparse=True)
+    for _ in range(4):
+        still.train_step([BATCH])
+        fixed.train_step([BATCH])
+    for one, two in zip(tensors(still), tensors(fixed), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 def test_without_a_folder_no_checkpoint_is_written(tmp_path, monkeypatch):

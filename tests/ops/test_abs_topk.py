@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bridges.ops import compiled
-from bridges.ops.abs_topk import abs_topk, abs_topk_at, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
+from bridges.ops.abs_topk import LONG_ROW, abs_topk, abs_topk_at, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
 
 TWINS = [abs_topk, abs_topk_eager]
 MASKS = [abs_topk_mask, abs_topk_mask_eager]
@@ -42,6 +42,23 @@ def test_ties_go_to_the_lowest_index(mask, dtype):
     x = (seeded(60, 41) * 1.5).round().to(dtype)
     for k in (1, 5, 20, 40):
         assert torch.equal(mask(x, k), oracle(x, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "nan and infinity", "equal"])
+def test_long_rows_are_searched_by_brackets(kind, dtype):
+    x = seeded(2, LONG_ROW + 3, dtype=torch.float64)
+    if kind == "ties":
+        x = (x * 3).round()
+    elif kind == "zeros":
+        x[:, 50:] = 0
+    elif kind == "nan and infinity":
+        x[0, 7], x[0, 9], x[1, 3] = NAN, -INF, INF
+    elif kind == "equal":
+        x[:] = -2.0
+    x = x.to(dtype)
+    for k in (1, 49, 700, LONG_ROW + 2):
+        assert torch.equal(abs_topk_mask(x, k), abs_topk_mask_eager(x, k))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -172,7 +189,7 @@ def test_under_torch_compile():
     """In a process of its own: torch.compile cannot trace the check of types that the test run adds."""
     code = """
 import torch
-from bridges.ops.abs_topk import abs_topk, abs_topk_eager
+from bridges.ops.abs_topk import LONG_ROW, abs_topk, abs_topk_eager
 x = torch.randn(6, 11).round().requires_grad_()
 compiled = torch.compile(lambda z: abs_topk(2 * z, 4).square().sum(), backend="aot_eager")
 (gradient,) = torch.autograd.grad(compiled(x), x)

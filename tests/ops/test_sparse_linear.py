@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import bridges.ops.compiled as compiled
-from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear, sparse_linear_eager
+from bridges.ops.sparse_linear import NonzeroPattern, dense_gradient_linear, sparse_linear, sparse_linear_eager
 
 SHAPES = {
     "wide": ((3, 7), 20, 30, 0.2),
@@ -37,6 +37,19 @@ def test_values_and_gradients_are_those_of_the_dense_product(shape):
     leaves, pattern, weight = problem(*shape)
     found, expected = outcome(sparse_linear, leaves, pattern), outcome(sparse_linear_eager, leaves, pattern)
     assert torch.allclose(expected[0], leaves[0] @ weight.T + leaves[2], atol=1e-12)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_all_entries_of_a_matrix_get_their_gradient(shape, with_bias):
+    (x, _, bias), pattern, weight = problem(*shape)
+    weight, bias = weight.detach().requires_grad_(), bias if with_bias else None
+    leaves = [x, weight, bias] if with_bias else [x, weight]
+    outs = [dense_gradient_linear(x, weight, pattern, bias), torch.nn.functional.linear(x, weight, bias)]
+    upstream = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    found, expected = ([out, *torch.autograd.grad(out, leaves, upstream)] for out in outs)
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 

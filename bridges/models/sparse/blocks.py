@@ -16,6 +16,7 @@ from transformers import Cache
 
 from bridges.models.sparse.config import SparseConfig
 from bridges.ops.abs_topk import abs_topk
+from bridges.ops.causal_attention import causal_attention, has_fused_attention
 
 
 class AbsTopK(nn.Module):
@@ -98,6 +99,9 @@ class Attention(nn.Module):
         v: Float[Tensor, "b n_head t d_head"],
         allowed: Bool[Tensor, "#b 1 s t"],
     ) -> Float[Tensor, "b n_head s d_head"]:
+        dropped = self.training and self.dropout > 0
+        if has_fused_attention(q, k) and not dropped and _is_causal(allowed):
+            return causal_attention(q, k, v, None if self.attn_imp is None else self.attn_imp.sink_logit)
         return F.dropout(self.weights(q, k, allowed), self.dropout, self.training) @ v
 
     def weights(
@@ -205,6 +209,11 @@ def attention_pattern(
     total = past + seq
     allowed = torch.ones(seq, total, dtype=torch.bool, device=device).tril(past)[None, None]
     return allowed if attention_mask is None else allowed & attention_mask[:, None, None, :].bool()
+
+
+def _is_causal(allowed: Bool[Tensor, "#b 1 s t"]) -> bool:
+    """Whether every query may attend to all keys up to its own, and to no other."""
+    return allowed.shape[0] == 1 and torch.equal(allowed[0, 0], torch.ones_like(allowed[0, 0]).tril())
 
 
 def sinusoids(block_size: int, width: int) -> Float[Tensor, "block_size width"]:

@@ -1,0 +1,76 @@
+"""One training step against a written-out one (written_out.py): time, peak memory. python benchmarks/bench_step.py
+
+Each row is one run in which both steps alternate: the processor time of the fastest of --rounds steps, and the ratio.
+Peak memory is that of a process of its own for each, over what it held before its first step. All sites, exact KL, 8
+rows of 128 tokens, one thread. The smaller cases alone with --quick.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+
+import torch
+from step_pair import KINDS, models, steps
+
+LARGE = {"layers": 2, "d_sparse": 2048, "density": 1 / 256}
+TIMED = [(kind, {"layers": layers, "density": 1 / 64}) for layers in (2, 4) for kind in KINDS] + [("frozen", LARGE)]
+MEASURED = [("fixed support", {"layers": layers, "density": 1 / 64}) for layers in (4, 16)]
+
+
+def fastest(kind, shape, rounds):
+    """{name: milliseconds of processor time of the fastest step}."""
+    dense, sparse = models(**shape)
+    with steps(dense, sparse, shape["density"], kind) as functions:
+        times = {name: [] for name in functions}
+        for _ in range(rounds + 1):  # the first one compiles
+            for name, step in functions.items():
+                started = time.process_time()
+                step()
+                times[name].append(1e3 * (time.process_time() - started))
+    return {name: min(taken[1:]) for name, taken in times.items()}
+
+
+def peak_mib(name, kind, shape):
+    """MiB that two steps take at their peak over what the process held before; call it in a process of its own."""
+    torch.set_num_threads(1)
+    dense, sparse = models(**shape)
+    with steps(dense, sparse, shape["density"], kind) as functions:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(2):
+            functions[name]()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def describe(kind, shape):
+    """A case in words."""
+    return (
+        f"{kind}, {shape['layers']} layers, d_sparse {shape.get('d_sparse', 512)}, density 1/{1 / shape['density']:.0f}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two layers, no memory")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    timed = [case for case in TIMED if not arguments.quick or case[1] == {"layers": 2, "density": 1 / 64}]
+    print("| one step, processor ms | written out | ours | ratio |\n|---|---|---|---|")
+    for kind, shape in timed:
+        took = fastest(kind, shape, arguments.rounds)
+        written, ours = took["written out"], took["ours"]
+        print(f"| {describe(kind, shape)} | {written:.0f} | {ours:.0f} | {written / ours:.2f} |", flush=True)
+    if arguments.quick:
+        return
+    print("\n| peak memory of a step, MiB | written out | ours | ratio |\n|---|---|---|---|")
+    for kind, shape in MEASURED:
+        found = []
+        for name in ("written out", "ours"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found.append(pool.apply(peak_mib, (name, kind, shape)))
+        print(f"| {describe(kind, shape)} | {found[0]:.0f} | {found[1]:.0f} | {found[0] / found[1]:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

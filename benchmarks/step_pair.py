@@ -1,0 +1,73 @@
+"""The pair that the benchmarks of one training step run on: a GPT-2 and a weight-sparse transformer, random weights."""
+
+from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from written_out import WrittenOut
+
+from bridges.config import FitConfig
+from bridges.fit import sparse_modes
+from bridges.fitting.trainer import ProcessGroup, Trainer
+from bridges.fitting.untrained import untrained_pair
+from bridges.models.loading import as_residual
+from bridges.models.modes import frozen
+from bridges.models.sparse.config import SparseConfig
+from bridges.models.sparse.model import SparseTransformer
+from bridges.sparsity.projection import project
+
+
+def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 / 64, seed=0):
+    """A GPT-2, and a `SparseTransformer` of equal depth at a density."""
+    torch.manual_seed(seed)
+    shape = {"n_embd": d_dense, "n_layer": layers, "n_head": d_dense // 32, "vocab_size": vocab, "n_positions": seq}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    dense = GPT2LMHeadModel(GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0)).eval()
+    sparse = SparseTransformer(
+        SparseConfig(n_layer=layers, d_model=d_sparse, d_head=16, vocab_size=vocab, block_size=seq, dropout=0.0)
+    )
+    project(sparse, density)
+    return dense, sparse
+
+
+KINDS = {
+    "projected": {"train_sparse": True},
+    "fixed support": {"train_sparse": True},
+    "frozen": {},
+}
+"""What trains of the sparse model: all weights, of which all but the largest are then zeroed; its nonzeros; nothing."""
+
+
+@contextmanager
+def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
+    """Inside, {name: function that does one step and returns the loss}, of the written-out step and of ours.
+
+    Both compute the same losses of the same models. Where weights of the sparse model train, the written-out one trains
+    and projects all of them.
+    """
+    settings = KINDS[kind] | settings
+    if kind == "projected":
+        settings |= {"target_density": density, "start_density": density}
+    joint = settings.get("train_sparse", False)
+    ours, theirs = deepcopy(sparse), deepcopy(sparse)
+    config = FitConfig(steps=10**6, batch_size=batch, seq_len=seq, sites_per_step="all", **settings)
+    pair = untrained_pair(as_residual(dense), as_residual(ours), config)
+    generator = torch.Generator().manual_seed(1)
+    for bridge in pair.bridge_set:
+        bridge.randomize(generator)
+    written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), density if joint else None)
+    batches = [torch.randint(dense.config.vocab_size, (batch, seq), generator=generator) for _ in range(4)]
+    turns = Counter()
+
+    def next_batch(name):
+        turns[name] += 1
+        return batches[turns[name] % len(batches)].to(pair.dense.device)
+
+    with frozen(dense), sparse_modes(ours, config):
+        trainer = Trainer(pair, config, ProcessGroup())
+        yield {
+            "written out": lambda: written.step(next_batch("written out")),
+            "ours": lambda: trainer.train_step([(next_batch("ours"), None)]).loss,
+        }

@@ -1,0 +1,121 @@
+"""The sparse model of a fit that trains it: its optimiser, its support, its density (method, section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from bridges.config import FitConfig
+from bridges.fitting.checkpoint import restore_optimizer
+from bridges.fitting.start import StartState
+from bridges.sparsity import projection
+from bridges.sparsity.moving import MOVE_UNTIL, moved_masks, moving_share
+from bridges.sparsity.support import Support, skip_zeros
+
+MIN_PER_CHANNEL = 1
+"""Nonzero weights that every neuron and attention channel keeps at least where the support moves."""
+
+
+class SparseTraining:
+    """The optimiser of a sparse model, and which of its weights may differ from zero.
+
+    In a step: the gradients inside `kernels`, then `gather_gradients` and `step`.
+    """
+
+    def __init__(self, model: nn.Module, config: FitConfig, start: StartState):
+        self.model, self.config = model, config
+        self.support = self._first_support(start)
+        """The nonzeros that alone train; None where all weights do."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained if self.support is None else self.support.parameters(),
+            lr=config.sparse_lr,
+            betas=(0.9, 0.95),
+            eps=config.sparse_eps,
+            weight_decay=config.sparse_weight_decay,
+        )
+        restore_optimizer(self.optimizer, start.sparse_optimizer)
+        self._whole_gradients: dict[str, Tensor] = {}
+
+    def _first_support(self, start: StartState) -> Support | None:
+        c = self.config
+        if c.target_density is not None and c.support == "projected":
+            return None
+        if c.support == "moving" and start.supports is None and c.start_density < 1:
+            projection.project(self.model, c.start_density, MIN_PER_CHANNEL)
+        masks = projection.supports(self.model) if start.supports is None else start.supports
+        return Support(self.model, masks, use_kernels=c.mixed_precision == "no")
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser trains."""
+        return self.optimizer.param_groups[0]["params"]
+
+    def kept_fraction(self, step: int) -> float:
+        """Part of the model's weights kept after a step; a moving support comes to it at its next move."""
+        c = self.config
+        if c.target_density is None:
+            return 1.0
+        return projection.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
+
+    def moves(self, step: int) -> bool:
+        """Whether the support moves after a step: at intervals, and where the density arrives at its target."""
+        c = self.config
+        if c.support != "moving":
+            return False
+        arrives = step == max(1, math.ceil(c.anneal * c.steps))
+        return arrives or (step % c.move_every == 0 and step <= max(MOVE_UNTIL, c.anneal) * c.steps)
+
+    def kernels(self, step: int) -> AbstractContextManager[None]:
+        """Context for the passes of a step, in which the model multiplies by its nonzeros alone where that is faster.
+
+        All entries of its matrices get gradients there where they all train, and before the support moves.
+        """
+        if self.support is not None and not self.moves(step):
+            return self.support.sparse_kernels()
+        return skip_zeros(self.model) if self.config.mixed_precision == "no" else nullcontext()
+
+    def gather_gradients(self, step: int, sum_over_processes: Callable[[Iterable[Tensor]], None]) -> None:
+        """Bring all gradients, summed over processes, to `parameters`."""
+        if self.support is None:
+            sum_over_processes(self.parameters())
+        elif self.moves(step):
+            sum_over_processes(self.model.parameters())
+            self._whole_gradients = self.support.dense_gradients()
+            self.support.gather_gradients()
+        else:
+            self.support.gather_gradients()
+            sum_over_processes(self.parameters())
+
+    def step(self, step: int) -> None:
+        """Step the optimiser, then set to zero what is to be zero."""
+        c, kept = self.config, self.kept_fraction(step)
+        self.optimizer.param_groups[0]["lr"] = projection.learning_rate(
+            step, c.steps, c.sparse_lr, kept=kept, target=c.target_density or kept
+        )
+        projection.clip_to_rms(self.parameters())
+        self.optimizer.step()
+        if self.support is not None:
+            self.support.scatter()
+            if self.moves(step):
+                self._move(self.support, step)
+        elif c.target_density is not None:
+            projection.project(self.model, kept)
+
+    def _move(self, support: Support, step: int) -> None:
+        """Let the least important weights make room for the zeros of largest gradient."""
+        share = moving_share(step, self.config.steps, self.config.move_share, MOVE_UNTIL)
+        masks = moved_masks(
+            self.model,
+            support.masks,
+            self._whole_gradients,
+            self.kept_fraction(step),
+            share,
+            MIN_PER_CHANNEL,
+            support.saliencies(self.optimizer),
+        )
+        support.move(masks, self.optimizer)
+        self._whole_gradients = {}
