@@ -23,7 +23,7 @@ from bridges.sparsity import projection
 from bridges.sparsity.graphed import GraphedStep
 from bridges.sparsity.moving import moved_masks, moving_share
 from bridges.sparsity.settings import PretrainConfig
-from bridges.sparsity.support import Support
+from bridges.sparsity.support import Support, skip_zeros
 
 WARM_UP = 3
 """Steps before one is recorded as a CUDA graph: they compile kernels and make the optimiser's moments."""
@@ -208,7 +208,7 @@ class Pretrainer:
         support, processes = self.support, self.processes
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with support.sparse_kernels() if support is not None and not whole else nullcontext():
+        with self._kernels(whole):
             losses = self.losses(batches, True, counts)
         if support is None:
             processes.sum_gradients(self.model.parameters())
@@ -221,6 +221,12 @@ class Pretrainer:
         support.gather_gradients()
         processes.sum_gradients(support.parameters())
         return losses, {}
+
+    def _kernels(self, whole: bool) -> AbstractContextManager[None]:
+        """Context in which the model multiplies by its nonzeros alone; `whole`: all entries get gradients."""
+        if self.support is not None and not whole:
+            return self.support.sparse_kernels()
+        return skip_zeros(self.model) if self.config.mixed_precision == "no" else nullcontext()
 
     def _move(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         assert self.support is not None

@@ -174,7 +174,9 @@ def skip_zeros(model: nn.Module) -> AbstractContextManager[None]:
     """
     forwards = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and _is_low_density(module.weight, mask := module.weight != 0):
+        if not (isinstance(module, nn.Linear) and has_parallel_kernel(module.weight)):
+            continue  # before anything is computed on a GPU
+        if _is_low_density(module.weight, mask := module.weight != 0):
             pattern = NonzeroPattern.from_mask(mask)
             forwards[module] = partial(dense_gradient_linear, weight=module.weight, pattern=pattern, bias=module.bias)
     return replaced_forwards(forwards)
