@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -52,6 +54,22 @@ class SiteFigures:
     """Standard error of kl_dense_to_sparse, over rows; NaN for a single row."""
     kl_sparse_to_dense_se: float = math.nan
     """Standard error of kl_sparse_to_dense."""
+
+
+@dataclass(frozen=True)
+class PathFigures:
+    """A hybrid pass along one path; see `bridges.objective.hybrid.run_path`."""
+
+    path: str
+    """The first letter of each side: `"ddsd"` runs the dense model up to the second of three bridged sites, then the
+    sparse model up to the third, then the dense model."""
+    kl: float
+    """KL(dense || pass), nats per token."""
+
+    @property
+    def changes(self) -> int:
+        """How often the path changes sides."""
+        return sum(one != two for one, two in pairwise(self.path))
 
 
 FIGURES = tuple(f.name for f in fields(SiteFigures) if f.name != "name")
@@ -108,6 +126,9 @@ class BridgeReport:
     """The state of a fit that this is: its `step`, its `objective` on training rows that were set aside, and
     `objective_at_start`. None without gradient steps, and where the sparse model trained."""
 
+    paths: tuple[PathFigures, ...] = ()
+    """Hybrid passes that `evaluate(paths=...)` was asked for."""
+
     def __eq__(self, other: object) -> bool:
         """Whether all figures are equal; undefined ones, which are NaN, equal one another."""
         return isinstance(other, BridgeReport) and repr(self) == repr(other)
@@ -120,8 +141,9 @@ class BridgeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`, undefined figures as NaN."""
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sites"}
-        return {"sites": [asdict(site) for site in self.sites], "mean": self.mean} | rest
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sites", "paths")}
+        paths = {"paths": [asdict(path) for path in self.paths]} if self.paths else {}
+        return {"sites": [asdict(site) for site in self.sites], "mean": self.mean} | rest | paths
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BridgeReport:
@@ -130,6 +152,7 @@ class BridgeReport:
         sites = tuple(SiteFigures(**_null_as_nan(site, FIGURES)) for site in values["sites"])
         if rest.get("selection") is not None:
             rest["selection"] = _null_as_nan(rest["selection"], OBJECTIVES)
+        rest["paths"] = tuple(PathFigures(**_null_as_nan(path, ("kl",))) for path in rest.get("paths", ()))
         return cls(sites, **_null_as_nan(rest, MODEL_FIGURES))
 
     def save(self, path: str | Path) -> None:
@@ -184,7 +207,14 @@ class BridgeReport:
             f"{measured}. Cross-entropy: dense {self.dense_ce:.3f}, "
             f"sparse {self.sparse_ce:.3f}; KL of the sparse model alone {self.kl_sparse_alone:.3f}."
         )
-        return text if self.selection is None else f"{text} {self._selected()}"
+        text = text if self.selection is None else f"{text} {self._selected()}"
+        return f"{text}\n{self._paths()}" if self.paths else text
+
+    def _paths(self) -> str:
+        """The mean KL of the paths by their number of changes."""
+        by_changes = {n: [path.kl for path in self.paths if path.changes == n] for n in range(len(self.sites) + 1)}
+        parts = [f"{n}: {fmean(kls):.3f} ({len(kls)})" for n, kls in by_changes.items() if kls]
+        return f"KL of paths by changes of side (number of paths): {', '.join(parts)}."
 
     def _selected(self) -> str:
         """Which step of the fit this is."""

@@ -124,6 +124,10 @@ class FitConfig(Settings):
     ce_weight: float = Field(default=1.0, ge=0)
     """w_ce: weight of the sparse model's next-token loss; counts where that model trains."""
 
+    path_weight: float = Field(default=0.0, ge=0)
+    """Weight of the KL of hybrid passes that change sides several times: one pass in every step, its number of changes
+    (two or more), its bridges and its first side drawn anew."""
+
     train_sparse: bool = False
     """Train the sparse model together with the bridges."""
     target_density: float | None = Field(default=None, gt=0, le=1)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.bridge_report import BridgeReport, SiteFigures
+from bridges.bridge_report import BridgeReport, PathFigures, SiteFigures
 from bridges.data.prepare import heldout_rows
 from bridges.io.progress import progress_bar, tracked
 from bridges.models.loading import as_residual
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch, ResidualModel
 from bridges.objective.figures import PASSES, Hybrids, Reconstruction
-from bridges.objective.hybrid import SIDES, ModelPair, trace_pair
+from bridges.objective.hybrid import SIDES, ModelPair, Side, random_path, trace_pair
 from bridges.objective.normalizers import nmse
 from bridges.objective.sums import Reduce, no_reduce
 
@@ -34,6 +34,7 @@ def evaluate(
     tokenizer: Any = None,
     batch_size: int = 16,
     kl_tokens: int | Literal["auto"] = "auto",
+    paths: int | Sequence[str | Sequence[Side]] = (),
     check_models: bool = True,
     progress: bool = True,
 ) -> BridgeReport:
@@ -52,6 +53,10 @@ def evaluate(
         kl_tokens: tokens that KLs and cross-entropies are measured on, rounded up to whole rows from the first on;
             NMSEs are measured on all. By default as many as a budget of computation allows: every token of a small
             model pair, a few hundred where there are sixty sites. The report says how many, with the standard error.
+        paths: hybrid passes that change sides as often as they like, whose KLs the report gives in `paths`: each
+            path names, for every bridged site, the side that runs before it, and at last the side that runs to the
+            logits, as words or as first letters ("dsds" for three sites). A number: so many random paths of two and
+            more changes, the same ones every time.
         check_models: whether to refuse models that the bridges were not fitted to.
         progress: whether to show progress bars.
 
@@ -80,6 +85,7 @@ def evaluate(
     if check_models:
         bridge_set.check_models(pair.dense.model, pair.sparse.model)
     seq_len = bridge_set.provenance.get("fit", {}).get("seq_len") if isinstance(data, str | PathLike) else None
+    checked_paths = _paths(paths, len(bridge_set))
     rows = heldout_rows(pair.dense, pair.sparse, data, tokenizer, (dense, sparse), seq_len)
     auto = kl_tokens == "auto"
     n_rows = affordable_kl_rows(pair, len(rows), rows.seq_len) if auto else rows.rows_holding(kl_tokens)
@@ -90,7 +96,25 @@ def evaluate(
         kl_batches=rows.first(n_rows).in_order(batch_size),
         progress=progress,
         selection=None if bridge_set.report is None else bridge_set.report.selection,
+        paths=checked_paths,
     )
+
+
+def _paths(paths: int | Sequence[str | Sequence[Side]], n_sites: int) -> list[tuple[Side, ...]]:
+    """The paths as sides; ValueError for those that do not fit the bridged sites."""
+    if isinstance(paths, int):
+        if paths and n_sites < 2:
+            raise ValueError(f"paths={paths} needs two bridged sites or more, so that a path can change sides twice")
+        generator = torch.Generator().manual_seed(0)
+        return [random_path(n_sites, 2 + j % (n_sites - 1), generator) for j in range(paths)]
+    sides: dict[str, Side] = {"d": "dense", "dense": "dense", "s": "sparse", "sparse": "sparse"}
+    for path in paths:
+        if len(path) != n_sites + 1 or not set(path) <= sides.keys():
+            raise ValueError(
+                f"paths={path!r} must name {n_sites + 1} sides, 'dense' or 'sparse' or their first letters: one before "
+                f"each of the {n_sites} bridged sites, and one to the logits"
+            )
+    return [tuple(sides[side] for side in path) for path in paths]
 
 
 @torch.no_grad()
@@ -103,11 +127,12 @@ def measure(
     kl_batches: Sequence[Batch] | None = None,
     progress: bool = False,
     selection: dict[str, float | int] | None = None,
+    paths: Sequence[tuple[Side, ...]] = (),
 ) -> BridgeReport:
     """The report on the batches of all processes, of which this one may have none; models run in evaluation mode.
 
     `kl_batches`: those that KLs and cross-entropies are measured on; by default all of them. `selection`: what the
-    report says of the state that `fit` has selected.
+    report says of the state that `fit` has selected. `paths`: hybrid passes along other paths.
     """
     kl_batches = batches if kl_batches is None else kl_batches
     with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
@@ -115,8 +140,8 @@ def measure(
         for batch in tracked(batches, "NMSE, batches of held-out rows", shown=progress):
             streams.add(trace_pair(pair, *batch, with_logits=False))
         streams = streams.reduced(reduce)
-        hybrids = Hybrids(pair, streams.means())
-        steps = len(kl_batches) * len(pair.bridge_set)
+        hybrids = Hybrids(pair, streams.means(), paths)
+        steps = len(kl_batches) * (len(pair.bridge_set) + len(paths))
         with progress_bar("KL, sites and batches", steps, progress) as bar:
             for batch in kl_batches:
                 for _ in hybrids.add(trace_pair(pair, *batch)):
@@ -200,6 +225,10 @@ def _report(
         versions=versions(),
         nmse_tokens=int(every["dense"].tokens.max()),
         selection=selection,
+        paths=tuple(
+            PathFigures("".join(side[0] for side in path), kl)
+            for path, kl in zip(hybrids.paths, (hybrids.path_kl / rows.tokens).tolist(), strict=True)
+        ),
     )
 
 

@@ -192,6 +192,25 @@ def naive_objective(pair, weights, ids, mask=None, sampled=None):
     return loss, ce
 
 
+def naive_path_kl(pair, path, ids, mask=None):
+    """The KL of a hybrid pass along a path of first letters, sublayer by sublayer."""
+    chains, names = {"d": pair.dense, "s": pair.sparse}, ["d", "s"]
+    y = pair.dense.residuals(ids, mask)[1]
+    stream = chains[path[0]].residuals(ids, mask)[0][0]
+    at = 0
+    for i, sites in enumerate(pair.bridge_set.site_pairs):
+        chain = chains[path[i]]
+        stop = chain.index(sites[names.index(path[i])])
+        context = chain.context(ids, mask)
+        for j in range(at, stop):
+            stream = chain.sublayer(j, stream, context)
+        if path[i] != path[i + 1]:
+            stream = (naive_encode if path[i] == "d" else naive_decode)(pair.bridge_set[i], stream)
+        at = chains[path[i + 1]].index(sites[names.index(path[i + 1])])
+    site = pair.bridge_set.site_pairs[-1][names.index(path[-1])]
+    return naive_kl(y, chains[path[-1]].run_from(site, stream, ids, mask), real_places(ids, mask))
+
+
 def kl_of_turning_off(pair, text, chosen):
     """Nats per token, by `steer` on the text and the sum over the vocabulary written out."""
     edits = [Edit(chosen.site, channel, 0.0) for channel in chosen.channels]

@@ -46,6 +46,7 @@ INVALID = {
     "kl_dense_to_sparse_weight": [-1.0],
     "kl_sparse_to_dense_weight": [-1.0],
     "ce_weight": [-1.0],
+    "path_weight": [-1.0],
     "train_sparse": [2],
     "anneal": [-0.1, 1.1],
     "support": ["fixed"],

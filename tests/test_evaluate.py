@@ -15,6 +15,7 @@ from pairs import (
     naive_kl,
     naive_losses,
     naive_nmse,
+    naive_path_kl,
     neox,
     real_places,
     sparse_model,
@@ -305,3 +306,32 @@ def test_a_stream_that_does_not_vary_has_no_nmse_in_any_dtype():
     assert sums.variance().tolist() == [0]
     sums.add(0, torch.tensor([[0.1, -7.3, 1.001e5]]))
     assert sums.variance().item() == pytest.approx(1001 / 1002 * 100**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("build", PAIRS.values(), ids=PAIRS)
+def test_passes_that_change_sides_several_times(build):
+    pair = build()
+    n = len(pair.bridge_set)
+    asked = ["sd" * n, "ds" * n, "d" * (n + 1), "s" + "d" * (n - 1) + "s"]
+    asked = [path[: n + 1] for path in asked]
+    report = evaluate(pair.dense, pair.sparse, pair.bridge_set, DATA, batch_size=1, paths=asked)
+    assert [figures.path for figures in report.paths] == asked
+    assert [figures.changes for figures in report.paths] == [n, n, 0, 2]
+    for figures in report.paths:
+        expected = naive_path_kl(pair, figures.path, tokens(), MASK).item()
+        assert figures.kl == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert report == bridges.BridgeReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert f"{n}: " in str(report) and "changes of side" in str(report)
+
+
+def test_a_number_of_paths_draws_them_and_they_change_sides_twice_or_more():
+    pair = PAIRS["equal depth"]()
+    one, two = (evaluate(pair.dense, pair.sparse, pair.bridge_set, DATA, paths=9).paths for _ in range(2))
+    assert one == two and sorted({figures.changes for figures in one}) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("paths", [["ds"], ["dxdddd"], ["dddddd", ("dense", "sparse")]])
+def test_paths_that_do_not_fit_are_refused(paths):
+    pair = PAIRS["equal depth"]()
+    with pytest.raises(ValueError, match=r"must name 6 sides, 'dense' or 'sparse'"):
+        evaluate(pair.dense, pair.sparse, pair.bridge_set, DATA, paths=paths)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,18 @@ from torch import Tensor
 
 from bridges.data.random_state import RandomState, draws_from, random_state
 from bridges.models.residual import Batch, Trace
-from bridges.objective.hybrid import ModelPair, Traces, batch_moments, ce_sum, kl_sum, squared_errors, trace_pair
+from bridges.objective.hybrid import (
+    ModelPair,
+    Side,
+    Traces,
+    batch_moments,
+    ce_sum,
+    kl_from_dense,
+    kl_sum,
+    run_path,
+    squared_errors,
+    trace_pair,
+)
 from bridges.objective.normalizers import BatchMoments, Normalizers, combine_moments, nmse
 from bridges.objective.sums import Reduce, Sums, no_reduce
 
@@ -23,12 +35,13 @@ SITE_LOSSES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to
 
 
 class Weights(NamedTuple):
-    """w_n, w_ds, w_sd and w_ce of the objective."""
+    """w_n, w_ds, w_sd and w_ce of the objective, and the weight of a path that changes sides several times."""
 
     nmse: float = 1.0
     kl_dense_to_sparse: float = 1.0
     kl_sparse_to_dense: float = 1.0
     ce: float = 1.0
+    path: float = 0.0
 
 
 @dataclass
@@ -44,6 +57,8 @@ class StepLosses:
     kl_sparse_to_dense: dict[str, float] = field(default_factory=dict)
     ce: float | None = None
     """The sparse model's own cross-entropy; None where it does not train."""
+    kl_path: float | None = None
+    """The KL of a path that changes sides several times; None where none is run."""
     loss: float = 0.0
     """The objective."""
     tokens: int = 0
@@ -52,7 +67,8 @@ class StepLosses:
         """The losses under their metric names."""
         row = {"train/loss": self.loss}
         row |= {f"train/{name}/{site}": value for name in SITE_LOSSES for site, value in getattr(self, name).items()}
-        return row if self.ce is None else {**row, "train/ce": self.ce}
+        rest = {"train/ce": self.ce, "train/kl_path": self.kl_path}
+        return row | {name: value for name, value in rest.items() if value is not None}
 
 
 class Objective(NamedTuple):
@@ -80,31 +96,37 @@ class StepSums(Sums):
     kl_dense_to_sparse: Float[Tensor, " n_sites"]
     kl_sparse_to_dense: Float[Tensor, " n_sites"]
     ce: Float[Tensor, ""]
+    kl_path: Float[Tensor, ""]
 
     @classmethod
     def zeros(cls, n_sites: int) -> StepSums:
         """The losses of no batch."""
-        shapes = [(n_sites,)] * len(SITE_LOSSES) + [()]
+        shapes = [(n_sites,)] * len(SITE_LOSSES) + [(), ()]
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def step_gradients(
-    pair: ModelPair, batches: Sequence[Batch], sampled: Sequence[int], objective: Objective
+    pair: ModelPair,
+    batches: Sequence[Batch],
+    sampled: Sequence[int],
+    objective: Objective,
+    path: Sequence[Side] | None = None,
 ) -> StepLosses:
     """Add the objective's gradients to the bridges, and to the sparse model if it trains; returns the losses.
 
     The reconstruction losses run at every site, the KLs at the `sampled` ones: drawn evenly, these give an unbiased
-    gradient. `batches` are micro-batches. What the sums are divided by is gathered over all of them and over all
-    processes first, since ratios do not add. The caller sums the gradients over processes.
+    gradient. `path`: a hybrid pass that changes sides several times, whose KL counts with the weight `path`. `batches`
+    are micro-batches. What the sums are divided by is gathered over all of them and over all processes first, since
+    ratios do not add. The caller sums the gradients over processes.
     """
     moments, passes = _forward_passes(pair, batches, objective)
     normalizers = combine_moments(moments, objective.reduce)
     sums = StepSums.zeros(len(pair.bridge_set))
     for forward in passes:
-        _micro_batch(sums, pair, forward(), normalizers, sampled, objective)
+        _micro_batch(sums, pair, forward(), normalizers, sampled, objective, path)
     if objective.loss_scale != 1:
         _unscale(pair, objective)
-    return step_losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective)
+    return step_losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective, path)
 
 
 def _forward_passes(
@@ -144,6 +166,7 @@ def _micro_batch(
     normalizers: Normalizers,
     sampled: Sequence[int],
     objective: Objective,
+    path: Sequence[Side] | None,
 ) -> None:
     """Add a micro-batch's part of every loss to the sums, and its gradient; each graph is freed before the next."""
     n, weights = len(pair.bridge_set), objective.weights
@@ -151,7 +174,7 @@ def _micro_batch(
     leaves = [h.detach().requires_grad_(objective.train_sparse) for h in traces.sparse.residuals]
     detached = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
 
-    def add(total: Tensor, i: int, loss: Tensor, weight: float) -> None:
+    def add(total: Tensor, i: int | EllipsisType, loss: Tensor, weight: float) -> None:
         total[i] += figure(loss)
         objective.backward(loss, weight)
 
@@ -167,6 +190,10 @@ def _micro_batch(
         with objective.autocast():
             kl = kl_sum(pair, detached, i, "sparse")
         add(sums.kl_sparse_to_dense, i, kl / normalizers.tokens.to(kl), weights.kl_sparse_to_dense / len(sampled))
+    if path is not None:
+        with objective.autocast():
+            kl = kl_from_dense(detached, run_path(pair, detached, path))
+        add(sums.kl_path, ..., kl / normalizers.tokens.to(kl), weights.path)
     if objective.train_sparse:
         ce = ce_sum(traces, traces.sparse.logits)
         ce = ce / normalizers.predictions.clamp(min=1).to(ce.device).float()
@@ -204,7 +231,12 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
 
 
 def step_losses(
-    pair: ModelPair, sums: StepSums, normalizers: Normalizers, sampled: Sequence[int], objective: Objective
+    pair: ModelPair,
+    sums: StepSums,
+    normalizers: Normalizers,
+    sampled: Sequence[int],
+    objective: Objective,
+    path: Sequence[Side] | None = None,
 ) -> StepLosses:
     """The losses by site and the objective, from the losses of all batches and processes, KLs at the `sampled` sites.
 
@@ -226,11 +258,12 @@ def step_losses(
         kl_dense_to_sparse=by_site(sums.kl_dense_to_sparse, sampled),
         kl_sparse_to_dense=by_site(sums.kl_sparse_to_dense, sampled),
         ce=sums.ce.item() if objective.train_sparse else None,
+        kl_path=None if path is None else sums.kl_path.item(),
         tokens=int(normalizers.tokens),
     )
     # Means over all sites, or all sampled ones.
     losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n
     losses.loss += weights.kl_dense_to_sparse * sum(losses.kl_dense_to_sparse.values()) / max(len(sampled), 1)
     losses.loss += weights.kl_sparse_to_dense * sum(losses.kl_sparse_to_dense.values()) / max(len(sampled), 1)
-    losses.loss += weights.ce * (losses.ce or 0.0)
+    losses.loss += weights.ce * (losses.ce or 0.0) + weights.path * (losses.kl_path or 0.0)
     return losses

@@ -28,6 +28,8 @@ def refuse_not_finite(losses: StepLosses, step: int) -> None:
                 )
     if losses.ce is not None and not math.isfinite(losses.ce):
         raise FloatingPointError(f"step {step}: the sparse model's cross-entropy is {losses.ce}; lower sparse_lr")
+    if losses.kl_path is not None and not math.isfinite(losses.kl_path):
+        raise FloatingPointError(f"step {step}: the KL of a path with several changes is {losses.kl_path}; lower lr")
 
 
 def refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:

@@ -24,7 +24,7 @@ from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import BEST_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.hybrid import ModelPair, Side, random_path
 
 FP16_LOSS_SCALE = 1024.0
 
@@ -133,6 +133,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         return sorted(torch.randperm(n, generator=generator)[:count].tolist())
 
+    def sampled_path(self, step: int) -> tuple[Side, ...] | None:
+        """A step's path that changes sides several times, the same on every process; None where it has no weight."""
+        n = len(self.pair.bridge_set)
+        if not self.config.path_weight or n < 2:
+            return None
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 31 + 7)
+        changes = int(torch.randint(2, n + 1, (), generator=generator))
+        return random_path(n, changes, generator)
+
     def train_step(self, batches: Sequence[Batch]) -> StepLosses:
         """One step on this process's micro-batches; FloatingPointError, nothing changed, if figures are not finite."""
         step = self.step + 1
@@ -140,7 +149,9 @@ class Trainer:
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
         with nullcontext() if self.sparse is None else self.sparse.kernels(step):
-            losses = step_gradients(self.pair, batches, self.sampled_sites(step), self.objective)
+            losses = step_gradients(
+                self.pair, batches, self.sampled_sites(step), self.objective, self.sampled_path(step)
+            )
         refuse_not_finite(losses, step)
         self.processes.sum_gradients(self.pair.bridge_set.parameters())
         if self.sparse is not None:
@@ -191,6 +202,7 @@ def _objective(config: FitConfig, processes: ProcessGroup) -> Objective:
             config.kl_dense_to_sparse_weight,
             config.kl_sparse_to_dense_weight,
             config.ce_weight,
+            config.path_weight,
         ),
         config.train_sparse,
         processes.all_reduce,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -184,19 +184,26 @@ class RowSums(Sums):
 class Hybrids:
     """The KL from the dense model and the cross-entropy of every pass at every site."""
 
-    def __init__(self, pair: ModelPair, means: dict[Side, Float[Tensor, "n_sites d"]]):
-        """`means`: each site's mean stream, which mean ablation puts in place of the stream."""
-        self.pair, self.means = pair, means
+    def __init__(
+        self, pair: ModelPair, means: dict[Side, Float[Tensor, "n_sites d"]], paths: Sequence[Sequence[Side]] = ()
+    ):
+        """`means`: each site's mean stream, for mean ablation. `paths`: further passes."""
+        self.pair, self.means, self.paths = pair, means, paths
+        self.path_kl = torch.zeros(len(paths), dtype=torch.float64)
+        """Summed over tokens, nats."""
         self.passes = {name: _zeros(PassSums, len(pair.bridge_set)) for name in PASSES}
         self.rows = RowSums(*(torch.zeros((), dtype=torch.float64) for _ in fields(RowSums)))
 
     def add(self, traces: Traces) -> Iterator[int]:
-        """Add one batch; yields after every site, so that a progress bar can follow."""
+        """Add one batch; yields after every site and path, so that a progress bar can follow."""
         batch = _Batch(traces)
         for i in range(len(self.pair.bridge_set)):
             for name in PASSES:
                 batch.add(self.passes[name], i, self._logits(traces, name, i))
             yield i
+        for j, path in enumerate(self.paths):
+            self.path_kl[j] += batch.figures(run_path(self.pair, traces, path))[0].sum()
+            yield len(self.pair.bridge_set) + j
         batch.add_models(self.rows)
 
     def _logits(self, traces: Traces, name: str, i: int) -> Float[Tensor, "b s vocab"]:
@@ -211,7 +218,8 @@ class Hybrids:
 
     def reduced(self, reduce: Reduce) -> Hybrids:
         """The sums over all processes."""
-        total = Hybrids(self.pair, self.means)
+        total = Hybrids(self.pair, self.means, self.paths)
+        total.path_kl = reduce(self.path_kl)
         total.passes = {name: sums.reduced(reduce) for name, sums in self.passes.items()}
         total.rows = self.rows.reduced(reduce)
         return total

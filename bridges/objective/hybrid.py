@@ -85,6 +85,21 @@ def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ..
     return (start,) * (bridge + 1) + (end,) * (n_sites - bridge)
 
 
+def random_path(n_sites: int, changes: int, generator: torch.Generator) -> tuple[Side, ...]:
+    """A path that changes sides `changes` times, at bridges and from a side that are drawn evenly.
+
+    >>> random_path(3, 2, torch.Generator().manual_seed(0))
+    ('sparse', 'dense', 'dense', 'sparse')
+    """
+    at = set(torch.randperm(n_sites, generator=generator)[:changes].tolist())
+    side = int(torch.randint(2, (), generator=generator))
+    path: list[Side] = [SIDES[side]]
+    for bridge in range(n_sites):
+        side = 1 - side if bridge in at else side
+        path.append(SIDES[side])
+    return tuple(path)
+
+
 def squared_errors(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The numerators of nmse_encode and nmse_decode at one site: sum |p - t|^2 over counted tokens and channels."""
     h_dense, h_sparse = residuals_at(pair, traces, bridge)

@@ -27,6 +27,7 @@ RESULT_DEPENDS_ON = {
     "nmse_weight": (0.5, {}),
     "kl_dense_to_sparse_weight": (0.5, {}),
     "kl_sparse_to_dense_weight": (0.5, {}),
+    "path_weight": (1.0, {}),
     "ce_weight": (0.0, SPARSE),
     "train_sparse": (True, {}),
     "target_density": (0.3, SPARSE),

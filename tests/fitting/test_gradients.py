@@ -3,7 +3,19 @@ from itertools import combinations
 
 import pytest
 import torch
-from pairs import MASK, gpt2, gradients, join, naive_losses, naive_nmse, naive_objective, neox, sparse_model, tokens
+from pairs import (
+    MASK,
+    gpt2,
+    gradients,
+    join,
+    naive_losses,
+    naive_nmse,
+    naive_objective,
+    naive_path_kl,
+    neox,
+    sparse_model,
+    tokens,
+)
 from torch.autograd.graph import saved_tensors_hooks
 
 from bridges.fit import fit
@@ -59,6 +71,21 @@ def test_kls_run_at_the_sampled_sites_and_nmse_at_every_site(train_sparse):
     assert abs(losses.loss / loss.item() - 1) < 1e-12
     assert list(losses.kl_dense_to_sparse) == ["0.mlp", "final"] and len(losses.nmse_decode) == 5
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("train_sparse", [False, True])
+@pytest.mark.parametrize("path", ["dsdsds", "sdssds"])
+def test_a_path_that_changes_sides_several_times(path, train_sparse):
+    pair, ids = PAIRS["equal depth"](), tokens()
+    weights, sides = WEIGHTS._replace(path=0.4), ["sparse" if letter == "s" else "dense" for letter in path]
+    losses = step_gradients(pair, [(ids, MASK)], [1], Objective(weights, train_sparse), sides)
+    found = gradients(trained_parameters(pair, train_sparse))
+    loss, ce = naive_objective(pair, weights, ids, MASK, [1])
+    kl = naive_path_kl(pair, path, ids, MASK)
+    loss = loss + 0.4 * kl + (weights.ce * ce if train_sparse else 0)
+    loss.backward()
+    assert abs(losses.loss / loss.item() - 1) < 1e-12 and abs(losses.row()["train/kl_path"] / kl.item() - 1) < 1e-12
+    assert_same(found, gradients(trained_parameters(pair, train_sparse)))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -3,7 +3,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -102,6 +102,16 @@ def test_sampled_sites_follow_the_seed_and_the_step_alone():
     assert {tuple(sites) for sites in drawn} == {(0, 1), (0, 2), (1, 2)}
     assert drawn != [trainer(sites_per_step=2, seed=1).sampled_sites(step) for step in range(1, 31)]
     assert trainer(sites_per_step=9).sampled_sites(1) == trainer().sampled_sites(1) == [0, 1, 2]
+
+
+def test_the_sampled_path_follows_the_seed_and_the_step_alone():
+    assert trainer().sampled_path(1) is None
+    one, two = trainer(path_weight=0.5), trainer(path_weight=0.5)
+    drawn = [one.sampled_path(step) for step in range(1, 41)]
+    assert [two.sampled_path(step) for step in range(40, 0, -1)] == drawn[::-1]
+    changes = {sum(a != b for a, b in pairwise(path)) for path in drawn}
+    assert changes == {2, 3} and {path[0] for path in drawn} == {"dense", "sparse"}
+    assert "train/kl_path" in one.train_step([BATCH]).row()
 
 
 MOVING = {**JOINT, "support": "moving", "start_density": 0.6, "move_every": 2, "move_share": 0.3}
