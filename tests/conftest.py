@@ -1,7 +1,6 @@
 """One thread, no network, no reporting; and the tiny random models that tests of several packages share."""
 
 import os
-from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -124,7 +123,7 @@ def prompts(pair):
 
 @pytest.fixture
 def quick_sweeps(monkeypatch):
-    """Channels chosen among half as many on 16 pairs, four random directions, two pairs of three other tasks.
+    """Channels chosen on 16 pairs, four random directions, two pairs of three other tasks.
 
     For tests that ask whether a sweep reaches a file or a page; its figures are asked for on tiny models.
     """
@@ -136,7 +135,6 @@ def quick_sweeps(monkeypatch):
         monkeypatch.setattr(module, "CHOSEN_ON", 16)
     for module in (demo, report, sweep):
         monkeypatch.setattr(module, "other_tasks", lambda *given: side_effects.other_tasks(*given)[:3])
-    monkeypatch.setattr(one_and_few, "SearchOptions", partial(search.SearchOptions, candidates=8))
     monkeypatch.setattr(curves, "RANDOM_DIRECTIONS", 4)
     monkeypatch.setattr(search, "SEARCH_DIRECTIONS", 2)
     monkeypatch.setattr(side_effects, "PAIRS_PER_OTHER_TASK", 2)

@@ -13,6 +13,7 @@ from test_cli import run
 import bridges
 from bridges.channels import one_and_few
 from bridges.channels.prompts import frozen_pair
+from bridges.channels.search import SearchOptions
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import pruned_tasks
 from bridges.demo import demo_circuit, sources
@@ -30,6 +31,7 @@ TASK = "single_double_quote"
 def small(monkeypatch, quick_sweeps):
     """Less text, fewer prompts and strengths."""
     monkeypatch.setattr(one_and_few, "STRENGTHS", (0.0, 1.0))
+    monkeypatch.setattr(one_and_few, "SearchOptions", partial(SearchOptions, candidates=8))
     monkeypatch.setattr(collect, "TEXT_TOKENS", 512)
     monkeypatch.setattr(collect, "PAIRS", 8)
     monkeypatch.setattr(report, "PROMPTS", 8)
