@@ -85,7 +85,7 @@ def sweep(
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
     >>> rows = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> pairs = bridges.task_pairs("for_while", pair.tokenizer, 70)
     >>> chosen = bridges.Channels("0.mlp", (3, 18), at="residual")
     >>> result = bridges.sweep(pair.dense, pair.sparse, bridge_set, pairs, chosen, (0.0, 1.0), text=rows[:2])
