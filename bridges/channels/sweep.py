@@ -110,6 +110,7 @@ def sweep(
         if not isinstance(channels, Channels | FoundChannels):
             nodes = None if circuit is None else circuit_channels(circuit, pair, pairs.task, check_models)
             channels, rows = _search(pair, chosen_on, rows, options, seed, progress, (dense, sparse), nodes)
+            chosen_on.forget()  # what it keeps is of all sites
         chosen, agreement, in_circuit = (
             (channels.best, channels.agreement, channels.in_circuit)
             if isinstance(channels, FoundChannels)
@@ -193,7 +194,8 @@ def sweep_prompts(
         agreement = intervention_agreement(pair, reported, chosen, bar)
     with progress_bar("side effects", len(text) + sum(map(len, other_pairs)), progress) as bar:
         effects = side_effects(pair, reported, chosen, text, other_pairs, bar)
-    at_one = p_target_under_edit(pair, reported, chosen)
+    at_one = curves["p_target"][strengths.index(1.0)] if 1.0 in strengths else None
+    at_one = p_target_under_edit(pair, reported, chosen) if at_one is None else at_one
     accuracy_dense, accuracy_sparse = (part_solved(pair, reported, side) for side in SIDES)
     return Sweep(
         task=pairs.task,
