@@ -4,6 +4,9 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
+# Every worker and every program that a test starts would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-real test-gpu check bench
 
 demo: .venv/ready

@@ -70,7 +70,7 @@ def evaluate(
     >>> import bridges
     >>> pair = bridges.load_pair()
     >>> ids = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, ids, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> report = bridges.evaluate(pair.dense, pair.sparse, bridge_set, ids[:4])
     >>> report.tokens
     128

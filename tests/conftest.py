@@ -8,11 +8,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two workers of two threads each on two cores wait for each other more than they work; programs that tests start, too.
 os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
 
+import checked_once
 import jaxtyping
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
+checked_once.install()  # before the package is imported
 torch.set_num_threads(1)
 logging.set_verbosity_error()  # made-up configurations draw warnings about token ids and rotary factors
 
@@ -67,6 +69,11 @@ def build_tiny(family="gpt2", seed=0, **settings):
     return model
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker waits for the other at the end: `slow(60)` takes a minute or so."""
+    items.sort(key=lambda item: -max((sum(mark.args) for mark in item.iter_markers("slow")), default=0))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """`tiny(family, seed=0, **settings)` builds a random two-layer model of width 32 over 61 tokens."""
@@ -112,6 +119,25 @@ def prompts(pair):
     from bridges.channels.runs import Prompts
 
     return Prompts(pair, toy_task())
+
+
+@pytest.fixture
+def quick_sweeps(monkeypatch):
+    """Channels chosen on 16 pairs, four random directions, two pairs of three other tasks.
+
+    For tests that ask whether a sweep reaches a file or a page; its figures are asked for on tiny models.
+    """
+    from bridges import demo
+    from bridges.channels import curves, one_and_few, search, side_effects, sweep
+    from bridges.views import report
+
+    for module in (demo, one_and_few, report, sweep):
+        monkeypatch.setattr(module, "CHOSEN_ON", 16)
+    for module in (demo, report, sweep):
+        monkeypatch.setattr(module, "other_tasks", lambda *given: side_effects.other_tasks(*given)[:3])
+    monkeypatch.setattr(curves, "RANDOM_DIRECTIONS", 4)
+    monkeypatch.setattr(search, "SEARCH_DIRECTIONS", 2)
+    monkeypatch.setattr(side_effects, "PAIRS_PER_OTHER_TASK", 2)
 
 
 @pytest.fixture

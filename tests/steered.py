@@ -1,5 +1,7 @@
 """Pairs to steer, edits of every kind, and the formula of method section 4 written out site by site."""
 
+from itertools import product
+
 import pytest
 import torch
 from pairs import CONTEXT, VOCAB, gpt2, scrambled, sparse_model
@@ -37,6 +39,11 @@ def slow_but(cases, *fast):
     """The cases as parameters, those that are not named marked slow: the grids below are wide."""
     marks = {name: () if name in fast else (pytest.mark.slow,) for name in cases}
     return [pytest.param(case, id=name, marks=marks[name]) for name, case in cases.items()]
+
+
+def in_turn(first, second, third):
+    """Each of the first with each of the second, and one of the third in turn: any two values meet in some case."""
+    return [(a, b, third[(i + j) % len(third)]) for (i, a), (j, b) in product(enumerate(first), enumerate(second))]
 
 
 def steered(pair, edits, **options):

@@ -38,7 +38,7 @@ def config(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
         f'[dense]\npath = "{tmp_path}/dense"\n[sparse]\npath = "{tmp_path}/sparse"\n'
-        "[fit]\nsteps = 2\nseq_len = 8\nsampled_rows = 16\nbatch_size = 2\nprogress = false\n"
+        "[fit]\nsteps = 2\nseq_len = 8\nsampled_rows = 16\nbatch_size = 2\neval_tokens = 64\nprogress = false\n"
     )
     return path
 
@@ -169,7 +169,8 @@ def test_evaluate_says_what_it_lacks(monkeypatch, capsys, config, tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_reads_text_with_the_runs_tokenizer_or_another(monkeypatch, capsys, bundled_run, tmp_path):
-    text = ("--data", Path(__file__), "--seq-len", "64", "--out", tmp_path / "report.json")
+    (tmp_path / "text.py").write_text(Path(__file__).read_text()[:2000])
+    text = ("--data", tmp_path / "text.py", "--seq-len", "64", "--out", tmp_path / "report.json")
     status, printed, err = run(monkeypatch, capsys, "evaluate", bundled_run, *text)
     assert status == 0, err
     assert "nmse_decode" in printed and json.loads((tmp_path / "report.json").read_text())["tokens"] > 64
@@ -182,15 +183,13 @@ def bundled_run(tmp_path_factory):
     """A run folder of the bundled pair, as the demo leaves one."""
     pair = bridges.load_pair()
     folder = tmp_path_factory.mktemp("run")
-    rows = torch.randint(1024, (40, 32), generator=torch.Generator().manual_seed(0))
-    found = bridges.fit(pair.dense, pair.sparse, rows, steps=0, eval_tokens=64, progress=False)
-    found.save_pretrained(folder)
+    bridges.load_bridges().save_pretrained(folder)
     (folder / "run.toml").write_text(tomli_w.dumps(sources(pair)))
     return folder
 
 
 @pytest.mark.slow
-def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path):
+def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys, bundled_run, tmp_path, quick_sweeps):
     arguments = ("--task", "for_while", "--site", "0.mlp", "--channel", "3,4", "--strengths", "0,2", "--n", 6)
     status, out, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments, "--at", "read", "--out", tmp_path)
     assert status == 0, err
@@ -202,7 +201,7 @@ def test_steer_edits_given_channels_and_writes_what_it_found(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_circuit_compares_a_node_with_the_dense_models_mean_difference(monkeypatch, capsys, bundled_run):
-    monkeypatch.setattr(cli, "feature", partial(bridges.feature, text_tokens=2048))
+    monkeypatch.setattr(cli, "feature", partial(bridges.feature, text_tokens=512))
     arguments = ("--feature", "1.attn.read.118", "--task", "for_while")
     status, printed, err = run(monkeypatch, capsys, "circuit", bundled_run, *arguments)
     assert status == 0, err

@@ -1,6 +1,7 @@
 """The whole demo at tiny settings, its files read back."""
 
 import json
+from functools import partial
 
 import pytest
 from views.test_report import data_of
@@ -8,7 +9,9 @@ from views.test_report import data_of
 import bridges
 from bridges import demo as module
 from bridges.circuits.controls import necessity
+from bridges.circuits.pruning import prune
 from bridges.demo import SETTINGS, demo
+from bridges.views import collect
 from bridges.views.collect import rounded
 
 INTERFACE = {
@@ -20,25 +23,31 @@ INTERFACE = {
 }
 
 
+SIZES = {"TRAIN_DOCUMENTS": 200, "HELDOUT_DOCUMENTS": 40, "SEARCH_DOCUMENTS": 20, "TEXT_ROWS": 8, "MAX_CHANNELS": 3}
+SIZES |= {"EVAL_TOKENS": 2048, "KL_TOKENS": 1024, "FEATURE_TOKENS": 1024}
+
+
 @pytest.fixture
-def tiny(monkeypatch):
-    """The demo with less text, and sets of at most three channels."""
-    monkeypatch.setattr(module, "TRAIN_DOCUMENTS", 200)
-    monkeypatch.setattr(module, "HELDOUT_DOCUMENTS", 40)
-    monkeypatch.setattr(module, "MAX_CHANNELS", 3)
+def tiny(monkeypatch, quick_sweeps):
+    """The demo with less text and fewer prompts, sets of at most three channels, and a quick search for a circuit."""
+    for name, size in SIZES.items():
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(collect, "PAIRS", 8)
+    monkeypatch.setattr(module, "CIRCUIT_LOSS", 0.15)
+    monkeypatch.setattr(module, "prune", partial(prune, n=64, steps=20, text_tokens=2048))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_fitted_anew_it_writes_what_the_interface_lists(tmp_path, tiny):
-    settings = {"steps": 5, "closed_form_tokens": 20_000, "eval_tokens": 2048}
-    demo(tmp_path, SETTINGS.with_settings(settings), prompts=20, progress=False)
-    check_files(tmp_path, n_prompts=20)
+    settings = {"steps": 3, "closed_form_tokens": 12_000, "eval_tokens": 1024}
+    demo(tmp_path, SETTINGS.with_settings(settings), prompts=12, progress=False)
+    check_files(tmp_path, n_prompts=12)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 def test_with_the_bundled_bridges_it_writes_the_same(tmp_path, tiny):
-    demo(tmp_path, prompts=20, progress=False)
-    check_files(tmp_path, n_prompts=20)
+    demo(tmp_path, prompts=12, progress=False)
+    check_files(tmp_path, n_prompts=12)
 
 
 def test_the_bundled_bridges_are_what_their_report_says():
@@ -49,7 +58,7 @@ def test_the_bundled_bridges_are_what_their_report_says():
     assert {name: fitted[name] for name in ("steps", "lr", "nmse_weight")} == {
         name: getattr(SETTINGS, name) for name in ("steps", "lr", "nmse_weight")
     }
-    rows = module.demo_rows(pair, "heldout", 40, 128, 0)[:24]
+    rows = module.demo_rows(pair, "heldout", 40, 128, 0)[:12]
     measured = bridges.evaluate(pair.dense, pair.sparse, bridge_set, rows, progress=False)
     for name in ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"):
         assert measured.mean[name] == pytest.approx(bridge_set.report.mean[name], rel=0.25), name

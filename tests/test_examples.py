@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import bridges
-from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
 
 ROOT = Path(__file__).parents[1]
 TINY_DENSE = "--split heldout --batch-size 4 --seq-len 16 --width 8 --heads 2 --warmup 2 --steps 6"
@@ -54,11 +53,9 @@ def test_train_tokenizer_and_sparse(tmp_path):
 
 @pytest.fixture(scope="module")
 def bundled_bridges(tmp_path_factory):
-    """Bridges of the bundled pair, from the closed form on few tokens."""
-    dense, sparse, tokenizer = bridges.load_pair()
-    rows = pack_rows(encode_documents(tokenizer, bundled_documents("heldout")[:60]), 64, tokenizer.bos_token_id)
+    """A folder of the bundled bridges."""
     folder = tmp_path_factory.mktemp("bundled")
-    bridges.fit(dense, sparse, rows, steps=0, eval_tokens=256, progress=False).save_pretrained(folder)
+    bridges.load_bridges().save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bridges.channels.prompts import entry_points
 from bridges.channels.runs import PromptRun, Prompts, last_token
 from bridges.io.progress import Bar
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import Context, ResidualModel
 from bridges.objective.hybrid import ModelPair, Side
 from bridges.steering.delta import EntryPoint, at_least_float32, stream_to_read_transpose
 from bridges.tasks.pairs import TaskPairs, probability
@@ -38,7 +38,7 @@ def predicted_effects(pair: ModelPair, prompts: Prompts, side: Side = "dense", b
     locations = [Location(i, at) for i in bridges for at in entry_points(pair, i)]
     effects: Effects = {}
     for run in prompts.runs(bridges):
-        gradients = _gradients(pair.model(side), run.pairs, len(prompts))
+        gradients = _gradients(pair.model(side), run.side(side).context, run.pairs, len(prompts))
         for location in locations:
             gradient = at_least_float32(gradients[location.at][pair.site(side, location.bridge)])
             effect = _effects_at(pair, run, gradient, location, side).double()
@@ -65,9 +65,9 @@ def _effects_at(
 
 
 def _gradients(
-    model: ResidualModel, pairs: TaskPairs, n_prompts: int
+    model: ResidualModel, context: Context, pairs: TaskPairs, n_prompts: int
 ) -> dict[EntryPoint, list[Float[Tensor, "b _ d"]]]:
-    """The gradient of a batch's part of the mean log P(target) over `n_prompts`, at every site.
+    """The gradient of a batch's part of the mean log P(target) over `n_prompts`, at every site and token of a context.
 
     With respect to the stream and to the read.
     """
@@ -77,10 +77,9 @@ def _gradients(
         read_offsets.append(torch.zeros_like(read, requires_grad=True))
         return read + read_offsets[-1]
 
-    ids, mask = pairs.input_ids.to(model.device), pairs.attention_mask.to(model.device)
     with torch.enable_grad(), model.hook_reads({i: add_offset for i in range(len(model.sites))}):
-        trace = model.trace(ids, mask, differentiable=True, with_logits=False)
-        last = model.logits_at(trace.residuals[-1], trace.context, last_token(ids))[:, 0]
+        trace = model.trace_in(context, differentiable=True, with_logits=False)
+        last = model.logits_at(trace.residuals[-1], context, last_token(context.input_ids))[:, 0]
         objective = log_probability(probability(last, pairs.target_sets)).sum() / n_prompts
         gradients = torch.autograd.grad(objective, [*trace.residuals, *read_offsets])
     n_sites = len(read_offsets)

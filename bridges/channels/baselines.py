@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from bridges.channels.batches import PairBatch, pair_batches
 from bridges.channels.prompts import Channels
-from bridges.channels.runs import Prompts, edit_addend, edited_last_logits
+from bridges.channels.runs import Prompts, contexts_after, edit_addend, edited_last_logits, prefix_bytes
 from bridges.io.progress import Bar
-from bridges.models.residual import ResidualModel
+from bridges.models.residual import Context, ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import EntryPoint, Streams, run_streams
+from bridges.steering.delta import EntryPoint, Streams, run_streams, streams_in
 from bridges.tasks.pairs import TaskPairs, probability
 
 TOUCHED = 1e-3
@@ -56,8 +57,14 @@ def _edited_activations(
     found: dict[int, tuple[Tensor, Tensor]] = {}  # per pair the activations at its edited tokens, on both prompts
     for run in runs([bridge]):
         original, counterfactual = (
-            _activations(pair.dense, ids, run.pairs, site, chosen.at)
-            for ids in (run.pairs.input_ids, run.pairs.counterfactual_ids)
+            _activations(pair.dense, context, site, chosen.at)
+            for context in contexts_after(
+                pair.dense,
+                prompts.first_run(run.pairs),
+                run.pairs,
+                run.pairs.input_ids,
+                run.pairs.counterfactual_ids,
+            )
         )
         edited = edit_addend(pair, run, chosen).norm(dim=-1) > TOUCHED * largest
         for row, one, before, after in zip(run.rows.tolist(), edited, original, counterfactual, strict=True):
@@ -71,13 +78,11 @@ def _edited_activations(
     return activations
 
 
-def _activations(
-    model: ResidualModel, ids: Int[Tensor, "b s"], pairs: TaskPairs, site: int, at: EntryPoint
-) -> Float[Tensor, "b s d"]:
+def _activations(model: ResidualModel, context: Context, site: int, at: EntryPoint) -> Float[Tensor, "b s d"]:
     """The stream or the read at a site."""
     if at == "residual":
-        return run_streams(model, ids, pairs.attention_mask, [site]).residuals[site]
-    return model.reads(ids, pairs.attention_mask, [site])[0]
+        return streams_in(model, context, [site]).residuals[site]
+    return model.reads_in(context, [site])[0]
 
 
 def _probe(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
@@ -100,44 +105,61 @@ def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
 
 def best_mean_difference(
     model: ResidualModel, prompts: Prompts, bar: Bar | None = None
-) -> tuple[int, Callable[[TaskPairs], Tensor]]:
+) -> tuple[int, Float[Tensor, "2 d"]]:
     """The dense model's mean-difference vectors at the last token, at the site where adding them does most.
 
-    One vector for each task order. Returns the site, and a function from pairs to what is added to their stream
-    there.
+    Returns the site, and one vector for each task order, which `at_last_token` adds.
     """
     vectors = _mean_differences(model, prompts)
     total = torch.zeros(len(model.sites), dtype=torch.float64)
-    for batch in prompts.batches:
-        streams = _streams(model, batch.pairs.input_ids, batch.pairs)
+    for batch in last_token_batches(model, prompts, len(model.sites)):
+        streams = last_token_streams(model, batch.pairs, range(len(model.sites)))
         for site, vector in enumerate(vectors):
-            addend = _at_last_token(vector, batch.pairs)
+            addend = at_last_token(vector, batch.pairs, streams)
             logits = edited_last_logits(model, streams, site, addend, "residual")
             total[site] += probability(logits, batch.pairs.target_sets).sum().item()
             if bar is not None:
                 bar.advance(len(batch.rows))
     best = int(total.argmax())
-    return best, lambda pairs: _at_last_token(vectors[best], pairs)
+    return best, vectors[best]
 
 
 def _mean_differences(model: ResidualModel, prompts: Prompts) -> Float[Tensor, "sites 2 d"]:
     """Per site and task order, the mean difference of the stream at the last token, counterfactual less original."""
     sums = torch.zeros(len(model.sites), 2, model.d_model, dtype=torch.float64, device=model.device)
     for _, pairs in prompts.batches:
-        original, counterfactual = (_streams(model, ids, pairs) for ids in (pairs.input_ids, pairs.counterfactual_ids))
-        for site in range(len(model.sites)):
+        sites = range(len(model.sites))
+        ids, other = (pairs.input_ids, pairs.counterfactual_ids)
+        original, counterfactual = (run_streams(model, one, pairs.attention_mask, sites) for one in (ids, other))
+        for site in sites:
             difference = (counterfactual.residuals[site] - original.residuals[site])[:, -1].double()
             sums[site].index_add_(0, pairs.direction.to(sums.device), difference.to(sums.device))
     counts = torch.bincount(prompts.pairs.direction, minlength=2).to(sums)
     return (sums / counts[:, None]).to(model.dtype)
 
 
-def _streams(model: ResidualModel, ids: Int[Tensor, "b s"], pairs: TaskPairs) -> Streams:
-    return run_streams(model, ids, pairs.attention_mask, range(len(model.sites)))
+def last_token_batches(model: ResidualModel, prompts: Prompts, n_sites: int) -> list[PairBatch]:
+    """Batches for passes that run the last token alone: many pairs, since a matrix takes few tokens no faster.
+
+    `n_sites`: how many sites' streams such a pass keeps.
+    """
+    per_shared_token = prefix_bytes(model)
+    if not per_shared_token:
+        return prompts.batches
+    width = prompts.pairs.input_ids.shape[1]
+    shared = torch.full((len(prompts),), width - 1)
+    per_token = n_sites * model.d_model * model.dtype.itemsize
+    return pair_batches(prompts.pairs, per_token, model.vocab_size, shared, per_shared_token)
 
 
-def _at_last_token(vectors: Float[Tensor, "2 d"], pairs: TaskPairs) -> Float[Tensor, "b s d"]:
-    """Each prompt's vector, by its task order, at its last token; 0 at the others."""
-    values = vectors.new_zeros(*pairs.input_ids.shape, vectors.shape[-1])
+def last_token_streams(model: ResidualModel, pairs: TaskPairs, sites: Collection[int]) -> Streams:
+    """The unedited pass on original prompts, of the last token alone where the model can run the others once."""
+    (context,) = contexts_after(model, pairs.input_ids.shape[1] - 1, pairs, pairs.input_ids)
+    return streams_in(model, context, sites)
+
+
+def at_last_token(vectors: Float[Tensor, "2 d"], pairs: TaskPairs, streams: Streams) -> Float[Tensor, "b s d"]:
+    """Each prompt's vector, by its task order, at its last token; 0 at the other tokens of the streams."""
+    values = vectors.new_zeros(*streams.context.input_ids.shape, vectors.shape[-1])
     values[:, -1] = vectors[pairs.direction.to(vectors.device)]
     return values

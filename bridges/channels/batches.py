@@ -32,18 +32,34 @@ class PairBatch(NamedTuple):
     pairs: TaskPairs
 
 
-def pair_batches(pairs: TaskPairs, bytes_per_token: int, vocab_size: int) -> list[PairBatch]:
-    """Split pairs into batches that keep within the budgets, pairs of like length together, one at least in each."""
+def pair_batches(
+    pairs: TaskPairs,
+    bytes_per_token: int,
+    vocab_size: int,
+    shared: Int[Tensor, " n"] | None = None,
+    bytes_per_shared_token: int = 0,
+) -> list[PairBatch]:
+    """Split pairs into batches that keep within the budgets, pairs of like length together, one at least in each.
+
+    `shared`: how many tokens of each row, padding too, run once for all passes; rows that are alike after them come
+    together.
+    """
     width = pairs.input_ids.shape[1]
     lengths = width - pairs.attention_mask.cpu().argmax(1)
-    max_tokens, max_rows = min(MAX_TOKENS, STREAM_BYTES // bytes_per_token), MAX_LOGITS // vocab_size
+    kept = lengths if shared is None else torch.minimum(width - shared.cpu(), lengths)
+    max_rows = MAX_LOGITS // vocab_size
     groups: list[list[int]] = []
-    for row in lengths.argsort(stable=True).tolist():
+    longest = 0
+    for row in (kept * (width + 1) + lengths).argsort(stable=True).tolist():
         n = len(groups[-1]) + 1 if groups else 0
-        if groups and n <= max_rows and n * int(lengths[row]) <= max_tokens:
+        last = int(kept[row])
+        longest = max(longest, int(lengths[row]))
+        n_bytes = n * (last * bytes_per_token + (longest - last) * bytes_per_shared_token)
+        if groups and n <= max_rows and n * longest <= MAX_TOKENS and n_bytes <= STREAM_BYTES:
             groups[-1].append(row)
         else:
             groups.append([row])
+            longest = int(lengths[row])
     return [_batch(pairs, torch.tensor(group), lengths) for group in groups]
 
 

@@ -44,7 +44,7 @@ def constant_edits(
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
     >>> rows = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> chosen = bridges.Channels("0.mlp", (3, 18), at="residual")
     >>> edits = bridges.constant_edits(
     ...     pair.dense, pair.sparse, bridge_set, chosen, "for_while", n=8, tokenizer=pair.tokenizer

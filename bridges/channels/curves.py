@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bridges.channels.baselines import dense_directions
+from bridges.channels.baselines import at_last_token, dense_directions, last_token_batches, last_token_streams
 from bridges.channels.prompts import Channels
 from bridges.channels.runs import PromptRun, Prompts, edit_addend, edited_last_logits, unedited_last_logits
 from bridges.io.progress import Bar
 from bridges.models.residual import ResidualModel
 from bridges.objective.hybrid import ModelPair
-from bridges.steering.delta import EntryPoint, Streams, dense_addend, random_addends, run_streams
+from bridges.steering.delta import EntryPoint, Streams, dense_addend, random_addends
 from bridges.tasks.pairs import TaskPairs, probability
 
 RANDOM_DIRECTIONS = 20
@@ -82,16 +82,20 @@ def mean_difference_curve(
     pair: ModelPair,
     reported: Prompts,
     site: int,
-    addend: Callable[[TaskPairs], Tensor],
+    vectors: Float[Tensor, "2 d"],
     strengths: Sequence[float],
     bar: Bar | None = None,
 ) -> Float[Tensor, "strengths prompts"]:
-    """P(target) of the reported prompts with the dense model's own mean difference added at one of its sites."""
+    """P(target) of the reported prompts with the dense model's own mean difference added at one of its sites.
+
+    `site` and `vectors`: of `best_mean_difference`.
+    """
     parts = []
-    for rows, pairs in reported.batches:
-        sites = [site, len(pair.dense.sites) - 1]
-        streams = run_streams(pair.dense, pairs.input_ids, pairs.attention_mask, sites)
-        curve = p_target_curve(pair.dense, streams, pairs, site, addend(pairs), strengths, "residual")
+    sites = {site, len(pair.dense.sites) - 1}
+    for rows, pairs in last_token_batches(pair.dense, reported, len(sites)):
+        streams = last_token_streams(pair.dense, pairs, sites)
+        addend = at_last_token(vectors, pairs, streams)
+        curve = p_target_curve(pair.dense, streams, pairs, site, addend, strengths, "residual")
         parts.append((rows, curve))
         if bar is not None:
             bar.advance(len(rows))

@@ -75,7 +75,7 @@ def feature(
     >>> found.node, found.tokens, len(found.random) <= 2, found.dense
     ('final.read.5', 2048, True, None)
     >>> rows = torch.randint(1024, (64, 16), generator=torch.Generator().manual_seed(0))
-    >>> quick = {"sites": ("final",), "progress": False}
+    >>> quick = {"sites": ("final",), "ridge": 0.1, "progress": False}
     >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, **quick)
     >>> found = feature(pair.sparse, "final.read.5", rows, dense=pair.dense, bridge_set=bridge_set, progress=False)
     >>> found.dense.site, len(found.dense.raised), found.dense.kl > 0

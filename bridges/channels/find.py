@@ -118,7 +118,7 @@ def find_channels(
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
     >>> rows = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> options = {"n": 8, "text": rows[:4], "tokenizer": pair.tokenizer, "budget": 1.0}
     >>> found = bridges.find_channels(pair.dense, pair.sparse, bridge_set, "for_while", **options)
     >>> found.best.site, len(found.best.channels), len(found.ranking)

@@ -110,7 +110,7 @@ def circuit_to_dense(
     >>> import bridges
     >>> pair = bridges.load_pair()
     >>> rows = torch.randint(1024, (64, 16), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, sites=("0.mlp",), progress=False)
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> circuit = Circuit("for_while", {"0.mlp.read": (5,), "0.mlp.neuron": (7,)}, [], {})
     >>> pairs = task_pairs("for_while", pair.tokenizer, 8)
     >>> found = circuit_to_dense(pair.dense, pair.sparse, bridge_set, circuit, pairs)

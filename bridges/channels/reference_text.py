@@ -40,35 +40,41 @@ class ReferenceText:
     def __init__(self, pair: ModelPair, input_ids: Int[Tensor, "rows seq"], channels: Mapping[int, Sequence[int]]):
         self.pair, self.input_ids = pair, input_ids
         self.channels = {i: list(listed) for i, listed in channels.items() if len(listed)}
-        self._kept: list[AblationRun] = []
+        self._kept: dict[int, list[AblationRun]] = {}
 
     @torch.no_grad()
     def ablation_kl(self, chosen: Channels) -> float:
         """KL of the dense model with the channels ablated from the unedited one, nats per token."""
         i = self.pair.bridge_set.index(chosen.site)
         total = 0.0
-        for run in self._runs():
+        for run in self._runs(i):
             ablated = ablated_ending(self.pair, run, chosen, self.channels[i])
             total += kl_sum(self.pair.dense, run.dense, ablated)
         return total / self.input_ids.numel()
 
-    def _runs(self) -> Iterator[AblationRun]:
-        """Every batch's passes, kept for the next time if they are small."""
-        if self._kept:
-            yield from self._kept
+    def _runs(self, bridge: int) -> Iterator[AblationRun]:
+        """Every batch's passes for ablations at one bridge, kept for the next time if all that are kept are small.
+
+        Most searches ablate at a few of many sites.
+        """
+        if bridge in self._kept:
+            yield from self._kept[bridge]
             return
+        small = (len(self._kept) + 1) * self._bytes() <= KEPT_BYTES
         kept = []
         for ids in row_batches(self.input_ids):
-            run = ablation_run(self.pair, ids, None, self.channels)
-            if self._small():
+            run = ablation_run(self.pair, ids, None, {bridge: self.channels[bridge]})
+            if small:
                 kept.append(run)
             yield run
-        self._kept = kept
+        if small:
+            self._kept[bridge] = kept
 
-    def _small(self) -> bool:
-        model = self.pair.dense
-        bytes_per_token = (len(self.channels) + 1) * model.d_model * model.dtype.itemsize
-        return self.input_ids.numel() * bytes_per_token <= KEPT_BYTES
+    def _bytes(self) -> int:
+        """Of the dense streams at the embedding, at one site and at `final`, and of the changes of some channels."""
+        dense, most = self.pair.dense, max(map(len, self.channels.values()))
+        changes = most * max(self.pair.sparse.dtype.itemsize, 4)
+        return self.input_ids.numel() * (3 * dense.d_model * dense.dtype.itemsize + changes)
 
 
 def ablation_run(
@@ -113,8 +119,11 @@ def kl_sum(model: ResidualModel, streams: Streams, edited: Ending, counted: Bool
     """
     total = 0.0
     for tokens, (unedited, logits) in logit_chunks(model, streams, [unedited_ending(model, streams), edited]):
-        where = torch.ones_like(unedited[..., 0], dtype=torch.bool) if counted is None else counted[:, tokens]
-        total += kl_divergence(unedited[where], logits[where]).item()
+        if counted is None:  # no copy of the logits
+            unedited, logits = unedited.flatten(0, 1), logits.flatten(0, 1)
+        else:
+            unedited, logits = unedited[counted[:, tokens]], logits[counted[:, tokens]]
+        total += kl_divergence(unedited, logits).item()
     return total
 
 

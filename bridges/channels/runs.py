@@ -1,7 +1,7 @@
 """Counterfactual edits of channels on a task's prompts.
 
 Everything that does not depend on the edit runs once per batch of prompts (`PromptRun`); of an edited pass only what
-comes after its site runs, and the head on the last token alone.
+comes after its site runs, at the tokens from the first that a pair differs in, and the head on the last token alone.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ from torch import Tensor
 from bridges.channels.batches import KEPT_BYTES, PairBatch, pair_batches
 from bridges.channels.prompts import Channels
 from bridges.io.progress import Bar
-from bridges.models.residual import ResidualModel, check_tokens, check_vocabulary
+from bridges.models.residual import Context, ResidualModel, check_tokens, check_vocabulary
 from bridges.objective.hybrid import ModelPair, Side
 from bridges.steering.delta import (
     Ending,
     EntryPoint,
     Streams,
-    changed_reads,
+    changed_reads_in,
     dense_addend,
     edited_ending,
     edited_logits,
     ending_logits,
     mask_channels,
     random_addends,
-    run_streams,
     sparse_delta,
+    streams_in,
 )
 from bridges.tasks.pairs import TaskPairs, probability, solved
 
 
 class PromptRun(NamedTuple):
-    """The unedited passes of both models on a batch of prompts, and the changes that their edits are made of."""
+    """The unedited passes of both models on a batch of prompts, and the changes that their edits are made of.
+
+    Tensors [b, s, ...] are of the last s tokens: those before them are the same in both prompts of every pair.
+    """
 
     rows: Int[Tensor, " b"]
     """Which of the task's pairs these are."""
@@ -76,7 +79,12 @@ class Prompts:
         self.pair, self.pairs = pair, pairs.to(pair.dense.device)
         vocab_size = max(pair.dense.vocab_size, pair.sparse.vocab_size)
         everywhere = _bytes_per_token(pair, len(pair.bridge_set))
-        self.batches: list[PairBatch] = pair_batches(self.pairs, everywhere, vocab_size)
+        prefixes = [prefix_bytes(model) for model in (pair.dense, pair.sparse)]
+        self.splits_rows = all(prefixes)
+        """Whether both models can run the tokens that a pair begins with once for all edits."""
+        self._bytes_per_shared_token = sum(prefixes)
+        shared = shared_tokens(self.pairs) if self.splits_rows else None
+        self.batches: list[PairBatch] = pair_batches(self.pairs, everywhere, vocab_size, shared, sum(prefixes))
         self._kept: list[PromptRun] = []
         self._kept_bridges: set[int] = set()
 
@@ -89,18 +97,34 @@ class Prompts:
         if self._kept and self._kept_bridges.issuperset(bridges):
             yield from self._kept
             return
-        n_tokens = sum(batch.pairs.input_ids.numel() for batch in self.batches)
-        small = n_tokens * _bytes_per_token(self.pair, len(bridges)) <= KEPT_BYTES
+        small = self._bytes(len(bridges)) <= KEPT_BYTES
         kept = []
         self._kept = []
         for batch in self.batches:
-            run = _run(self.pair, batch, sorted(bridges))
+            run = _run(self.pair, batch, sorted(bridges), self.first_run(batch.pairs))
             if small:
                 kept.append(run)
             yield run
             del run
         if small:
             self._kept, self._kept_bridges = kept, set(bridges)
+
+    def forget(self) -> None:
+        """Let go of the passes that are kept."""
+        self._kept = []
+
+    def _bytes(self, n_bridges: int) -> int:
+        """Of the `PromptRun`s of all batches."""
+        per_token, total = _bytes_per_token(self.pair, n_bridges), 0
+        for _, pairs in self.batches:
+            n, width = pairs.input_ids.shape
+            first = self.first_run(pairs)
+            total += n * ((width - first) * per_token + first * self._bytes_per_shared_token)
+        return total
+
+    def first_run(self, pairs: TaskPairs) -> int:
+        """The first token of a batch that a `PromptRun` holds."""
+        return int(shared_tokens(pairs).min()) if self.splits_rows else 0
 
     def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "*k n"]:
         """Values of batches, given with their rows, as one tensor in the order of the pairs."""
@@ -116,22 +140,49 @@ def _bytes_per_token(pair: ModelPair, n_bridges: int) -> int:
     return dense + 2 * sparse + changes
 
 
-def _run(pair: ModelPair, batch: PairBatch, bridges: Sequence[int]) -> PromptRun:
+def prefix_bytes(model: ResidualModel) -> int:
+    """Of a token's keys and values in all layers; 0 where the model cannot run a prefix apart."""
+    prefix = model.empty_prefix()
+    if prefix is None:
+        return 0
+    with torch.no_grad():
+        return model.run_prefix(prefix, torch.zeros(1, 1, dtype=torch.long, device=model.device)).bytes_per_token
+
+
+def shared_tokens(pairs: TaskPairs) -> Int[Tensor, " n"]:
+    """How many tokens the prompts of each pair begin with that are the same or padding; never the last one."""
+    differ = (pairs.input_ids != pairs.counterfactual_ids) & pairs.attention_mask.bool()
+    differ[:, -1] = True
+    return differ.int().argmax(1)
+
+
+def contexts_after(model: ResidualModel, first: int, pairs: TaskPairs, *rows: Int[Tensor, "b s"]) -> list[Context]:
+    """A context for each of some prompts of the same pairs, of the tokens from `first` on.
+
+    The tokens before, which are the same in all, run once.
+    """
+    mask = pairs.attention_mask.to(model.device)
+    ids = [one.to(model.device) for one in rows]
+    prefix = model.empty_prefix() if first else None
+    if prefix is None:
+        return [model.context(one, mask) for one in ids]
+    prefix = model.run_prefix(prefix, ids[0][:, :first], mask[:, :first])
+    return [model.context(one[:, first:], mask, prefix) for one in ids]
+
+
+def _run(pair: ModelPair, batch: PairBatch, bridges: Sequence[int], first: int) -> PromptRun:
     pairs = batch.pairs
 
-    def on(model: ResidualModel) -> list[Tensor]:
-        return [x.to(model.device) for x in (pairs.input_ids, pairs.counterfactual_ids, pairs.attention_mask)]
-
-    def streams(side: Side) -> Streams:
+    def streams(side: Side, context: Context) -> Streams:
         model = pair.model(side)
-        ids, _, mask = on(model)
-        return run_streams(model, ids, mask, {*(pair.site(side, i) for i in bridges), len(model.sites) - 1})
+        return streams_in(model, context, {*(pair.site(side, i) for i in bridges), len(model.sites) - 1})
 
+    (dense,) = contexts_after(pair.dense, first, pairs, pairs.input_ids)
+    contexts = contexts_after(pair.sparse, first, pairs, pairs.input_ids, pairs.counterfactual_ids)
     sites = [pair.site("sparse", i) for i in bridges]
-    ids, other, mask = on(pair.sparse)
-    dn = dict(zip(bridges, changed_reads(pair.sparse, ids, other, mask, sites), strict=True))
+    dn = dict(zip(bridges, changed_reads_in(pair.sparse, contexts, sites), strict=True))
     dz = {i: sparse_delta(pair, i, change) for i, change in dn.items()}
-    return PromptRun(batch.rows, pairs, streams("dense"), streams("sparse"), dn, dz)
+    return PromptRun(batch.rows, pairs, streams("dense", dense), streams("sparse", contexts[0]), dn, dz)
 
 
 def last_token(ids: Int[Tensor, "b s"]) -> Int[Tensor, " 1"]:

@@ -177,7 +177,9 @@ def _kl_before_answer(pair: ModelPair, prompts: Prompts, chosen: Channels) -> fl
         earlier = run.pairs.attention_mask.bool()
         earlier[:, -1] = False
         count += int(earlier.sum())
-        total += kl_sum(pair.dense, run.dense, ending_under_edit(pair, run, chosen), earlier)
+        # The tokens that are not in the run come before any edit.
+        in_run = earlier[:, -run.dense.context.input_ids.shape[1] :]
+        total += kl_sum(pair.dense, run.dense, ending_under_edit(pair, run, chosen), in_run)
     return total / count if count else 0.0
 
 

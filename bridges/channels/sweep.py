@@ -85,7 +85,7 @@ def sweep(
     >>> import bridges, torch
     >>> pair = bridges.load_pair()
     >>> rows = torch.randint(1024, (64, 32), generator=torch.Generator().manual_seed(0))
-    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, progress=False, sites=("0.mlp",))
+    >>> bridge_set = bridges.fit(pair.dense, pair.sparse, rows, steps=0, ridge=0.1, sites=("0.mlp",), progress=False)
     >>> pairs = bridges.task_pairs("for_while", pair.tokenizer, 70)
     >>> chosen = bridges.Channels("0.mlp", (3, 18), at="residual")
     >>> result = bridges.sweep(pair.dense, pair.sparse, bridge_set, pairs, chosen, (0.0, 1.0), text=rows[:2])
@@ -110,6 +110,7 @@ def sweep(
         if not isinstance(channels, Channels | FoundChannels):
             nodes = None if circuit is None else circuit_channels(circuit, pair, pairs.task, check_models)
             channels, rows = _search(pair, chosen_on, rows, options, seed, progress, (dense, sparse), nodes)
+            chosen_on.forget()  # what it keeps is of all sites
         chosen, agreement, in_circuit = (
             (channels.best, channels.agreement, channels.in_circuit)
             if isinstance(channels, FoundChannels)
@@ -193,7 +194,8 @@ def sweep_prompts(
         agreement = intervention_agreement(pair, reported, chosen, bar)
     with progress_bar("side effects", len(text) + sum(map(len, other_pairs)), progress) as bar:
         effects = side_effects(pair, reported, chosen, text, other_pairs, bar)
-    at_one = p_target_under_edit(pair, reported, chosen)
+    at_one = curves["p_target"][strengths.index(1.0)] if 1.0 in strengths else None
+    at_one = p_target_under_edit(pair, reported, chosen) if at_one is None else at_one
     accuracy_dense, accuracy_sparse = (part_solved(pair, reported, side) for side in SIDES)
     return Sweep(
         task=pairs.task,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -37,11 +38,16 @@ def bundled_documents(split: str = "train", seed: int = 0) -> list[str]:
 
     Idioms make about 60 % of the bytes in either split; those of "heldout" come from a seed of their own.
     """
+    return list(_documents(split, seed))
+
+
+@lru_cache(maxsize=2)  # both splits: a few MB, which take seconds to write
+def _documents(split: str, seed: int) -> tuple[str, ...]:
     modules = python_source(split)
     budget = int(IDIOM_BYTES_PER_SOURCE_BYTE * sum(map(len, modules)))
     documents = modules + idiom_documents(budget, seed + HELDOUT_IDIOM_SEED * (split == "heldout"))
     random.Random(seed).shuffle(documents)
-    return documents
+    return tuple(documents)
 
 
 def idiom_documents(n_characters: int, seed: int) -> list[str]:

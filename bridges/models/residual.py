@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.models.modes import replaced_forwards, uncompiled
+from bridges.models.prefix import PrefixCache
 
 HookFunction = Callable[[Tensor], Tensor | None]
 """Called with a stream or a read [batch, seq, d_model]; replaces it by what it returns, unless that is None."""
@@ -60,7 +61,8 @@ class Context:
     """The inputs of a sublayer other than the stream: one batch's tokens and mask, and what the model makes of them."""
 
     input_ids: Int[Tensor, "batch seq"]
-    attention_mask: Int[Tensor, "batch seq"] | None
+    attention_mask: Int[Tensor, "batch total"] | None
+    """Of the tokens of a prefix too, where the pass comes after one."""
     embedding: Float[Tensor, "batch seq d_model"]
     """The residual at the first site."""
     extra: Any = None
@@ -105,8 +107,16 @@ class ResidualModel(ABC):
     """The largest number of tokens in a row, None where the model sets no limit."""
 
     @abstractmethod
-    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
-        """Embed the tokens and prepare what sublayers share (masks, position embeddings); runs no sublayer."""
+    def context(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b total"] | None = None,
+        prefix: PrefixCache | None = None,
+    ) -> Context:
+        """Embed the tokens and prepare what sublayers share (masks, position embeddings); runs no sublayer.
+
+        `prefix`: of the tokens before these, from `run_prefix`; the mask covers both.
+        """
 
     @abstractmethod
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
@@ -161,6 +171,22 @@ class ResidualModel(ABC):
             residual = self.sublayer(index, residual, context)
         return residual
 
+    def empty_prefix(self) -> PrefixCache | None:
+        """A cache for `run_prefix` to fill; None where the model keeps other states than attention's."""
+        return None
+
+    def run_prefix(
+        self, prefix: PrefixCache, input_ids: Int[Tensor, "b p"], attention_mask: Int[Tensor, "b p"] | None = None
+    ) -> PrefixCache:
+        """Run the tokens that rows begin with, and keep their keys and values for a `context` of those after them.
+
+        They are kept in `prefix`, from `empty_prefix`, which is returned.
+        """
+        context = self.context(input_ids, attention_mask, prefix)
+        self.run(0, len(self.sites) - 1, context.embedding, context)
+        prefix.full = True
+        return prefix
+
     def tail(self, index: int, residual: Tensor, context: Context) -> Tensor:
         """Logits from the stream at site `index`."""
         return self.head(self.run(index, len(self.sites) - 1, residual, context), context)
@@ -179,10 +205,16 @@ class ResidualModel(ABC):
         gradient with respect to the logits. Without `with_logits` the head is not run, and the logits have width 0;
         the sublayers from site `last_site` on are not run either, and the streams end there.
         """
+        context = self.context(input_ids, attention_mask)
+        return self.trace_in(context, differentiable, with_logits, last_site)
+
+    def trace_in(
+        self, context: Context, differentiable: bool = False, with_logits: bool = True, last_site: int | None = None
+    ) -> Trace:
+        """`trace` of the tokens of a context, which may come after a prefix."""
         stop = len(self.sites) - 1 if with_logits or last_site is None else last_site
         if differentiable:
             self.check_differentiable()
-        context = self.context(input_ids, attention_mask)
         with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):
             residuals = [context.embedding.detach().requires_grad_() if differentiable else context.embedding]
             for index in range(stop):
@@ -245,11 +277,14 @@ class ResidualModel(ABC):
         At every site, or at these `sites` (names or indices). Sublayers after the last of them are not run, and logits
         are not computed.
         """
+        return self.reads_in(self.context(input_ids, zero_one_mask(attention_mask, input_ids)), sites)
+
+    def reads_in(self, context: Context, sites: Sequence[str | int] | None = None) -> list[Float[Tensor, "b s d"]]:
+        """`reads` of the tokens of a context, which may come after a prefix."""
         wanted = range(len(self.sites)) if sites is None else [self.index(site) for site in sites]
         reads: dict[int, list[Tensor]] = {index: [] for index in wanted}
         last = len(self.sites) - 1
         with self.hook_reads({index: read.append for index, read in reads.items()}):
-            context = self.context(input_ids, zero_one_mask(attention_mask, input_ids))
             stream = self.run(0, min(max(wanted, default=-1) + 1, last), context.embedding, context)
             if last in reads:
                 unembedding = self.read_modules(last)[0]

@@ -33,8 +33,17 @@ def changed_reads(
     Raises ValueError if the prompts differ in shape.
     """
     check_shapes(input_ids, counterfactual_ids)
-    presented, counterfactual = (sparse.reads(ids, attention_mask, sites) for ids in (input_ids, counterfactual_ids))
-    real = 1 if attention_mask is None else attention_mask[..., None].to(sparse.device)
+    contexts = [sparse.context(ids, attention_mask) for ids in (input_ids, counterfactual_ids)]
+    return changed_reads_in(sparse, contexts, sites)
+
+
+def changed_reads_in(
+    sparse: ResidualModel, contexts: Sequence[Context], sites: Sequence[str | int] | None = None
+) -> list[Float[Tensor, "b s d_sparse"]]:
+    """`changed_reads` at the tokens of two contexts, of the presented and of the counterfactual prompt."""
+    presented, counterfactual = (sparse.reads_in(context, sites) for context in contexts)
+    ids, mask = contexts[0].input_ids, contexts[0].attention_mask
+    real = 1 if mask is None else mask[:, -ids.shape[1] :, None].to(sparse.device)
     return [(after - before) * real for before, after in zip(presented, counterfactual, strict=True)]
 
 
@@ -117,7 +126,11 @@ def run_streams(
     sites: Collection[int],
 ) -> Streams:
     """Run a model up to the last of these sites, and keep the stream at each."""
-    context = model.context(input_ids, attention_mask)
+    return streams_in(model, model.context(input_ids, attention_mask), sites)
+
+
+def streams_in(model: ResidualModel, context: Context, sites: Collection[int]) -> Streams:
+    """`run_streams` of the tokens of a context, which may come after a prefix."""
     residual, at, kept = context.embedding, 0, {}
     for site in sorted(sites):
         residual = kept[site] = model.run(at, site, residual, context)

@@ -35,7 +35,7 @@ def test_effects_in_half_precision_models_are_added_up_in_full_precision(side):
     prompts = Prompts(pair, toy_task(rows=40))
     found = predicted_effects(pair, prompts, side)
     (run,) = prompts.runs(range(len(pair.bridge_set)))
-    gradients = _gradients(pair.model(side), run.pairs, len(prompts))
+    gradients = _gradients(pair.model(side), run.side(side).context, run.pairs, len(prompts))
     for (i, at), effects in found.items():
         gradient, bridge = gradients[at][pair.site(side, i)].double(), pair.bridge_set[i]
         dn = run.dn[i][:, -gradient.shape[1] :].double()  # the read at `final` is that of the last token

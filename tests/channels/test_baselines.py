@@ -5,9 +5,10 @@ import torch
 from pairs import toy_task
 from whole import whole_run, written_addend, written_p
 
-from bridges.channels.baselines import _probe, _unit, best_mean_difference, dense_directions
+from bridges.channels.baselines import _probe, _unit, at_last_token, best_mean_difference, dense_directions
 from bridges.channels.prompts import Channels
 from bridges.channels.runs import Prompts
+from bridges.steering.delta import run_streams
 
 CHOSEN = Channels("1.attn", (0, 3), "residual")
 
@@ -51,7 +52,7 @@ def test_a_probe_points_from_one_cluster_to_the_other_and_is_zero_without_tokens
 def test_the_mean_difference_is_added_at_the_last_token_of_the_best_site(pair, prompts):
     pairs, other = prompts[0].pairs, prompts[1].pairs
     with torch.no_grad():
-        site, adder = best_mean_difference(pair.dense, prompts[0])
+        site, found = best_mean_difference(pair.dense, prompts[0])
         shown, swapped = (pair.dense.trace(x).residuals for x in (pairs.input_ids, pairs.counterfactual_ids))
         scored = []
         for i in range(5):
@@ -63,5 +64,6 @@ def test_the_mean_difference_is_added_at_the_last_token_of_the_best_site(pair, p
             scored.append(written_p(logits, pairs.targets).mean().item())
     assert scored[site] == max(scored)
     last = (swapped[site] - shown[site])[:, -1]
-    values = adder(other)
-    assert not values[:, :-1].any() and torch.allclose(values[1, -1], last[1::2].mean(0))
+    values = at_last_token(found, other, run_streams(pair.dense, other.input_ids, None, [site]))
+    assert values.shape == shown[site].shape and not values[:, :-1].any()
+    assert torch.allclose(values[1, -1], last[1::2].mean(0))

@@ -90,13 +90,13 @@ def everything(pair, prompts, at="residual"):
     text, chosen = tokens(3, 8, seed=9), CHOSEN._replace(at=at)
     with torch.no_grad():
         effects = side_effects(pair, prompts, chosen, text, [padded_task(4)])
-        site, addend = best_mean_difference(pair.dense, prompts)
+        site, vectors = best_mean_difference(pair.dense, prompts)
         found = {
             "ablation": [ReferenceText(pair, text, {2: [0, 3, 5]}).ablation_kl(chosen)],
             "side effects": [x for x in effects if isinstance(x, float)] + list(effects.solved_other_tasks),
             "constant changes": constant_changes(prompts, 2, (0, 3)),
             "agreement": list(intervention_agreement(pair, prompts, chosen)),
-            "mean difference": addend(toy_task()),
+            "mean difference": vectors,
             "its site": [site],
         }
         found |= edit_curves(pair, prompts, prompts, chosen, (0.0, 1.0))

@@ -122,11 +122,13 @@ def test_the_summary_counts_turned_tasks_and_takes_means_and_medians():
     assert "nmse_decode 0.250" in told and "in both on 2, in both and each way round over 0.3 on 1" in told
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_the_bundled_pair_is_measured_task_by_task_and_a_second_call_goes_on(tmp_path, capsys, monkeypatch):
+    for name, size in (("TRAIN_DOCUMENTS", 40), ("HELDOUT_DOCUMENTS", 4), ("CHOSEN_ON", 16), ("RANDOM_DIRECTIONS", 2)):
+        monkeypatch.setattr(bench, name, size)
     out = tmp_path / "readability.json"
     arguments = ["--prompts", "8", "--rows", "2", "--candidates", "8", "--budget", "inf", "--out", str(out)]
-    arguments += ["--closed-form-tokens", "6000"]
+    arguments += ["--closed-form-tokens", "1000"]
     first = bench.main([*arguments, "--tasks", "single_double_quote"])
     both = bench.main([*arguments, "--tasks", "single_double_quote", "for_while"])
     assert both["tasks"]["single_double_quote"] == first["tasks"]["single_double_quote"]
@@ -145,7 +147,7 @@ def test_a_second_call_measures_the_tasks_that_are_missing_with_the_bridges_of_t
 
     def bridged(dense, sparse, train, heldout, tokens):
         fits.append(tokens)
-        settings = {"eval_data": heldout[:4, :32], "steps": 0, "sites": ("0.mlp",), "progress": False}
+        settings = {"eval_data": heldout[:4, :32], "steps": 0, "sites": ("0.mlp",), "ridge": 0.1, "progress": False}
         return bridges.fit(dense, sparse, train[:64, :32], **settings)
 
     def measured(models, pairs, options):

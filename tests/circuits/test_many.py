@@ -1,13 +1,16 @@
 import json
+from functools import partial
 
 import pytest
 from pairs import sparse_model
 from test_cli import run
 
 import bridges
+from bridges import cli
 from bridges.circuits import many
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import prune_tasks
+from bridges.io.fingerprint import fingerprint
 
 SETTINGS = {"steps": 3, "target_loss": 0.5, "n": 6, "text_tokens": 256}
 TASKS = ("single_double_quote", "for_while")
@@ -52,6 +55,8 @@ def test_the_twin_is_handed_to_the_controls_and_refused_before_any_search(pair, 
         return {"verdict": ["as expected"]}
 
     monkeypatch.setattr(many, "controls", measured)
+    found = Circuit("for_while", {}, [], {}, fingerprint=fingerprint(pair.sparse))
+    monkeypatch.setattr(many, "prune", lambda *args, **settings: found)
     pair.sparse.save_pretrained(tmp_path / "twin")
     arguments = (pair.sparse, ("for_while",), tmp_path / "found", pair.tokenizer, True, SETTINGS, False)
     prune_tasks(*arguments, dense_twin=tmp_path / "twin")
@@ -75,6 +80,7 @@ def test_the_command_finds_a_circuit_shows_a_node_and_refuses_in_one_line(monkey
     monkeypatch.setattr(many, "prune", lambda *a, **k: bridges.prune(*a, **{**k, "n": 6, "text_tokens": 256}))
     status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--task", "for_while", *tokenizer, *quick)
     assert status == 0 and out.startswith("for_while: ") and (tmp_path / "found/for_while/circuit.json").is_file()
+    monkeypatch.setattr(cli, "feature", partial(bridges.feature, text_tokens=256))
     status, out, _ = run(monkeypatch, capsys, "circuit", folder, "--feature", "final.read.5", *tokenizer)
     assert status == 0 and out.startswith("final.read.5: active at")
     sparse_model().save_pretrained(tmp_path / "sparse")

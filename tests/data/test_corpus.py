@@ -19,6 +19,9 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def small_library(monkeypatch):
     monkeypatch.setattr(corpus, "python_source", MODULES.__getitem__)
+    corpus._documents.cache_clear()
+    yield
+    corpus._documents.cache_clear()
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -35,8 +38,17 @@ def test_heldout_documents_are_not_among_the_training_ones():
 
 
 def test_the_seed_decides_order_and_idioms():
-    assert bundled_documents("train", seed=1) == bundled_documents("train", seed=1)
-    assert bundled_documents("train", seed=1) != bundled_documents("train", seed=2)
+    documents = bundled_documents("heldout", seed=1)
+    corpus._documents.cache_clear()
+    assert bundled_documents("heldout", seed=1) == documents
+    assert bundled_documents("heldout", seed=1) != bundled_documents("heldout", seed=2)
+
+
+def test_documents_are_made_once_and_a_caller_may_change_the_list(monkeypatch):
+    documents = bundled_documents("heldout")
+    monkeypatch.setattr(corpus, "idiom_documents", None)  # making them again would fail
+    documents.pop()
+    assert bundled_documents("heldout")[:-1] == documents
 
 
 def test_idiom_documents_have_the_asked_length_and_hold_whole_snippets():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from pairs import join, tokens, with_units
-from steered import CHANNEL, DENSE, EDITS, SITE, sparse_model, steered
+from steered import CHANNEL, DENSE, EDITS, SITE, in_turn, sparse_model, steered
 
 from bridges.steering.edits import Edit
 
@@ -37,10 +37,9 @@ def checkpointing(model, reentrant):
     enable({"use_reentrant": reentrant})
 
 
-@pytest.mark.parametrize("dense", DENSE)
-@pytest.mark.parametrize(("edits", "options"), EVERY_KIND.values(), ids=EVERY_KIND)
-@pytest.mark.parametrize("at", ["read", "residual"])
-def test_gradients_are_those_without_checkpointing(dense, edits, options, at):
+@pytest.mark.parametrize(("kind", "at", "dense"), in_turn(EVERY_KIND, ("read", "residual"), list(DENSE)))
+def test_gradients_are_those_without_checkpointing(kind, at, dense):
+    edits, options = EVERY_KIND[kind]
     pair, options = with_units(join(DENSE[dense](), sparse_model())), {**options, "at": at}
     for module in pair.dense.model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pairs import join, sparse_model, tokens, with_units
-from steered import CHANNEL, DENSE, EDITS, LEFT, SITE, logits, slow_but, steered, written_out
+from steered import CHANNEL, DENSE, EDITS, LEFT, SITE, in_turn, logits, steered, written_out
 
 from bridges.steering.counterfactual import counterfactual
 from bridges.steering.edits import Edit
@@ -26,11 +26,17 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("dense", slow_but(dict(zip(DENSE, DENSE, strict=True)), "gpt2"))
-@pytest.mark.parametrize("how", slow_but(GENERATIONS, "greedy", "beams"))
-@pytest.mark.parametrize("reading", slow_but(READING, "set, sparse", "several, encoder", "positions"))
+def ways():
+    """Every way to generate with every kind of edit, on one model or the other."""
+    for how, reading, dense in in_turn(GENERATIONS, READING, list(DENSE)):
+        quick = how in ("greedy", "beams") and reading in ("set, sparse", "several, encoder", "positions")
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(dense, how, reading, id=f"{dense}, {how}, {reading}", marks=marks)
+
+
+@pytest.mark.parametrize(("dense", "how", "reading"), ways())
 def test_generation_is_the_same_with_and_without_a_cache(dense, how, reading):
-    edits, options = reading
+    edits, options = READING[reading]
     pair, ids = with_units(join(DENSE[dense](), sparse_model())), tokens()
     found = []
     for use_cache in (True, False):
@@ -38,7 +44,7 @@ def test_generation_is_the_same_with_and_without_a_cache(dense, how, reading):
         with steered(pair, edits, **options):
             found.append(
                 pair.dense.model.generate(
-                    ids, attention_mask=LEFT, max_new_tokens=5, use_cache=use_cache, pad_token_id=0, **how
+                    ids, attention_mask=LEFT, max_new_tokens=5, use_cache=use_cache, pad_token_id=0, **GENERATIONS[how]
                 )
             )
     assert torch.equal(*found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pairs import join, sparse_model, tokens, with_units
-from steered import CHANNEL, LEFT, SITE, gpt2_without_eos, logits, steered
+from steered import CHANNEL, LEFT, SITE, gpt2_without_eos, in_turn, logits, steered
 from transformers import DynamicCache
 
 from bridges.models.huggingface.recording import model_inputs
@@ -160,9 +160,10 @@ def test_a_prompt_read_in_pieces_may_be_padded(pair, mask):
     assert not torch.equal(pair.dense.model.generate(tokens(), **how), at_once)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("scale_in", ["arguments", "model"])
-@pytest.mark.parametrize("negative", ["last token", "another prompt", "the prompt and more"])
+@pytest.mark.parametrize(
+    ("negative", "use_cache", "scale_in"),
+    in_turn(["last token", "another prompt", "the prompt and more"], [True, False], ["arguments", "model"]),
+)
 def test_the_prompt_of_guidance_is_its_own(pair, negative, scale_in, use_cache):
     """Logits of the prompt and of the guidance's prompt, each edited at its own end, combined as guidance does."""
     ids, model, scale = tokens(rows=1), pair.dense.model, 1.5

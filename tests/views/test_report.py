@@ -11,7 +11,9 @@ import torch
 from test_cli import run
 
 import bridges
+from bridges.channels import one_and_few
 from bridges.channels.prompts import frozen_pair
+from bridges.channels.search import SearchOptions
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import pruned_tasks
 from bridges.demo import demo_circuit, sources
@@ -28,8 +30,10 @@ TASK = "single_double_quote"
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Less text and fewer prompts."""
+def small(monkeypatch, quick_sweeps):
+    """Less text, fewer prompts and strengths."""
+    monkeypatch.setattr(one_and_few, "STRENGTHS", (0.0, 1.0))
+    monkeypatch.setattr(one_and_few, "SearchOptions", partial(SearchOptions, candidates=8))
     monkeypatch.setattr(collect, "TEXT_TOKENS", 512)
     monkeypatch.setattr(collect, "PAIRS", 8)
     monkeypatch.setattr(report, "PROMPTS", 8)
@@ -75,7 +79,7 @@ def test_the_page_holds_the_json_that_is_written_beside_it(folder, tmp_path, mon
     assert f"bridges report {folder} --tasks {TASK}" in data["tasks"][0]["steering_missing"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 def test_what_a_task_lacks_is_measured_once_and_left_in_the_folder(folder, tmp_path, monkeypatch):
     quick = partial(pruned_tasks, settings={"steps": 20, "target_loss": 0.5, "n": 8, "text_tokens": 256})
     monkeypatch.setattr(report, "pruned_tasks", quick)

@@ -31,9 +31,12 @@ from bridges.models.huggingface.recording import (
     model_inputs,
     probe_batches,
     record_forward,
+    text_config,
     without_autocast,
 )
+from bridges.models.huggingface.split_rows import runs_after_prefix
 from bridges.models.modes import eval_mode, not_recomputed, replaced_attribute, uncompiled
+from bridges.models.prefix import PrefixCache
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, input_hook
 
 
@@ -83,9 +86,14 @@ class HuggingFaceResidual(ResidualModel):
         """The configuration's `max_position_embeddings`, None without one."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
 
-    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+    def context(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b total"] | None = None,
+        prefix: PrefixCache | None = None,
+    ) -> Context:
         """Run the model with every layer skipped, and keep what it gives to each layer."""
-        inputs = model_inputs(self.model, input_ids, attention_mask)
+        inputs = model_inputs(self.model, input_ids, attention_mask, prefix)
         embedding: list[Tensor] = []
         arguments: dict[int, CallArguments] = {}
 
@@ -97,6 +105,15 @@ class HuggingFaceResidual(ResidualModel):
             base_model(self.model)(**inputs)
         calls = _BatchCalls(inputs, [arguments[i] for i in range(len(self.layers))])
         return Context(input_ids, attention_mask, embedding[0], calls)
+
+    def empty_prefix(self) -> PrefixCache | None:
+        """None unless the model's own cache is of keys and values alone, and sublayers after a prefix give the same."""
+        return PrefixCache(config=text_config(self.model)) if self._runs_after_prefix else None
+
+    @cached_property
+    def _runs_after_prefix(self) -> bool:
+        with eval_mode(self.model), torch.no_grad():
+            return runs_after_prefix(self)
 
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
         """One of a decoder layer's two sublayers (or the whole layer, a `block`), called as the model would call it."""

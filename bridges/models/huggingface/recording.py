@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bridges.models.huggingface.calls import LayerCall, record_calls
 from bridges.models.modes import replaced_attribute
+from bridges.models.prefix import PrefixCache
 from bridges.models.residual import Batch, input_device, position_ids
 
 PROBE_ROWS, PROBE_TOKENS = 3, 8
@@ -49,15 +50,22 @@ def text_config(model: nn.Module) -> Any:
     return config if config is None else config.get_text_config(decoder=True)
 
 
-def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-    """Keyword arguments of a forward pass without a cache, with positions that follow the mask as in `generate`."""
+def model_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, prefix: PrefixCache | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of a forward pass, with positions that follow the mask as in `generate`.
+
+    Without a cache, or after the tokens of a `prefix`, which the mask covers too.
+    """
     device = input_device(model)
-    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": prefix is not None}
+    if prefix is not None:
+        inputs["past_key_values"] = prefix
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.to(device)
         forwards = [type(module).forward for module in (model, base_model(model))]
         if any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
-            inputs["position_ids"] = position_ids(inputs["attention_mask"])
+            inputs["position_ids"] = position_ids(inputs["attention_mask"])[:, -input_ids.shape[1] :]
     return inputs
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bridges.models.modes import replaced_attribute, uncompiled
+from bridges.models.prefix import PrefixCache
 from bridges.models.residual import Context, HookFunction, Norm, ResidualModel, Site
 from bridges.models.sparse.model import SparseTransformer
 
@@ -21,8 +22,10 @@ class BatchInputs(NamedTuple):
 
     position_ids: Int[Tensor, "b s"]
     """Ids, not embedded positions: sublayers that shared those would share an autograd graph."""
-    allowed: Bool[Tensor, "#b 1 s s"]
+    allowed: Bool[Tensor, "#b 1 s t"]
     """Which keys each query may attend to."""
+    prefix: PrefixCache | None
+    """Keys and values of the tokens before these."""
 
 
 class _HookedMethod(NamedTuple):
@@ -48,9 +51,15 @@ class SparseResidual(ResidualModel):
         self.d_model, self.vocab_size = model.config.d_model, model.config.vocab_size
         self.context_length = model.config.block_size
 
-    def context(self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None) -> Context:
+    def context(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b total"] | None = None,
+        prefix: PrefixCache | None = None,
+    ) -> Context:
         """Embed the tokens; raises ValueError when a row is longer than the model's `block_size`."""
-        inputs = BatchInputs(*self.model.prepare(input_ids, attention_mask))
+        past = 0 if prefix is None else int(prefix.get_seq_length())
+        inputs = BatchInputs(*self.model.prepare(input_ids, attention_mask, past), prefix)
         return Context(input_ids, attention_mask, self.model.embed(input_ids, inputs.position_ids), inputs)
 
     def sublayer(self, index: int, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s d"]:
@@ -59,7 +68,11 @@ class SparseResidual(ResidualModel):
         positions = self.model.positions(context.extra.position_ids)
         if index % 2:
             return block.feed_forward(residual, positions)
-        return block.attention(residual, positions, context.extra.allowed)
+        return block.attention(residual, positions, context.extra.allowed, context.extra.prefix)
+
+    def empty_prefix(self) -> PrefixCache:
+        """A cache for `run_prefix` to fill."""
+        return PrefixCache(config=self.model.config)
 
     def head(self, residual: Float[Tensor, "b s d"], context: Context) -> Float[Tensor, "b s vocab"]:
         """Final norm and unembedding, plus final_logits_bias and the bigram table's rows of the context's tokens."""
