@@ -34,6 +34,7 @@ def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 /
 
 KINDS = {
     "projected": {"train_sparse": True},
+    "moving support": {"train_sparse": True, "support": "moving"},
     "fixed support": {"train_sparse": True},
     "frozen": {},
 }
@@ -48,7 +49,7 @@ def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
     and projects all of them.
     """
     settings = KINDS[kind] | settings
-    if kind == "projected":
+    if kind in ("projected", "moving support"):
         settings |= {"target_density": density, "start_density": density}
     joint = settings.get("train_sparse", False)
     ours, theirs = deepcopy(sparse), deepcopy(sparse)

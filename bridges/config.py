@@ -138,12 +138,13 @@ class FitConfig(Settings):
     """Fraction of the steps over which the kept fraction falls linearly from `start_density` to `target_density`."""
     support: Literal["projected", "moving"] = "projected"
     """How a sparse model with a `target_density` trains. "projected": every weight, and after each step all but the
-    largest are set to zero (the paper's way). "moving": its nonzeros alone, at less cost, and every `move_every` steps
-    the least important make room for the zeros of largest gradient, as in `pretrain`."""
+    largest are set to zero (the paper's way). "moving": its nonzeros alone, at less cost; every `move_every` steps the
+    least important of them are replaced by the zeros of largest gradient, as in `pretrain`."""
     move_every: int = Field(default=25, ge=1)
-    """Steps between two moves of a moving support; the step before a move costs a dense backward pass."""
+    """Steps between two moves of a moving support; a step that ends in a move costs a dense backward pass."""
     move_share: float = Field(default=0.1, ge=0, le=1)
-    """The part of a moving support that a move replaces at the start; it decays to 0 with a cosine."""
+    """The part of a moving support that a move replaces at the start; it decays with a cosine to 0 at 85 % of the
+    steps, after which the support stays."""
     sparse_lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate of the sparse model, before warm-up, decay and the factor sqrt(target / kept)."""
     sparse_weight_decay: float = Field(default=0.1, ge=0)
@@ -180,6 +181,12 @@ class FitConfig(Settings):
             raise ValueError(f"target_density={self.target_density} needs train_sparse=True")
         if self.support == "moving" and self.target_density is None:
             raise ValueError("support='moving' needs target_density; without it the zeros of the start stay zero")
+        falls = self.target_density is not None and self.target_density < self.start_density
+        if self.support == "moving" and falls and self.steps and self.move_every > max(1, self.anneal * self.steps):
+            raise ValueError(
+                f"move_every={self.move_every} is over anneal * steps = {self.anneal * self.steps:g}, the steps in which "
+                "the density falls: it would fall at once; pass fewer"
+            )
         if self.resume and self.output_dir is None:
             raise ValueError("resume=True needs output_dir, the run folder to continue")
         return self

@@ -27,6 +27,7 @@ from bridges.fitting.plan import Work, describe, estimate_seconds
 from bridges.fitting.progress import summary
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.selection import BestState, Selection
+from bridges.fitting.sparse_training import prune_to_start
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import REPORT_SENT_FILE, Tracker
@@ -193,6 +194,7 @@ class _Run:
             announce(self._plan(None if checkpoint is None else checkpoint.step))
         provenance = self.pair.bridge_set.provenance
         if checkpoint is None:
+            prune_to_start(self.pair.sparse.model, config)
             start = self._start()
         else:
             start = start_from_checkpoint(self.pair, checkpoint)

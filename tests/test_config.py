@@ -97,6 +97,10 @@ def test_an_invalid_value_is_refused_by_name_and_value_on_one_line(name, value):
     [
         ({"target_density": 0.1}, "target_density=0.1 needs train_sparse=True"),
         ({"support": "moving"}, "support='moving' needs target_density"),
+        (
+            {"support": "moving", "train_sparse": True, "target_density": 0.1, "steps": 20, "move_every": 11},
+            r"move_every=11 is over anneal \* steps = 10",
+        ),
         ({"resume": True}, "resume=True needs output_dir"),
         ({"target_density": 0.0, "train_sparse": True}, "target_density=0.0 is invalid"),
         ({"target_density": 1.1, "train_sparse": True}, "target_density=1.1 is invalid"),

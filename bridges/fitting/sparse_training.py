@@ -20,6 +20,23 @@ MIN_PER_CHANNEL = 1
 """Nonzero weights that every neuron and attention channel keeps at least where the support moves."""
 
 
+def prune_to_start(model: nn.Module, config: FitConfig) -> None:
+    """Prune a sparse model whose support is to move to its first density, before anything is fitted to its streams.
+
+    ValueError if the model is much sparser already: the support would first fill up with zeros.
+    """
+    if config.support != "moving" or not config.steps:
+        return
+    found = projection.density(model)
+    if found < config.start_density / 2:
+        raise ValueError(
+            f"start_density={config.start_density:g} is far over the sparse model's own density, {found:.3g}, and a "
+            f"moving support only falls; pass start_density={found:.3g}"
+        )
+    if config.start_density < 1:
+        projection.project(model, config.start_density, MIN_PER_CHANNEL)
+
+
 class SparseTraining:
     """The optimiser of a sparse model, and which of its weights may differ from zero.
 
@@ -45,9 +62,9 @@ class SparseTraining:
         c = self.config
         if c.target_density is not None and c.support == "projected":
             return None
-        if c.support == "moving" and start.supports is None and c.start_density < 1:
-            projection.project(self.model, c.start_density, MIN_PER_CHANNEL)
         masks = projection.supports(self.model) if start.supports is None else start.supports
+        if c.support == "moving" and c.start_density == 1 and start.supports is None:  # biases of zero train as well
+            masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
         return Support(self.model, masks, use_kernels=c.mixed_precision == "no")
 
     def parameters(self) -> list[Tensor]:
@@ -55,18 +72,28 @@ class SparseTraining:
         return self.optimizer.param_groups[0]["params"]
 
     def kept_fraction(self, step: int) -> float:
-        """Part of the model's weights kept after a step; a moving support comes to it at its next move."""
+        """Part of the model's weights kept after a step; that of a moving support changes where it moves."""
         c = self.config
         if c.target_density is None:
             return 1.0
+        if c.support == "moving":
+            moves = (s for s in (step - step % c.move_every, self._arrival) if 0 < s <= step and self.moves(s))
+            step = max(moves, default=0)
+            if not step:
+                return c.start_density
         return projection.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
 
+    @property
+    def _arrival(self) -> int:
+        """The step at which the density arrives at its target."""
+        return max(1, math.ceil(self.config.anneal * self.config.steps))
+
     def moves(self, step: int) -> bool:
-        """Whether the support moves after a step: at intervals, and where the density arrives at its target."""
+        """Whether the support moves after a step: at intervals, and where its density arrives at the target."""
         c = self.config
-        if c.support != "moving":
+        if c.support != "moving" or c.target_density is None:
             return False
-        arrives = step == max(1, math.ceil(c.anneal * c.steps))
+        arrives = step == self._arrival and c.target_density < c.start_density
         return arrives or (step % c.move_every == 0 and step <= max(MOVE_UNTIL, c.anneal) * c.steps)
 
     def kernels(self, step: int) -> AbstractContextManager[None]:

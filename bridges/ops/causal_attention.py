@@ -31,17 +31,15 @@ def causal_attention(
 ) -> Float[Tensor, "b n_head s d_head"]:
     """Every query's mean of the values of its own and earlier keys, with weights softmax(q k / sqrt(d_head)).
 
-    `sink_logit`: of each head, the logit of a further key whose value is zero. Requires `has_fused_attention`. The
-    gradient cannot be differentiated again.
+    `sink_logit`: of each head, the logit of a further key whose value is zero. Requires `has_fused_attention`.
 
     >>> q, k, v = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
     >>> even = causal_attention(q, k, v, torch.zeros(2))
     >>> torch.allclose(even, causal_attention_eager(q, k, v, torch.zeros(2)), atol=1e-6)
     True
     """
-    if sink_logit is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _SinkAttention.apply(q, k, v, sink_logit.to(q.dtype))  # pyright: ignore[reportReturnType]
+    sink = q.new_full((q.shape[1],), -torch.inf) if sink_logit is None else sink_logit.to(q.dtype)
+    return _SinkAttention.apply(q, k, v, sink)  # pyright: ignore[reportReturnType]
 
 
 def causal_attention_eager(
@@ -63,17 +61,23 @@ def causal_attention_eager(
 class _SinkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor) -> Tensor:
+        # The kernel reads each vector as one piece of memory, whatever its strides.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         mean, log_z = getattr(torch.ops.aten, _FUSED)(q, k, v, 0.0, True)
         slot = sink_logit[:, None].to(log_z.dtype)
         share = torch.sigmoid(log_z - slot)
         out = mean * share[..., None].to(mean.dtype)
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(log_z, slot), share)
+        ctx.save_for_backward(q, k, v, sink_logit, out, torch.logaddexp(log_z, slot), share)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, out, log_total, share = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink_logit, out, log_total, share = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again, which the kernel's own cannot be
+            wanted = [x for x, wants in zip((q, k, v, sink_logit), ctx.needs_input_grad, strict=True) if wants]
+            again = causal_attention_eager(q, k, v, sink_logit)
+            found = iter(torch.autograd.grad(again, wanted, grads[0], create_graph=True))
+            return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
         fused = getattr(torch.ops.aten, _FUSED + "_backward")
         q_grad, k_grad, v_grad = fused(grads[0], q, k, v, out, log_total, 0.0, True)
         # d out / d sink_logit = -out (1 - share), as the sink's own share of the softmax is 1 - share.

@@ -54,14 +54,16 @@ def sparse_linear(
 ) -> Float[Tensor, "*batch n_out"]:
     """x W' + bias for the matrix W that has `values` at the positions of `pattern` and zeros elsewhere.
 
-    The gradient reaches x, the values and the bias. Computed by a kernel on CPUs where numba is installed, for float32
+    The gradient reaches x, the values and the bias. Zeros are not multiplied, so they hide what is NaN or infinite in
+    x, which 0 * NaN would not. Computed by a kernel on CPUs where numba is installed, for float32
     and float64; otherwise by the dense product, and so in a process forked after the kernel had run (on one thread:
     RuntimeError on more, which would hang).
     """
     if not _runs_kernel(x, values, bias):
         return sparse_linear_eager(x, values, pattern, bias)
     bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
-    return _SparseLinear.apply(x.flatten(0, -2), values, bias, pattern).unflatten(0, x.shape[:-1])  # pyright: ignore
+    y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, bias, pattern)
+    return y.view(*x.shape[:-1], pattern.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def dense_gradient_linear(
@@ -78,8 +80,8 @@ def dense_gradient_linear(
     if not _runs_kernel(x, weight, bias):
         return F.linear(x, weight, bias)
     bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
-    y = _DenseGradientLinear.apply(x.flatten(0, -2), weight, bias, pattern)
-    return y.unflatten(0, x.shape[:-1])  # pyright: ignore[reportAttributeAccessIssue]
+    y = _DenseGradientLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, pattern)
+    return y.view(*x.shape[:-1], pattern.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def sparse_linear_eager(
@@ -101,59 +103,65 @@ def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor, pattern: NonzeroPattern) -> Tensor:
-        from bridges.ops import kernels
-
         x = x.detach().contiguous()
         ctx.save_for_backward(x, values)
         ctx.pattern = pattern
-        out = x.new_empty(len(x), pattern.shape[0])
-        kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, bias, x, out))
-        return out
+        return _product(x, values, bias, pattern)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from bridges.ops import kernels
 
         x, values = ctx.saved_tensors
         pattern, grad = ctx.pattern, grads[0].contiguous()
         wants_x, wants_values, wants_bias, _ = ctx.needs_input_grad
-        x_grad = torch.empty_like(x) if wants_x else None
-        blocks = values.new_empty((len(x) + kernels.BLOCK - 1) // kernels.BLOCK, len(values)) if wants_values else None
-        if x_grad is None and blocks is not None:
+        bias_grad = grad.sum(0) if wants_bias else None
+        if not wants_values:
+            return _input_gradient(grad, values, pattern) if wants_x else None, None, bias_grad, None
+        blocks = values.new_empty((len(x) + kernels.BLOCK - 1) // kernels.BLOCK, len(values))
+        if not wants_x:
             kernels.values_gradient(*_arrays(pattern.row_starts, pattern.columns, grad, x, blocks))
-        elif x_grad is not None:
-            by_column = pattern.column_starts, pattern.rows, values[pattern.by_column]
-            if blocks is None:
-                kernels.multiply(*_arrays(*by_column, grad.new_zeros(x.shape[1]), grad, x_grad))
-            else:
-                kernels.both_gradients(*_arrays(*by_column, pattern.by_column, grad, x, x_grad, blocks))
-        return x_grad, None if blocks is None else blocks.sum(0), grad.sum(0) if wants_bias else None, None
+            return None, blocks.sum(0), bias_grad, None
+        x_grad = torch.empty_like(x)
+        by_column = pattern.column_starts, pattern.rows, values[pattern.by_column], pattern.by_column
+        kernels.both_gradients(*_arrays(*by_column, grad, x, x_grad, blocks))
+        return x_grad, blocks.sum(0), bias_grad, None
 
 
 class _DenseGradientLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, pattern: NonzeroPattern) -> Tensor:
-        from bridges.ops import kernels
-
         x, values = x.detach().contiguous(), weight.detach().flatten()[pattern.flat]
         ctx.save_for_backward(x, values)
         ctx.pattern = pattern
-        out = x.new_empty(len(x), pattern.shape[0])
-        kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, bias, x, out))
-        return out
+        return _product(x, values, bias, pattern)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        from bridges.ops import kernels
-
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
-        pattern, grad = ctx.pattern, grads[0].contiguous()
+        grad = grads[0].contiguous()
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        x_grad = torch.empty_like(x) if wants_x else None
-        if x_grad is not None:
-            by_column = pattern.column_starts, pattern.rows, values[pattern.by_column]
-            kernels.multiply(*_arrays(*by_column, grad.new_zeros(x.shape[1]), grad, x_grad))
+        x_grad = _input_gradient(grad, values, ctx.pattern) if wants_x else None
         return x_grad, grad.mT @ x if wants_weight else None, grad.sum(0) if wants_bias else None, None
+
+
+def _product(x: Tensor, values: Tensor, bias: Tensor, pattern: NonzeroPattern) -> Tensor:
+    """x W' + bias for rows x [n, n_in], by the kernel."""
+    from bridges.ops import kernels
+
+    out = x.new_empty(len(x), pattern.shape[0])
+    kernels.multiply(*_arrays(pattern.row_starts, pattern.columns, values, bias, x, out))
+    return out
+
+
+def _input_gradient(grad: Tensor, values: Tensor, pattern: NonzeroPattern) -> Tensor:
+    """grad W for rows grad [n, n_out], by the kernel."""
+    from bridges.ops import kernels
+
+    x_grad = grad.new_empty(len(grad), pattern.shape[1])
+    by_column = pattern.column_starts, pattern.rows, values[pattern.by_column]
+    kernels.multiply(*_arrays(*by_column, grad.new_zeros(pattern.shape[1]), grad, x_grad))
+    return x_grad
 
 
 def _starts(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_and_one"]:

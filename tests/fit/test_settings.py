@@ -7,6 +7,7 @@ from pairs import sparse_model, tokens
 
 from bridges.config import FitConfig
 from bridges.fit import fit
+from bridges.sparsity.projection import density, project
 
 RESULT_DEPENDS_ON = {
     "steps": (2, {}),
@@ -33,9 +34,9 @@ RESULT_DEPENDS_ON = {
     "target_density": (0.3, SPARSE),
     "start_density": (0.6, SPARSE),
     "anneal": (1.0, SPARSE),
-    "support": ("moving", {**SPARSE, "start_density": 0.6}),
-    "move_every": (1, {**SPARSE, "support": "moving", "start_density": 0.6, "steps": 4}),
-    "move_share": (0.5, {**SPARSE, "support": "moving", "start_density": 0.6, "move_every": 2}),
+    "support": ("moving", {**SPARSE, "start_density": 0.6, "move_every": 1}),
+    "move_every": (1, {**SPARSE, "support": "moving", "start_density": 0.6, "move_every": 2, "steps": 4}),
+    "move_share": (0.5, {**SPARSE, "support": "moving", "start_density": 0.6, "move_every": 1}),
     "sparse_lr": (1e-3, SPARSE),
     "sparse_weight_decay": (5.0, SPARSE),
     "sparse_eps": (1e-2, SPARSE),
@@ -129,3 +130,24 @@ def test_without_output_dir_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(eval_every=1, checkpoint_every=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moving_support_starts_from_a_pruned_model_and_ends_at_its_density(tmp_path):
+    """The bridges are fitted to the streams of the pruned model."""
+    sparse = shallow(sparse_model)
+    moving = {**SPARSE, "support": "moving", "start_density": 0.7, "target_density": 0.4, "move_every": 1, "steps": 4}
+    run(sparse=sparse, output_dir=tmp_path / "run", **moving)
+    kept = [row["kept_fraction"] for row in rows(tmp_path / "run")]
+    assert kept == pytest.approx([0.55, 0.4, 0.4, 0.4])
+    assert density(sparse) == pytest.approx(0.4, abs=0.02)
+    unchanged = shallow(sparse_model)
+    before = density(unchanged)
+    run(sparse=unchanged, **{**moving, "steps": 0})
+    assert density(unchanged) == before
+
+
+def test_a_moving_support_is_not_filled_up_with_zeros():
+    sparse = shallow(sparse_model)
+    project(sparse, 0.2, 1)
+    with pytest.raises(ValueError, match=r"start_density=1 is far over the sparse model's own density, 0\.2"):
+        run(sparse=sparse, **{**SPARSE, "target_density": 0.1, "support": "moving", "move_every": 1})

@@ -143,7 +143,9 @@ def test_a_trainer_built_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path,
 
 
 def test_a_moving_support_falls_to_its_density_moves_and_trains_nothing_else():
-    pair = join(gpt2(layers=1), sparse_model(layers=1))
+    sparse = sparse_model(layers=1)
+    sparsity.project(sparse, 0.6, 1)
+    pair = join(gpt2(layers=1), sparse)
     found = trainer(pair, steps=8, anneal=0.5, **{**MOVING, "target_density": 0.25})
     weights = dict(sparsity.sparse_parameters(pair.sparse.model))
     before = found.sparse.support.masks

@@ -189,7 +189,7 @@ def test_under_torch_compile():
     """In a process of its own: torch.compile cannot trace the check of types that the test run adds."""
     code = """
 import torch
-from bridges.ops.abs_topk import LONG_ROW, abs_topk, abs_topk_eager
+from bridges.ops.abs_topk import abs_topk, abs_topk_eager
 x = torch.randn(6, 11).round().requires_grad_()
 compiled = torch.compile(lambda z: abs_topk(2 * z, 4).square().sum(), backend="aot_eager")
 (gradient,) = torch.autograd.grad(compiled(x), x)

@@ -23,6 +23,32 @@ def test_values_and_gradients_are_those_of_the_definition(seq, d_head):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("strided", ["q", "k", "v", "all"])
+def test_any_memory_layout(strided):
+    leaves = inputs(8, 6)
+    turned = [x.mT.contiguous().mT if strided in (name, "all") else x for name, x in zip("qkv", leaves, strict=False)]
+    outs = [f(*turned, leaves[3]) for f in (causal_attention, causal_attention_eager)]
+    torch.testing.assert_close(*outs, rtol=1e-11, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(out.cos().sum(), leaves) for out in outs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_gradients_can_be_differentiated_again(with_sink):
+    q, k, v, sink = inputs(5)
+    leaves = (q, k, v, sink) if with_sink else (q, k, v)
+    assert torch.autograd.gradgradcheck(causal_attention, leaves)
+
+
+def test_gradients_in_float32():
+    leaves = inputs(30, 16, torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    found = torch.autograd.grad(causal_attention(*leaves).sin().sum(), leaves)
+    exact = torch.autograd.grad(causal_attention_eager(*wide).sin().sum(), wide)
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
 def test_without_a_sink():
     leaves = inputs(9)[:3]
     outs = [f(*leaves) for f in (causal_attention, causal_attention_eager)]
@@ -54,7 +80,7 @@ def test_a_layer_gives_what_its_matrix_of_weights_gives(sink):
     torch.testing.assert_close(layer(x, causal), by_weights, rtol=1e-11, atol=1e-13)
 
 
-def test_padding_dropout_and_caches_take_the_matrix_of_weights(monkeypatch):
+def test_padding_and_dropout_take_the_matrix_of_weights(monkeypatch):
     layer, x = attention_layer(dropout=0.5), torch.randn(1, 5, 12, dtype=torch.float64)
     used = []
     monkeypatch.setattr(type(layer), "weights", lambda self, q, k, allowed: used.append(1) or q @ k.mT)

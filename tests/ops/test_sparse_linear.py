@@ -41,6 +41,20 @@ def test_values_and_gradients_are_those_of_the_dense_product(shape):
         assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_a_single_row_without_a_batch():
+    (_, values, bias), pattern, weight = problem((2,), 20, 30, 0.2)
+    x = torch.randn(20, dtype=torch.float64)
+    for y in (sparse_linear(x, values, pattern, bias), dense_gradient_linear(x, weight, pattern, bias)):
+        torch.testing.assert_close(y, weight @ x + bias)
+
+
+def test_zeros_hide_what_is_not_finite():
+    weight = torch.eye(3, dtype=torch.float64)
+    x, values = torch.tensor([1.0, torch.nan, 2.0]).double(), torch.ones(3).double()
+    y = sparse_linear(x, values, NonzeroPattern.from_mask(weight != 0))
+    assert y[0] == 1 and y[1].isnan() and y[2] == 2
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_all_entries_of_a_matrix_get_their_gradient(shape, with_bias):

@@ -1,15 +1,17 @@
 import copy
+import sys
 
 import pytest
 import torch
-from pairs import MASK, gpt2, join, sparse_model, tokens
+from pairs import MASK, gpt2, gradients, join, relative, sparse_model, tokens
 
 from bridges.config import FitConfig
 from bridges.fitting.gradients import Objective, Weights, step_gradients
 from bridges.fitting.trainer import ProcessGroup, Trainer
 from bridges.sparsity import projection as sparsity
-from bridges.sparsity.support import Support, use_sparse_kernels
+from bridges.sparsity.support import Support, skip_zeros, use_sparse_kernels
 
+sparse_linear_module = sys.modules["bridges.ops.sparse_linear"]
 SETTINGS = {"steps": 5, "train_sparse": True, "sites_per_step": "all", "sparse_lr": 0.02, "sparse_weight_decay": 0.3}
 
 
@@ -128,3 +130,27 @@ def test_masks_of_other_tensors_are_refused():
     masks.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         Support(projected(), masks)
+
+
+@pytest.mark.parametrize("options", [{}, {"tied_unembed": True}], ids=["plain", "tied"])
+def test_skipping_zeros_changes_neither_logits_nor_the_gradients_of_any_entry(options, monkeypatch):
+    model, ids = sparse_model(width=40, **options), tokens()
+    sparsity.project(model, 0.05, 0)
+    calls = []
+    product = sparse_linear_module._product
+    monkeypatch.setattr(sparse_linear_module, "_product", lambda *args: calls.append(1) or product(*args))
+
+    def outcome():
+        logits = model(ids).logits
+        logits.square().sum().backward()
+        return [logits, *gradients(model.parameters())]
+
+    plain = outcome()
+    assert not calls
+    with skip_zeros(model):
+        by_nonzeros = outcome()
+    assert len(calls) >= 2 * 3  # of two layers, at least c_attn, c_fc and a c_proj
+    for one, other in zip(by_nonzeros, plain, strict=True):
+        assert relative(one, other) < 1e-10
+    entries = model.transformer.h[0].mlp.c_fc.weight.numel()
+    assert any(one.count_nonzero() > 0.5 * entries for one in by_nonzeros if one.numel() == entries)
