@@ -8,6 +8,7 @@ rows of 128 tokens, one thread. The smaller cases alone with --quick.
 import argparse
 import multiprocessing
 import time
+from pathlib import Path
 
 import torch
 from step_pair import KINDS, models, steps
@@ -32,7 +33,7 @@ def fastest(kind, shape, rounds):
 
 def status_mib(field):
     """An entry of this process's /proc/self/status, MiB."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
@@ -43,8 +44,7 @@ def peak_mib(name, kind, shape):
     for batch, case in ((1, small), (8, shape)):  # the small one compiles
         with steps(*models(**case), shape["density"], kind, batch=batch) as functions:
             before = status_mib("VmRSS")
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak counts from here
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
             for _ in range(2):
                 functions[name]()
             taken = status_mib("VmHWM") - before

@@ -184,8 +184,8 @@ class FitConfig(Settings):
         falls = self.target_density is not None and self.target_density < self.start_density
         if self.support == "moving" and falls and self.steps and self.move_every > max(1, self.anneal * self.steps):
             raise ValueError(
-                f"move_every={self.move_every} is over anneal * steps = {self.anneal * self.steps:g}, the steps in which "
-                "the density falls: it would fall at once; pass fewer"
+                f"move_every={self.move_every} is over anneal * steps = {self.anneal * self.steps:g}, the steps in "
+                "which the density falls: it would fall at once; pass fewer"
             )
         if self.resume and self.output_dir is None:
             raise ValueError("resume=True needs output_dir, the run folder to continue")
