@@ -11,14 +11,17 @@ from types import FunctionType
 from typing import Any, get_type_hints
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
-_jaxtyped = jaxtyping.jaxtyped
+_jaxtyped = getattr(jaxtyping.jaxtyped, "replaced", jaxtyping.jaxtyped)  # its own, also where this is imported again
+# As with jaxtyping's own decorator, what is refused raises a TypeError.
+_with_checks = beartype(conf=BeartypeConf(violation_type=TypeError))
 _axes_of_one_call = _jaxtyped("context")
 
 
 def install():
     """Have jaxtyping's import hook, which decorates every function of the package, use this decorator."""
+    checked_once.replaced = _jaxtyped
     jaxtyping.jaxtyped = checked_once
 
 
@@ -36,7 +39,7 @@ def checked_once(fn=None, *, typechecker=None):
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if checked is None:
-            checked = beartype(_with_types(fn))
+            checked = _with_checks(_with_types(fn))
         with _axes_of_one_call:
             return checked(*args, **kwargs)
 

@@ -3,7 +3,6 @@
 import jaxtyping
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from checked_once import checked_once
 from jaxtyping import Float
 from torch import Tensor
@@ -32,13 +31,13 @@ def test_axes_agree_within_a_call_and_are_free_between_calls():
     [((X, X), False), ((X, X[0]), False), ((X.long(), X.T), False), ((X, X.T), 1), ((X, X.T), True)],
 )
 def test_an_argument_or_a_result_of_another_type_or_shape_is_an_error(arguments, drop):
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         product(*arguments, drop=drop)
 
 
 def test_a_name_that_only_type_checkers_know_is_any_type():
     assert identity(3) == 3 and identity("a") == "a"
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         identity(2.5)
 
 
@@ -46,5 +45,5 @@ def test_the_functions_of_the_package_are_checked_unless_checks_are_off(unchecke
     with pytest.raises(RuntimeError, match="size"):  # torch's own, as users meet it
         kl_divergence(X, X.T)
     jaxtyping.config.update("jaxtyping_disable", False)
-    with pytest.raises(BeartypeCallHintViolation, match="kl_divergence"):
+    with pytest.raises(TypeError, match="kl_divergence"):
         kl_divergence(X, X.T)

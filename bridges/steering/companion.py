@@ -75,8 +75,6 @@ class Companion:
                     "use source='encoder'"
                 )
         inputs = model_inputs(self.model, call.input_ids, call.attention_mask)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][:, call.n_past :]
         return {name: value for name, value in inputs.items() if name != "use_cache"}
 
     def attach_cache(self, cache: Cache, own: Cache) -> None:

@@ -55,7 +55,8 @@ def model_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of a forward pass, with positions that follow the mask as in `generate`.
 
-    Without a cache, or after the tokens of a `prefix`, which the mask covers too.
+    Without a cache, or after the tokens of a `prefix`. Where the mask covers more tokens than there are, these are its
+    last ones.
     """
     device = input_device(model)
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": prefix is not None}
