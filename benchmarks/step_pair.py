@@ -46,8 +46,8 @@ every 25 steps; its nonzeros; nothing."""
 def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
     """Inside, {name: function that does one step and returns the loss}, of the written-out step and of ours.
 
-    Both compute the same losses of the same models. Where weights of the sparse model train, the written-out one trains
-    and projects all of them.
+    Both compute the same losses of the same models. The written-out step trains and projects all weights of the sparse
+    model where its support moves in ours; where that is fixed it masks gradients.
     """
     settings = KINDS[kind] | settings
     if kind in ("projected", "moving support"):
@@ -59,7 +59,8 @@ def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
     generator = torch.Generator().manual_seed(1)
     for bridge in pair.bridge_set:
         bridge.randomize(generator)
-    written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), density if joint else None)
+    fixed = kind == "fixed support"
+    written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), density if joint else None, fixed)
     batches = [torch.randint(dense.config.vocab_size, (batch, seq), generator=generator) for _ in range(4)]
     turns = Counter()
 

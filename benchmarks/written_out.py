@@ -74,22 +74,19 @@ class WrittenOut:
 
     `dense`: a GPT2LMHeadModel. `sparse`: a `SparseTransformer` of equal depth, changed in place. `bridges`: modules
     with the four tensors of a `Bridge` and its k, one per site. `kept`: the fraction of weights that the projection
-    leaves; None: the sparse model is frozen.
+    leaves; None: the sparse model is frozen. `fixed`: zeros stay zero, and nothing is projected.
     """
 
-    def __init__(self, dense, sparse, bridges, kept=None, lr=1e-3, sparse_lr=2.5e-3):
-        self.dense, self.sparse, self.bridges, self.kept = (
-            dense.eval().requires_grad_(False),
-            sparse,
-            list(bridges),
-            kept,
-        )
+    def __init__(self, dense, sparse, bridges, kept=None, fixed=False, lr=1e-3, sparse_lr=2.5e-3):
+        self.dense, self.sparse, self.bridges = dense.eval().requires_grad_(False), sparse, list(bridges)
+        self.kept = kept
         use_torch_topk(sparse)
         sparse.requires_grad_(kept is not None)
         maps = [parameter for bridge in self.bridges for parameter in bridge.parameters()]
         self.optimizers = [torch.optim.AdamW(maps, lr=lr, weight_decay=0.0)]
         if kept is not None:
             self.optimizers.append(torch.optim.AdamW(sparse.parameters(), lr=sparse_lr, betas=(0.9, 0.95)))
+        self.masks = {name: weight != 0 for name, weight in pruned(sparse)} if fixed else None
 
     def losses(self, ids: Tensor):
         """The four losses of every site, in lists, and the sparse model's cross-entropy."""
@@ -125,17 +122,24 @@ class WrittenOut:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
+        if self.masks is not None:
+            for name, weight in pruned(self.sparse):
+                weight.grad *= self.masks[name]
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.kept is not None:
+        if self.masks is None and self.kept is not None:
             self.project()
         return loss.item()
 
     @torch.no_grad()
     def project(self) -> None:
         """Zero all but the largest entries of every matrix and bias of the sparse model."""
-        for name, weight in self.sparse.named_parameters():
-            if "ln_" not in name and "sink" not in name:
-                flat = weight.view(-1)
-                kept = flat.abs().topk(max(1, round(self.kept * flat.numel()))).indices
-                flat.copy_(torch.zeros_like(flat).index_copy_(0, kept, flat[kept]))
+        for _, weight in pruned(self.sparse):
+            flat = weight.view(-1)
+            kept = flat.abs().topk(max(1, round(self.kept * flat.numel()))).indices
+            flat.copy_(torch.zeros_like(flat).index_copy_(0, kept, flat[kept]))
+
+
+def pruned(sparse):
+    """Names and tensors of the matrices and biases that are sparse."""
+    return [(name, p) for name, p in sparse.named_parameters() if "ln_" not in name and "sink" not in name]
