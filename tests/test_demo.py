@@ -107,7 +107,7 @@ def check_files(folder, n_prompts):
     assert data["tasks"][0]["steering"]["one"]["p_target"] == rounded(steering["p_target"])
     assert data["bridges"]["mean"] == rounded(report["mean"])
     nodes = {node["id"] for node in data["circuits"][module.TASK]["nodes"]}
-    steered = {f"{few['site']}.read.{channel}" for channel in few["channel"]}
+    steered = {f"{few['site']}.read.{channel}" for channel in channels}
     assert nodes | steered | {f"{steering['site']}.read.{steering['channel']}"} == set(data["channels"])
     for picture in ("quality.png", "steering.png"):
         assert (folder / picture).stat().st_size > 10_000
