@@ -1,7 +1,8 @@
 """One training step on the paper's objective (A.3), written out as one would first write it: what fit is compared with.
 
-PyTorch alone: the modules of both models called in order, AbsTopK and the weight projection by `torch.topk`, the logits
-of every hybrid pass in memory, the sum of all losses, one `backward`, AdamW.
+PyTorch alone: the modules of both models called in order, AbsTopK and the weight projection by `torch.topk`, attention
+with a sink by its matrix of weights, the logits of every hybrid pass in memory, the sum of all losses, one `backward`,
+AdamW.
 """
 
 import torch
@@ -27,8 +28,10 @@ class TopK(torch.nn.Module):
         return topk(x, self.k)
 
 
-def use_torch_topk(sparse) -> None:
-    """Replace every AbsTopK of a `SparseTransformer`, in place."""
+def use_torch_alone(sparse) -> None:
+    """Replace every AbsTopK and every attention of a `SparseTransformer`, in place."""
+    for block in sparse.transformer.h:
+        block.attn._attend = lambda q, k, v, allowed, attn=block.attn: attn.weights(q, k, allowed) @ v
     for parent in list(sparse.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "AbsTopK" and child.k is not None:
@@ -80,7 +83,7 @@ class WrittenOut:
     def __init__(self, dense, sparse, bridges, kept=None, fixed=False, lr=1e-3, sparse_lr=2.5e-3):
         self.dense, self.sparse, self.bridges = dense.eval().requires_grad_(False), sparse, list(bridges)
         self.kept = kept
-        use_torch_topk(sparse)
+        use_torch_alone(sparse)
         sparse.requires_grad_(kept is not None)
         maps = [parameter for bridge in self.bridges for parameter in bridge.parameters()]
         self.optimizers = [torch.optim.AdamW(maps, lr=lr, weight_decay=0.0)]
