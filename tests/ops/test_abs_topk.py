@@ -3,7 +3,6 @@ import sys
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 
 from bridges.ops import compiled
 from bridges.ops.abs_topk import LONG_ROW, abs_topk, abs_topk_at, abs_topk_eager, abs_topk_mask, abs_topk_mask_eager
@@ -153,7 +152,7 @@ def test_channels_outside_the_row_are_refused(channel):
 @pytest.mark.parametrize("k", [0, -1, 2.0, "3"])
 def test_a_bad_k_is_refused(function, k):
     # The test run's check of types speaks first where k is no integer.
-    with pytest.raises((ValueError, BeartypeCallHintViolation), match="k"):
+    with pytest.raises((ValueError, TypeError), match="k"):
         function(torch.ones(2, 4), k)
 
 
