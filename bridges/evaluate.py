@@ -103,6 +103,8 @@ def evaluate(
 def _paths(paths: int | Sequence[str | Sequence[Side]], n_sites: int) -> list[tuple[Side, ...]]:
     """The paths as sides; ValueError for those that do not fit the bridged sites."""
     if isinstance(paths, int):
+        if paths < 0:
+            raise ValueError(f"paths={paths} must be a number of paths, at least 0, or a list of paths")
         if paths and n_sites < 2:
             raise ValueError(f"paths={paths} needs two bridged sites or more, so that a path can change sides twice")
         generator = torch.Generator().manual_seed(0)

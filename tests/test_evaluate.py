@@ -330,6 +330,12 @@ def test_a_number_of_paths_draws_them_and_they_change_sides_twice_or_more():
     assert one == two and sorted({figures.changes for figures in one}) == [2, 3, 4, 5]
 
 
+def test_a_negative_number_of_paths_is_refused():
+    pair = PAIRS["equal depth"]()
+    with pytest.raises(ValueError, match=r"paths=-1 must be a number of paths"):
+        evaluate(pair.dense, pair.sparse, pair.bridge_set, DATA, paths=-1)
+
+
 @pytest.mark.parametrize("paths", [["ds"], ["dxdddd"], ["dddddd", ("dense", "sparse")]])
 def test_paths_that_do_not_fit_are_refused(paths):
     pair = PAIRS["equal depth"]()
