@@ -55,11 +55,14 @@ def test_a_run_killed_five_times_ends_with_the_bytes_of_one_never_killed(tmp_pat
     assert done == steps
 
 
+MOVING = {**SPARSE, "support": "moving", "start_density": 0.6, "move_every": 2, "path_weight": 0.5}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("joint", [False, True])
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path, joint):
+@pytest.mark.parametrize("training", [{}, SPARSE, MOVING], ids=["frozen", "projected", "moving"])
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path, training):
     settings = {"steps": 5, "gradient_accumulation_steps": 2, "closed_form_tokens": 200, "lr": 1e-2, "eval_every": 2}
-    settings |= SPARSE if joint else {}
+    settings |= training
     finished(
         separately("fit", tmp_path / "one", json.dumps({**settings, "batch_size": 4})),
         *two_processes(tmp_path / "two", {**settings, "batch_size": 2}),
@@ -71,7 +74,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, joint):
         assert two.report.flat()[name] == pytest.approx(value, rel=1e-8), name
     assert [row["train/loss"] for row in two.history] == pytest.approx([r["train/loss"] for r in one.history], rel=1e-8)
     assert len(rows(tmp_path / "two")) == 5 and one.report.tokens == two.report.tokens
-    if joint:
+    if training:
         trained = (SparseTransformer.from_pretrained(tmp_path / name / "sparse") for name in ("one", "two"))
         for p, q in zip(*(model.parameters() for model in trained), strict=True):
             assert relative(p.detach(), q.detach()) < 1e-8 or (p - q).abs().max() < 1e-12
