@@ -55,15 +55,13 @@ def sparse_linear(
     """x W' + bias for the matrix W that has `values` at the positions of `pattern` and zeros elsewhere.
 
     The gradient reaches x, the values and the bias. Zeros are not multiplied, so they hide what is NaN or infinite in
-    x, which 0 * NaN would not. Computed by a kernel on CPUs where numba is installed, for float32
-    and float64; otherwise by the dense product, and so in a process forked after the kernel had run (on one thread:
-    RuntimeError on more, which would hang).
+    x, which 0 * NaN would not. Computed by a kernel on CPUs where numba is installed, for float32 and float64;
+    otherwise by the dense product, and so in a process forked after the kernel had run (on one thread: RuntimeError on
+    more, which would hang).
     """
     if not _runs_kernel(x, values, bias):
         return sparse_linear_eager(x, values, pattern, bias)
-    bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
-    y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, bias, pattern)
-    return y.view(*x.shape[:-1], pattern.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+    return _on_rows(_SparseLinear, x, values, bias, pattern)
 
 
 def dense_gradient_linear(
@@ -79,9 +77,7 @@ def dense_gradient_linear(
     """
     if not _runs_kernel(x, weight, bias):
         return F.linear(x, weight, bias)
-    bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
-    y = _DenseGradientLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, pattern)
-    return y.view(*x.shape[:-1], pattern.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+    return _on_rows(_DenseGradientLinear, x, weight, bias, pattern)
 
 
 def sparse_linear_eager(
@@ -98,6 +94,15 @@ def sparse_linear_eager(
 def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     dtypes = {x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype}
     return has_parallel_kernel(x) and len(dtypes) == 1 and x.dtype in (torch.float32, torch.float64)
+
+
+def _on_rows(
+    function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NonzeroPattern
+) -> Tensor:
+    """Apply one of the functions below to the rows of x, of any batch shape."""
+    bias = x.new_zeros(pattern.shape[0]) if bias is None else bias
+    y = function.apply(x.reshape(-1, x.shape[-1]), weight, bias, pattern)
+    return y.view(*x.shape[:-1], pattern.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _SparseLinear(torch.autograd.Function):
