@@ -53,7 +53,7 @@ from bridges.io.fingerprint import fingerprint
 from bridges.models.bundled import load_pair
 from bridges.models.loading import as_residual, find_tokenizer, load_model
 from bridges.models.residual import context_limit
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.pair import SIDES, ModelPair
 from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
 
 MOST = 4

@@ -20,8 +20,9 @@ from bridges.models.loading import as_residual
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch, ResidualModel
 from bridges.objective.figures import PASSES, Hybrids, Reconstruction
-from bridges.objective.hybrid import SIDES, ModelPair, Side, random_path, trace_pair
+from bridges.objective.hybrid import random_path
 from bridges.objective.normalizers import nmse
+from bridges.objective.pair import SIDES, ModelPair, Side, trace_pair
 from bridges.objective.sums import Reduce, no_reduce
 
 
@@ -140,7 +141,7 @@ def measure(
     with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
         streams = Reconstruction(pair)
         for batch in tracked(batches, "NMSE, batches of held-out rows", shown=progress):
-            streams.add(trace_pair(pair, *batch, with_logits=False))
+            streams.add(trace_pair(pair, *batch, logits=()))
         streams = streams.reduced(reduce)
         hybrids = Hybrids(pair, streams.means(), paths)
         steps = len(kl_batches) * (len(pair.bridge_set) + len(paths))

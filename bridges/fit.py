@@ -38,7 +38,7 @@ from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
 from bridges.models.residual import Batch, ResidualModel
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import SIDES, ModelPair, Side
+from bridges.objective.pair import SIDES, ModelPair, Side
 from bridges.sparsity.support import use_sparse_kernels
 
 READ_SCALE_TOKENS = 16_384

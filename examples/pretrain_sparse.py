@@ -1,6 +1,7 @@
 """Train a sparse model by itself, with the bundled dense one as teacher: python examples/pretrain_sparse.py
 
-Where the config has a table [sparse], a new model of that shape is trained; else one that is there already. Ctrl-C (or
+Where the config has a table [sparse], a new model of that shape is trained; else one that is there already, with the
+AbsTopK of the table [nodes] if there is one. Ctrl-C (or
 `timeout -s INT 1h python ...`) stops it with a checkpoint; the same command continues from there.
 """
 
@@ -15,7 +16,7 @@ from bridges.io.files import read_toml
 from bridges.sparsity.widening import widen
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--config", default="configs/bundled_pair_6_readable.toml", help="the tables [pretrain], [sparse]")
+parser.add_argument("--config", default="configs/bundled_pair_6_readable.toml", help="[pretrain], [sparse], [nodes]")
 parser.add_argument("--start", default="", help="the sparse model's folder to start from; default: the bundled one")
 parser.add_argument("--widen", type=int, default=1, help="make it so many times as wide first, with the same logits")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the teacher's folder")
@@ -39,6 +40,11 @@ elif args.start:
     sparse = bridges.SparseTransformer.from_pretrained(args.start)
 if args.widen > 1:
     sparse = widen(sparse, args.widen)
+nodes = read_toml(args.config).get("nodes")
+if nodes is not None:
+    weights = sparse.state_dict()
+    sparse = bridges.SparseTransformer(bridges.SparseConfig.from_dict({**sparse.config.to_dict(), **nodes}))
+    sparse.load_state_dict(weights)
 rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridges.pretrain(

@@ -9,7 +9,7 @@ from bridges.bridge import Bridge, BridgeSet
 from bridges.models.loading import as_residual
 from bridges.models.pairing import pair_sites
 from bridges.models.sparse.model import SparseConfig, SparseTransformer
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.steering.edits import Edit
 from bridges.steering.steer import steer
 from bridges.tasks.pairs import TaskPairs

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from bridges.objective.hybrid import Traces, trace_pair
+from bridges.objective.pair import Traces, trace_pair
 from bridges.tasks.pairs import TaskPairs
 
 

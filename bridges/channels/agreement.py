@@ -12,7 +12,7 @@ from torch import Tensor
 from bridges.channels.prompts import Channels
 from bridges.channels.runs import Prompts, logits_under_edit, unedited_last_logits
 from bridges.io.progress import Bar
-from bridges.objective.hybrid import ModelPair, Side
+from bridges.objective.pair import ModelPair, Side
 from bridges.tasks.pairs import TaskPairs, probabilities
 
 AGREEMENT_STRENGTHS = (0.25, 0.5, 0.75, 1.0)

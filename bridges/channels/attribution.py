@@ -12,7 +12,7 @@ from bridges.channels.prompts import entry_points
 from bridges.channels.runs import PromptRun, Prompts, last_token
 from bridges.io.progress import Bar
 from bridges.models.residual import Context, ResidualModel
-from bridges.objective.hybrid import ModelPair, Side
+from bridges.objective.pair import ModelPair, Side
 from bridges.steering.delta import EntryPoint, at_least_float32, stream_to_read_transpose
 from bridges.tasks.pairs import TaskPairs, probability
 

@@ -13,7 +13,7 @@ from bridges.channels.prompts import Channels
 from bridges.channels.runs import Prompts, contexts_after, edit_addend, edited_last_logits, prefix_bytes
 from bridges.io.progress import Bar
 from bridges.models.residual import Context, ResidualModel
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.steering.delta import EntryPoint, Streams, run_streams, streams_in
 from bridges.tasks.pairs import TaskPairs, probability
 

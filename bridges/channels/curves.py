@@ -14,7 +14,7 @@ from bridges.channels.prompts import Channels
 from bridges.channels.runs import PromptRun, Prompts, edit_addend, edited_last_logits, unedited_last_logits
 from bridges.io.progress import Bar
 from bridges.models.residual import ResidualModel
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.steering.delta import EntryPoint, Streams, dense_addend, random_addends
 from bridges.tasks.pairs import TaskPairs, probability
 

@@ -17,7 +17,7 @@ from bridges.channels.runs import Prompts
 from bridges.circuits.feature_view import DenseSide
 from bridges.circuits.nodes import Node
 from bridges.io.progress import Bar
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.ops.kl import kl_divergence
 from bridges.steering.delta import (
     at_least_float32,

@@ -20,7 +20,7 @@ from bridges.circuits.text import mean_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TaskPairs
 
 N_PAIRS = 64

@@ -28,7 +28,7 @@ from bridges.channels.search import (
 from bridges.circuits.circuit import Circuit
 from bridges.io.progress import announce
 from bridges.models.residual import ResidualModel
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TaskPairs
 

@@ -17,7 +17,7 @@ from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.nodes import FINAL, Node
 from bridges.models.residual import ResidualModel
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.pair import SIDES, ModelPair
 from bridges.tasks.pairs import TaskPairs, task_pairs
 
 N_PAIRS = 64

@@ -17,7 +17,7 @@ from bridges.channels.sweep import STRENGTHS, sweep_prompts
 from bridges.channels.sweep_result import Sweep
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.nodes import Node
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TaskPairs
 
 MAX_CHANNELS = 4

@@ -19,7 +19,7 @@ from bridges.models.loading import as_residual, find_tokenizer
 from bridges.models.modes import frozen
 from bridges.models.residual import ResidualModel, check_tokens
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.pair import SIDES, ModelPair
 from bridges.sparsity.support import use_sparse_kernels
 from bridges.steering.delta import EntryPoint
 from bridges.tasks.pairs import TaskPairs, task_pairs

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridges.channels.batches import KEPT_BYTES, row_batches, token_chunks
 from bridges.channels.prompts import Channels
 from bridges.models.residual import ResidualModel
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.ops.kl import kl_divergence
 from bridges.steering.delta import (
     Ending,

@@ -17,7 +17,7 @@ from bridges.channels.batches import KEPT_BYTES, PairBatch, pair_batches
 from bridges.channels.prompts import Channels
 from bridges.io.progress import Bar
 from bridges.models.residual import Context, ResidualModel, check_tokens, check_vocabulary
-from bridges.objective.hybrid import ModelPair, Side
+from bridges.objective.pair import ModelPair, Side
 from bridges.steering.delta import (
     Ending,
     EntryPoint,

@@ -26,7 +26,7 @@ from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.models.pairing import one_sided_tokens
 from bridges.models.residual import context_limit
-from bridges.objective.hybrid import SIDES, ModelPair, Side
+from bridges.objective.pair import SIDES, ModelPair, Side
 from bridges.steering.delta import EntryPoint
 
 By = Literal["dense", "both"]

@@ -24,7 +24,7 @@ from bridges.channels.reference_text import (
 )
 from bridges.channels.runs import Prompts, ending_under_edit, last_token, unedited_last_logits
 from bridges.io.progress import Bar
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.ops.kl import kl_divergence
 from bridges.steering.delta import dense_addend, edited_ending, ending_logits
 from bridges.tasks.pairs import MAX_TOKENS, TASKS, TaskPairs, probability, solved, task_pairs

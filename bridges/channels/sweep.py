@@ -41,7 +41,7 @@ from bridges.channels.sweep_result import Sweep
 from bridges.circuits.circuit import Circuit
 from bridges.io.progress import announce, progress_bar
 from bridges.models.residual import ResidualModel, context_limit
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.pair import SIDES, ModelPair
 from bridges.report.curves import CURVES
 from bridges.tasks.pairs import TaskPairs
 

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import ModelPair
 from bridges.objective.normalizers import counted_tokens
+from bridges.objective.pair import ModelPair
 from bridges.objective.sums import Reduce, no_reduce, reduce_together
 
 EFFECT_TOKENS = 24_576

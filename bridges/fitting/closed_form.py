@@ -17,8 +17,8 @@ from bridges.bridge import Bridge
 from bridges.fitting.massive import MassiveMoments, with_massive
 from bridges.fitting.ridge import Affine, Moments, Standardization, gather
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import SIDES, ModelPair, residuals_at, trace_pair
 from bridges.objective.normalizers import counted_tokens
+from bridges.objective.pair import SIDES, ModelPair, residuals_at, trace_pair
 from bridges.objective.sums import Reduce, Sums, no_reduce
 
 DEFAULT_RIDGE = 1e-4
@@ -217,7 +217,7 @@ class _Streams(NamedTuple):
 
 def _counted_streams(pair: ModelPair, batch: Batch, sites: Sequence[int]) -> Iterator[_Streams]:
     """The streams of some bridged sites, one site after the other."""
-    traces = trace_pair(pair, *batch, with_logits=False)
+    traces = trace_pair(pair, *batch, logits=())
     for i in sites:
         h_dense, h_sparse = residuals_at(pair, traces, i)
         counted = counted_tokens(*batch).to(h_dense.device)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -15,19 +14,9 @@ from torch import Tensor
 
 from bridges.data.random_state import RandomState, draws_from, random_state
 from bridges.models.residual import Batch, Trace
-from bridges.objective.hybrid import (
-    ModelPair,
-    Side,
-    Traces,
-    batch_moments,
-    ce_sum,
-    kl_from_dense,
-    kl_sum,
-    run_path,
-    squared_errors,
-    trace_pair,
-)
+from bridges.objective.hybrid import path_kl, single_switch_path, sparse_ce, squared_errors
 from bridges.objective.normalizers import BatchMoments, Normalizers, combine_moments, nmse
+from bridges.objective.pair import SIDES, ModelPair, Side, Traces, batch_moments, trace_pair
 from bridges.objective.sums import Reduce, Sums, no_reduce
 
 SITE_LOSSES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
@@ -89,7 +78,10 @@ class Objective(NamedTuple):
 
 @dataclass
 class StepSums(Sums):
-    """The losses of some micro-batches, each already divided by the step's normalizers; float64 on the CPU."""
+    """The losses of some micro-batches, each already divided by the step's normalizers.
+
+    In float64, on the bridges' device: nothing is read from a GPU before the step is done.
+    """
 
     nmse_encode: Float[Tensor, " n_sites"]
     nmse_decode: Float[Tensor, " n_sites"]
@@ -99,10 +91,12 @@ class StepSums(Sums):
     kl_path: Float[Tensor, ""]
 
     @classmethod
-    def zeros(cls, n_sites: int) -> StepSums:
+    def zeros(cls, pair: ModelPair) -> StepSums:
         """The losses of no batch."""
-        shapes = [(n_sites,)] * len(SITE_LOSSES) + [(), ()]
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        bridge_set = pair.bridge_set
+        shapes = [(len(bridge_set),)] * len(SITE_LOSSES) + [(), ()]
+        device = bridge_set[0].encoder_weight.device
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 def step_gradients(
@@ -121,7 +115,7 @@ def step_gradients(
     """
     moments, passes = _forward_passes(pair, batches, objective)
     normalizers = combine_moments(moments, objective.reduce)
-    sums = StepSums.zeros(len(pair.bridge_set))
+    sums = StepSums.zeros(pair)
     for forward in passes:
         _micro_batch(sums, pair, forward(), normalizers, sampled, objective, path)
     if objective.loss_scale != 1:
@@ -156,7 +150,7 @@ def _trace_again(pair: ModelPair, batch: Batch, objective: Objective, state: Ran
 def _trace(pair: ModelPair, batch: Batch, objective: Objective, grad: bool = True) -> Traces:
     """Both models' traces; a graph only through a sparse model that trains."""
     with objective.autocast(), torch.set_grad_enabled(objective.train_sparse and grad):
-        return trace_pair(pair, *batch)
+        return trace_pair(pair, *batch, logits=("dense",))
 
 
 def _micro_batch(
@@ -174,47 +168,50 @@ def _micro_batch(
     leaves = [h.detach().requires_grad_(objective.train_sparse) for h in traces.sparse.residuals]
     detached = Traces(_detached(traces.dense), traces.sparse._replace(residuals=leaves))
 
-    def add(total: Tensor, i: int | EllipsisType, loss: Tensor, weight: float) -> None:
-        total[i] += figure(loss)
-        objective.backward(loss, weight)
-
     for i in range(n):
         with objective.autocast():
             encode, decode = squared_errors(pair, detached, i)
-        add(sums.nmse_encode, i, nmse(encode, normalizers.variance_sparse[i]), weights.nmse / n)
-        add(sums.nmse_decode, i, nmse(decode, normalizers.variance_dense[i]), weights.nmse / n)
+        encode, decode = nmse(encode, normalizers.variance_sparse[i]), nmse(decode, normalizers.variance_dense[i])
+        for loss in (encode, decode):
+            objective.backward(loss, weights.nmse / n)
+        sums.nmse_encode[i] += figure(encode, sums)
+        sums.nmse_decode[i] += figure(decode, sums)
+
+    def kl(sides: Sequence[Side], weight: float) -> Tensor:
+        with objective.autocast():
+            scale = weight * objective.loss_scale
+            return figure(path_kl(pair, detached, sides, scale and scale / normalizers.tokens), sums) / tokens
+
+    tokens = normalizers.tokens.to(sums.device)
     for i in sampled:
-        with objective.autocast():
-            kl = kl_sum(pair, detached, i, "dense")
-        add(sums.kl_dense_to_sparse, i, kl / normalizers.tokens.to(kl), weights.kl_dense_to_sparse / len(sampled))
-        with objective.autocast():
-            kl = kl_sum(pair, detached, i, "sparse")
-        add(sums.kl_sparse_to_dense, i, kl / normalizers.tokens.to(kl), weights.kl_sparse_to_dense / len(sampled))
+        to_sparse, to_dense = (single_switch_path(n, i, side) for side in SIDES)
+        sums.kl_dense_to_sparse[i] += kl(to_sparse, weights.kl_dense_to_sparse / len(sampled))
+        sums.kl_sparse_to_dense[i] += kl(to_dense, weights.kl_sparse_to_dense / len(sampled))
     if path is not None:
-        with objective.autocast():
-            kl = kl_from_dense(detached, run_path(pair, detached, path))
-        add(sums.kl_path, ..., kl / normalizers.tokens.to(kl), weights.path)
+        sums.kl_path += kl(path, weights.path)
     if objective.train_sparse:
-        ce = ce_sum(traces, traces.sparse.logits)
-        ce = ce / normalizers.predictions.clamp(min=1).to(ce.device).float()
-        sums.ce += figure(ce)
-        _backward_through_sparse(traces, leaves, weights.ce * objective.loss_scale * ce)
+        predictions = normalizers.predictions.clamp(min=1)
+        with objective.autocast():
+            scale = weights.ce * objective.loss_scale
+            ce = sparse_ce(pair, detached, scale and scale / predictions)
+        sums.ce += figure(ce, sums) / predictions.to(sums.device)
+        _backward_through_sparse(traces, leaves)
 
 
-def figure(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """A loss to add up: in float64, on the CPU, without a graph."""
-    return loss.detach().double().cpu()
+def figure(loss: Float[Tensor, ""], sums: Sums) -> Float[Tensor, ""]:
+    """A loss to add to sums: in float64, on their device, without a graph."""
+    return loss.detach().to(sums.device, torch.float64)
 
 
 def _detached(trace: Trace) -> Trace:
     return trace._replace(residuals=[h.detach() for h in trace.residuals], logits=trace.logits.detach())
 
 
-def _backward_through_sparse(traces: Traces, leaves: list[Tensor], ce: Tensor) -> None:
-    """One backward pass through the sparse model, of the gradients at its streams and of its own loss."""
+def _backward_through_sparse(traces: Traces, leaves: list[Tensor]) -> None:
+    """One backward pass through the sparse model, of the gradients at its streams."""
     reached = [(h, leaf.grad) for h, leaf in zip(traces.sparse.residuals, leaves, strict=True) if leaf.grad is not None]
     # A stream that comes from frozen parameters alone has no graph.
-    ends = [(h, grad) for h, grad in [*reached, (ce, torch.ones_like(ce))] if h.requires_grad]
+    ends = [(h, grad) for h, grad in reached if h.requires_grad]
     torch.autograd.backward([h for h, _ in ends], [grad for _, grad in ends])
 
 
@@ -243,7 +240,7 @@ def step_losses(
     A site whose target does not vary counts as 0.
     """
     sites, weights = pair.bridge_set.sites, objective.weights
-    n = len(sites)
+    n, sums = len(sites), sums.cpu()
 
     def by_site(values: Tensor, kept: Iterable[int]) -> dict[str, float]:
         return {sites[i]: values[i].item() for i in kept}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridges.config import FitConfig
 from bridges.io.fingerprint import fingerprint, same_model
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 RESOURCE_SETTINGS = ("checkpoint_every", "moments_gib")
 """Settings that no result depends on; a run may be resumed with other values of them."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from bridges.bridge import BridgeSet
 from bridges.fitting.ridge import Affine, Moments
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import SIDES, ModelPair, Side, residuals_at, trace_pair
 from bridges.objective.normalizers import counted_tokens
+from bridges.objective.pair import SIDES, ModelPair, Side, residuals_at, trace_pair
 from bridges.objective.sums import Reduce, no_reduce
 
 SAMPLED_TOKENS = 2048
@@ -87,7 +87,7 @@ def _sample(pair: ModelPair, batches: Sequence[Batch], sides: Iterable[Side]) ->
     for batch in batches:
         if tokens >= most:
             break
-        traces, counted = trace_pair(pair, *batch, with_logits=False), counted_tokens(*batch)
+        traces, counted = trace_pair(pair, *batch, logits=()), counted_tokens(*batch)
         for i in range(n):
             for side, h in zip(SIDES, residuals_at(pair, traces, i), strict=True):
                 if side in parts:

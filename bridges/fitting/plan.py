@@ -17,7 +17,7 @@ from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.timings import Timings
 from bridges.io.amounts import count, duration, memory
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 MOST_NAMED = 12
 """Pairs of sites that the plan names; of more it names the first and the last."""

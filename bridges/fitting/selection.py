@@ -17,16 +17,9 @@ from torch import Tensor
 from bridges.fitting.gradients import Objective, StepSums, figure, step_losses
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import (
-    ModelPair,
-    Traces,
-    batch_moments,
-    empty_moments,
-    kl_sum,
-    squared_errors,
-    trace_pair,
-)
+from bridges.objective.hybrid import path_kl, single_switch_path, squared_errors
 from bridges.objective.normalizers import combine_moments, nmse
+from bridges.objective.pair import SIDES, ModelPair, Traces, batch_moments, empty_moments, trace_pair
 
 TOKENS = 2048
 """Tokens of the slice, at most."""
@@ -65,20 +58,20 @@ class Selection:
     def measure(self) -> float:
         """The objective: NMSE at every site, both KLs at `kl_sites`, in evaluation mode."""
         pair, reduce = self.pair, self.objective.reduce
-        moments, sums = [], StepSums.zeros(len(pair.bridge_set))
+        moments, sums = [], StepSums.zeros(pair)
         with eval_mode(pair.dense.model), eval_mode(pair.sparse.model):
             for batch in self.batches:
                 with self.objective.autocast():
-                    traces = trace_pair(pair, *batch)
+                    traces = trace_pair(pair, *batch, logits=("dense",))
                 moments.append(batch_moments(pair, traces))
                 self._add(sums, traces)
         normalizers = combine_moments(moments or [empty_moments(pair)], reduce)
         sums = sums.reduced(reduce)
-        tokens = normalizers.tokens.cpu().clamp(min=1)
+        tokens = normalizers.tokens.clamp(min=1).to(sums.device)
         losses = replace(
             sums,
-            nmse_encode=nmse(sums.nmse_encode, normalizers.variance_sparse.cpu()),
-            nmse_decode=nmse(sums.nmse_decode, normalizers.variance_dense.cpu()),
+            nmse_encode=nmse(sums.nmse_encode, normalizers.variance_sparse.to(sums.device)),
+            nmse_decode=nmse(sums.nmse_decode, normalizers.variance_dense.to(sums.device)),
             kl_dense_to_sparse=sums.kl_dense_to_sparse / tokens,
             kl_sparse_to_dense=sums.kl_sparse_to_dense / tokens,
         )
@@ -89,11 +82,13 @@ class Selection:
         with self.objective.autocast():
             for i in range(len(self.pair.bridge_set)):
                 encode, decode = squared_errors(self.pair, traces, i)
-                sums.nmse_encode[i] += figure(encode)
-                sums.nmse_decode[i] += figure(decode)
+                sums.nmse_encode[i] += figure(encode, sums)
+                sums.nmse_decode[i] += figure(decode, sums)
+            n = len(self.pair.bridge_set)
             for i in self.kl_sites:
-                sums.kl_dense_to_sparse[i] += figure(kl_sum(self.pair, traces, i, "dense"))
-                sums.kl_sparse_to_dense[i] += figure(kl_sum(self.pair, traces, i, "sparse"))
+                to_sparse, to_dense = (path_kl(self.pair, traces, single_switch_path(n, i, side)) for side in SIDES)
+                sums.kl_dense_to_sparse[i] += figure(to_sparse, sums)
+                sums.kl_sparse_to_dense[i] += figure(to_dense, sums)
 
     def observe(self, step: int) -> float:
         """Measure the present state, and keep it if it is the best so far; returns its objective.

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridges.fitting.checkpoint import Checkpoint
 from bridges.fitting.selection import BestState
 from bridges.fitting.standardized import Standardizations, standardizations_from
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 STANDARDIZED_FILE = "standardized"
 BEST_FILE = "best"

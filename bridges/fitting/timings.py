@@ -18,7 +18,7 @@ from bridges.fitting.standardized import StandardizedBridges
 from bridges.models.modes import eval_mode
 from bridges.models.residual import Batch
 from bridges.objective.figures import Hybrids, Reconstruction
-from bridges.objective.hybrid import ModelPair, residuals_at, trace_pair
+from bridges.objective.pair import ModelPair, residuals_at, trace_pair
 
 TIMED_WIDTH = 1024
 """The largest matrix whose eigendecomposition is timed; larger ones take the cube of the width's ratio as long."""
@@ -57,7 +57,7 @@ class Timings(NamedTuple):
             pair.dense, pair.sparse, BridgeSet([pair.bridge_set.site_pairs[middle]], [pair.bridge_set[middle]])
         )
         with eval_mode(pair.dense.model), eval_mode(pair.sparse.model), torch.no_grad():
-            streams = _time(lambda: trace_pair(pair, *batch, with_logits=False), pair)
+            streams = _time(lambda: trace_pair(pair, *batch, logits=()), pair)
             traces = trace_pair(pair, *batch)
             h_dense, h_sparse = (h.flatten(0, 1) for h in residuals_at(pair, traces, middle))
             found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))

@@ -24,7 +24,8 @@ from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import BEST_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
 from bridges.models.residual import Batch
-from bridges.objective.hybrid import ModelPair, Side, random_path
+from bridges.objective.hybrid import random_path
+from bridges.objective.pair import ModelPair, Side
 
 FP16_LOSS_SCALE = 1024.0
 

@@ -11,7 +11,7 @@ from bridges.config import FitConfig
 from bridges.models.pairing import SitePair, pair_sites
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 
 def untrained_pair(dense: ResidualModel, sparse: ResidualModel, config: FitConfig) -> ModelPair:

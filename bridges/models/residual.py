@@ -103,6 +103,11 @@ class ResidualModel(ABC):
     sites: list[Site]
     d_model: int
     vocab_size: int
+    """Tokens that have both an embedding and a logit."""
+    logits_width: int
+    """Logits of a token; over `vocab_size` where the unembedding is padded."""
+    computes_kept_logits_alone: bool
+    """Whether `logits_at` spares the logits of the tokens that are not asked for."""
     context_length: int | None
     """The largest number of tokens in a row, None where the model sets no limit."""
 

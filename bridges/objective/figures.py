@@ -11,17 +11,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridges.objective.hybrid import (
-    SIDES,
-    ModelPair,
-    Side,
-    Traces,
-    common_logits,
-    residuals_at,
-    run_path,
-    single_switch_path,
-)
+from bridges.objective.hybrid import common_logits, run_path, single_switch_path
 from bridges.objective.normalizers import counted_tokens, predicting_tokens
+from bridges.objective.pair import SIDES, ModelPair, Side, Traces, residuals_at
 from bridges.objective.sums import Reduce, Sums
 from bridges.ops.abs_topk import abs_topk
 from bridges.ops.kl import row_divergence

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,19 +29,17 @@ from torch.nn import functional as F
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, Trace, check_tokens
+from bridges.models.residual import ResidualModel, check_tokens
+from bridges.objective.head import backward_from_head
 from bridges.objective.normalizers import (
-    BatchMoments,
     combine_moments,
-    counted_tokens,
     nmse,
     predicting_tokens,
-    stream_moments,
 )
+from bridges.objective.pair import SIDES, ModelPair, Side, Traces, batch_moments, counted_at, residuals_at, trace_pair
 from bridges.ops.kl import kl_divergence
 
-Side = Literal["dense", "sparse"]
-SIDES: tuple[Side, Side] = ("dense", "sparse")
+ALL_POSITIONS = slice(None)
 
 
 class HybridLosses(NamedTuple):
@@ -65,18 +63,60 @@ def run_path(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> Float[Ten
     the stream crosses the bridge of that site, by f from dense to sparse and by g from sparse to dense. The sublayers
     before the first change are not run again: `traces` holds their result.
     """
+    side = path[-1]
+    return pair.model(side).head(run_path_to_final(pair, traces, path), traces.side(side).context)
+
+
+def run_path_to_final(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> Float[Tensor, "b s _"]:
+    """The stream at `final`, of the model that the path ends in, after a hybrid pass (see `run_path`)."""
     n = len(pair.bridge_set)
-    first = next((j for j in range(n) if path[j] != path[j + 1]), None)
-    if first is None:
-        return traces.side(path[0]).logits
+    first = next((j for j in range(n) if path[j] != path[j + 1]), n - 1)
     stream = traces.side(path[first]).residuals[pair.site(path[first], first)]
-    for j in range(first, n - 1):
+    for j in range(first, n):
         side = path[j + 1]
         stream = pair.cross(j, stream, path[j], side)
-        stream = pair.model(side).run(pair.site(side, j), pair.site(side, j + 1), stream, traces.side(side).context)
-    side = path[n]
-    stream = pair.cross(n - 1, stream, path[n - 1], side)
-    return pair.model(side).tail(pair.site(side, n - 1), stream, traces.side(side).context)
+        model = pair.model(side)
+        end = len(model.sites) - 1 if j == n - 1 else pair.site(side, j + 1)
+        stream = model.run(pair.site(side, j), end, stream, traces.side(side).context)
+    return stream
+
+
+def path_kl(
+    pair: ModelPair, traces: Traces, path: Sequence[Side], gradient_weight: float | Tensor = 0.0
+) -> Float[Tensor, ""]:
+    """The sum over real tokens of KL(y || hybrid pass), nats, whose logits never exist all at once.
+
+    The gradient of `gradient_weight` times the sum is added to every leaf; the sum itself has no graph.
+    """
+    side = path[-1]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_zero(gradient_weight)):
+        stream = run_path_to_final(pair, traces, path)
+        return backward_from_head(
+            pair.model(side),
+            stream,
+            traces.side(side).context,
+            lambda logits, positions: kl_from_dense(traces, logits, positions),
+            gradient_weight,
+        )
+
+
+def sparse_ce(pair: ModelPair, traces: Traces, gradient_weight: float | Tensor = 0.0) -> Float[Tensor, ""]:
+    """The sum of the sparse model's own next-token cross-entropy, nats; logits and gradient as in `path_kl`."""
+    n = len(pair.bridge_set)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_zero(gradient_weight)):
+        stream = run_path_to_final(pair, traces, ("sparse",) * (n + 1))
+        return backward_from_head(
+            pair.sparse,
+            stream,
+            traces.sparse.context,
+            lambda logits, positions: ce_sum(traces, logits, positions),
+            gradient_weight,
+        )
+
+
+def _is_zero(weight: float | Tensor) -> bool:
+    """Whether a number is 0; a tensor is not looked at, since that would wait for a GPU."""
+    return not isinstance(weight, Tensor) and weight == 0
 
 
 def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:
@@ -122,30 +162,36 @@ def common_logits(traces: Traces, logits: Float[Tensor, "*b vocab"]) -> Float[Te
     return logits[..., : traces.dense.logits.shape[-1]]
 
 
-def kl_from_dense(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
+def kl_from_dense(
+    traces: Traces, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
+) -> Float[Tensor, ""]:
     """The sum over real tokens of KL(y || softmax(logits)), nats, y the dense model's own prediction.
 
-    Over the vocabulary that both models have: logits beyond it are of padding, or of tokens that one side alone knows.
+    `logits` are those of the rows' `positions`. Over the vocabulary that both models have: logits beyond it are of
+    padding, or of tokens that one side alone knows.
     """
-    target = traces.dense.logits.detach().to(logits.device)
+    target = traces.dense.logits.detach()[:, positions].to(logits.device)
     logits = common_logits(traces, logits)
     mask = traces.dense.context.attention_mask
     if mask is None:
         return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1))
-    real = mask.bool().to(logits.device)
+    real = mask[:, positions].bool().to(logits.device)
     return kl_divergence(target[real], logits[real])
 
 
-def ce_sum(traces: Traces, logits: Float[Tensor, "b s vocab"]) -> Float[Tensor, ""]:
+def ce_sum(
+    traces: Traces, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
+) -> Float[Tensor, ""]:
     """The sum of next-token cross-entropy over the tokens of `predicting_tokens`, nats, in at least float32.
 
-    Over the vocabulary that both models have.
+    `logits` are those of the rows' `positions`. Over the vocabulary that both models have.
     """
     logits = common_logits(traces, logits)
-    ids, mask = traces.dense.context.input_ids.to(logits.device), traces.dense.context.attention_mask
-    predicting = predicting_tokens(ids, mask if mask is None else mask.to(logits.device))
+    ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
+    predicting = F.pad(predicting_tokens(ids, mask), (0, 1))[:, positions].to(logits.device)
+    labels = ids.roll(-1, 1)[:, positions].to(logits.device)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[:, :-1][predicting].to(wide), ids[:, 1:][predicting], reduction="sum")
+    return F.cross_entropy(logits[predicting].to(wide), labels[predicting], reduction="sum")
 
 
 def hybrid_losses(
@@ -222,88 +268,3 @@ def _squared_error(prediction: Tensor, target: Tensor, counted: Tensor) -> Tenso
     # prediction may be float16, in which squares over 65504 overflow.
     wide = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(wide) - target.to(wide))[counted.to(prediction.device)].square().sum()
-
-
-class ModelPair(NamedTuple):
-    """Two models and the bridges between them."""
-
-    dense: ResidualModel
-    sparse: ResidualModel
-    bridge_set: BridgeSet
-
-    def model(self, side: Side) -> ResidualModel:
-        """The model of one side."""
-        return self.dense if side == "dense" else self.sparse
-
-    def site(self, side: Side, bridge: int) -> int:
-        """The index, in one side's model, of the site that a bridge joins."""
-        return self.model(side).index(self.bridge_set.site_pairs[bridge][side == "sparse"])
-
-    def cross(self, bridge: int, stream: Float[Tensor, "b s _"], start: Side, end: Side) -> Float[Tensor, "b s _"]:
-        """A stream of one side as the other side's, on that model's device and in its dtype; itself if both are one."""
-        if start == end:
-            return stream
-        maps, model = self.bridge_set[bridge], self.model(end)
-        stream = stream.to(maps.encoder_weight.device)
-        return (maps.encode(stream) if end == "sparse" else maps.decode(stream)).to(model.device, model.dtype)
-
-
-class Traces(NamedTuple):
-    """The forward passes of both models on one batch, each by itself."""
-
-    dense: Trace
-    sparse: Trace
-
-    def side(self, side: Side) -> Trace:
-        """The trace of one side."""
-        return self.dense if side == "dense" else self.sparse
-
-
-def trace_pair(
-    pair: ModelPair,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    with_logits: bool = True,
-) -> Traces:
-    """Run both models on one batch, each on its own device.
-
-    Without logits each model runs up to its last bridged site. Logits that one model alone has are cut off: its
-    vocabulary may be padded to a round number.
-    """
-
-    def on(model: ResidualModel, last_site: int) -> Trace:
-        mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        return model.trace(input_ids.to(model.device), mask, with_logits=with_logits, last_site=last_site)
-
-    last = len(pair.bridge_set) - 1
-    dense, sparse = (on(pair.model(side), pair.site(side, last)) for side in SIDES)
-    width = min(dense.logits.shape[-1], sparse.logits.shape[-1])
-    return Traces(*(trace._replace(logits=trace.logits[..., :width]) for trace in (dense, sparse)))
-
-
-def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:
-    """The dense and the sparse stream [batch, seq, d_model] at one bridged site, on the bridge's device."""
-    device = pair.bridge_set[bridge].encoder_weight.device
-    dense, sparse = (traces.side(side).residuals[pair.site(side, bridge)].to(device) for side in SIDES)
-    return dense, sparse
-
-
-def counted_at(pair: ModelPair, traces: Traces, bridge: int) -> Bool[Tensor, "b s"]:
-    """True at the tokens that NMSE, moments and RMS count at one bridged site: those of `counted_tokens` that are
-    massive in neither stream.
-    """
-    usual = pair.bridge_set[bridge].is_usual(*residuals_at(pair, traces, bridge))
-    return usual & counted_tokens(traces.dense.context.input_ids, traces.dense.context.attention_mask).to(usual.device)
-
-
-def batch_moments(pair: ModelPair, traces: Traces) -> BatchMoments:
-    """One batch's part of what the losses are divided by."""
-    streams = [residuals_at(pair, traces, i) for i in range(len(pair.bridge_set))]
-    counted = [counted_at(pair, traces, i) for i in range(len(pair.bridge_set))]
-    return stream_moments(streams, traces.dense.context.input_ids, traces.dense.context.attention_mask, counted)
-
-
-def empty_moments(pair: ModelPair) -> BatchMoments:
-    """The moments of a process that has no batch."""
-    device = pair.bridge_set[0].encoder_weight.device
-    return BatchMoments.empty(len(pair.bridge_set), pair.dense.d_model, pair.sparse.d_model, device)

@@ -37,6 +37,15 @@ class Sums:
         """The fields' own tensors, in order."""
         return [getattr(self, field.name) for field in fields(self)]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of all of them."""
+        return self.tensors()[0].device
+
+    def cpu(self: SumsT) -> SumsT:
+        """The sums on the CPU, by one transfer."""
+        return self.reduced(lambda tensor: tensor.cpu())
+
     def reduced(self: SumsT, reduce: Reduce) -> SumsT:
         """The sums over all processes, by one reduction."""
         return type(self)(*reduce_together(self.tensors(), reduce))

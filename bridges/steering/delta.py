@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.residual import Context, Norm, ResidualModel, Trace
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 EntryPoint = Literal["read", "residual"]
 

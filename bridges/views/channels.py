@@ -18,7 +18,7 @@ from bridges.circuits.nodes import Node, recorded_nodes
 from bridges.circuits.pruning import frozen_and_fast
 from bridges.io.progress import Bar
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TaskPairs
 
 CONTEXTS, WEIGHTS = 6, 12

@@ -19,7 +19,7 @@ from bridges.circuits.text import is_bundled, mean_text
 from bridges.io.progress import progress_bar
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.report.page import FORMAT
 from bridges.tasks.pairs import TaskPairs, task_pairs
 from bridges.views.channels import channel_steps, channel_views

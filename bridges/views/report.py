@@ -27,7 +27,7 @@ from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.report.page import write_page
 from bridges.tasks.pairs import TASKS, task_pairs
 from bridges.views.collect import Results, page_data

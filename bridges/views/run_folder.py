@@ -13,7 +13,7 @@ from bridges.circuits.circuit import Circuit
 from bridges.circuits.many import SUMMARY
 from bridges.io.files import read_json, write_json
 from bridges.io.fingerprint import fingerprint, same_model
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TASKS
 
 CONFIG, REPORT = "config.json", "report.json"

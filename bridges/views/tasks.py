@@ -7,7 +7,7 @@ from typing import Any
 
 from bridges.channels.runs import Prompts, part_solved
 from bridges.circuits.circuit import Circuit
-from bridges.objective.hybrid import SIDES, ModelPair
+from bridges.objective.pair import SIDES, ModelPair
 from bridges.tasks.pairs import TaskPairs
 from bridges.tasks.templates import EXAMPLES
 from bridges.tasks.token_sets import TokenSets

@@ -14,7 +14,7 @@ from bridges.channels.agreement import changed_channels, intervention_agreement
 from bridges.channels.prompts import Channels
 from bridges.channels.runs import Prompts
 from bridges.channels.search import SearchOptions
-from bridges.objective.hybrid import SIDES
+from bridges.objective.pair import SIDES
 
 TASK = toy_task(rows=72)
 """64 pairs to choose on, and eight to report."""

@@ -12,7 +12,7 @@ from bridges.bridge import Bridge, BridgeSet
 from bridges.channels.dense_side import N_RANDOM, effect_rows
 from bridges.channels.feature import feature
 from bridges.circuits.features import node_activations
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 TEXT = tokens(6, 7, seed=11)
 QUIET = {"progress": False, "contexts": 3}

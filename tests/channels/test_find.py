@@ -10,7 +10,7 @@ from bridges.channels.attribution import predicted_effects
 from bridges.channels.find import find, find_channels
 from bridges.channels.prompts import Channels
 from bridges.channels.search import SEARCH_DIRECTIONS, SearchOptions, sample_text
-from bridges.objective.hybrid import SIDES
+from bridges.objective.pair import SIDES
 from bridges.steering.delta import random_addends
 
 

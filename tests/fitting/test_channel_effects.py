@@ -7,7 +7,7 @@ from planted import planted_model, planted_pairs
 from bridges.bridge import Bridge, BridgeSet
 from bridges.fitting.channel_effects import FLOOR, _draws, decoder_freedoms
 from bridges.models.loading import as_residual
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 
 def pair_with(sparse):

@@ -21,6 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from bridges.fit import fit
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, trained_parameters
 from bridges.fitting.guards import refuse_not_finite
+from bridges.objective import head
+from bridges.objective.head import logits_of
 from bridges.objective.normalizers import counted_tokens
 
 WEIGHTS = Weights(nmse=0.7, kl_dense_to_sparse=1.3, kl_sparse_to_dense=0.6, ce=0.9)
@@ -71,6 +73,29 @@ def test_kls_run_at_the_sampled_sites_and_nmse_at_every_site(train_sparse):
     assert abs(losses.loss / loss.item() - 1) < 1e-12
     assert list(losses.kl_dense_to_sparse) == ["0.mlp", "final"] and len(losses.nmse_decode) == 5
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 200])
+@pytest.mark.parametrize("train_sparse", [False, True])
+@pytest.mark.parametrize("build", PAIRS.values(), ids=PAIRS)
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(build, train_sparse, limit, monkeypatch):
+    monkeypatch.setattr(head, "MAX_LOGITS", limit)
+    pair, ids, widths = build(), tokens(), []
+    monkeypatch.setattr(head, "logits_of", lambda *args: widths.append(out := logits_of(*args)) or out)
+    losses, found = stepped(pair, [(ids, MASK)], [0, 2], Objective(WEIGHTS, train_sparse))
+    loss, expected = naive_gradients(pair, WEIGHTS, ids, MASK, train_sparse, sampled=[0, 2])
+    assert max(logits.shape[1] for logits in widths) == max(1, limit // (len(ids) * pair.dense.logits_width))
+    assert abs(losses.loss / loss.item() - 1) < 1e-12
+    assert_same(found, expected)
+
+
+def test_a_model_that_computes_all_logits_anyway_gives_them_at_once(monkeypatch):
+    monkeypatch.setattr(head, "MAX_LOGITS", 1)
+    pair, ids = PAIRS["equal depth"](), tokens()
+    pair.dense.computes_kept_logits_alone = False
+    stream = torch.randn(*ids.shape, pair.dense.d_model)
+    assert list(head.position_chunks(pair.dense, stream)) == [slice(0, ids.shape[1])]
+    assert len(list(head.position_chunks(pair.sparse, stream))) == ids.shape[1]
 
 
 @pytest.mark.parametrize("train_sparse", [False, True])

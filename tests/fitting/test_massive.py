@@ -12,7 +12,7 @@ from bridges.fitting import closed_form
 from bridges.fitting.closed_form import measure_read_scales, solve_bridges
 from bridges.fitting.massive import MassiveMoments, norm_limit, set_norm_limits, with_massive
 from bridges.fitting.ridge import Moments
-from bridges.objective.hybrid import counted_at, trace_pair
+from bridges.objective.pair import counted_at, trace_pair
 
 NO_ROWS = Moments(torch.zeros(6), torch.zeros(6))
 SPIKE = 12

@@ -5,7 +5,7 @@ from pairs import gpt2, join, neox, sparse_model, tokens
 from bridges.config import FitConfig
 from bridges.fitting import timings
 from bridges.fitting.plan import Work, describe, estimate_seconds
-from bridges.objective.hybrid import ModelPair
+from bridges.objective.pair import ModelPair
 
 SETTINGS = {"steps": 100, "batch_size": 4, "gradient_accumulation_steps": 2}
 WORK = Work(train_rows=10_000, seq_len=10, heldout_rows=500, kl_rows=80, start_rows=5_000, evaluations=1, world_size=2)

@@ -14,7 +14,8 @@ from pairs import (
     tokens,
 )
 
-from bridges.objective.hybrid import HybridLosses, hybrid_losses, run_path, single_switch_path, trace_pair
+from bridges.objective.hybrid import HybridLosses, hybrid_losses, run_path, single_switch_path
+from bridges.objective.pair import trace_pair
 
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),

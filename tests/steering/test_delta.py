@@ -4,7 +4,7 @@ import pytest
 import torch
 from pairs import MASK, gpt2, join, neox, relative, sparse_model, tokens, with_units
 
-from bridges.objective.hybrid import trace_pair
+from bridges.objective.pair import trace_pair
 from bridges.steering.delta import (
     changed_reads,
     dense_addend,

@@ -74,7 +74,8 @@ class HuggingFaceResidual(ResidualModel):
             records = [record_forward(model, self.layers, batch) for batch in batches]
             self.d_model = records[0].layers[0].hidden.shape[-1]
             n_embedded = len(model.get_input_embeddings().weight)  # pyright: ignore
-            self.vocab_size = min(records[0].logits.shape[-1], n_embedded)
+            self.logits_width = records[0].logits.shape[-1]
+            self.vocab_size = min(self.logits_width, n_embedded)
             self.decomposition = decompose(self.layers, records[0])
             self.sites = self.decomposition.sites
             for record in records:
@@ -129,12 +130,13 @@ class HuggingFaceResidual(ResidualModel):
     ) -> Float[Tensor, "b kept vocab"]:
         """As `head`, by the model's own `logits_to_keep` where it has that."""
         tokens = tokens.to(residual.device)
-        kept = {"logits_to_keep": tokens} if self._keeps_logits else {}
+        kept = {"logits_to_keep": tokens} if self.computes_kept_logits_alone else {}
         logits = self._run_head(residual, context, **kept)
         return logits if logits.shape[1] == len(tokens) else logits[:, tokens]
 
     @cached_property
-    def _keeps_logits(self) -> bool:
+    def computes_kept_logits_alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the model has transformers' `logits_to_keep`."""
         return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
 
     def _run_head(self, residual: Tensor, context: Context, **options: Any) -> Tensor:

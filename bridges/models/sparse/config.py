@@ -96,6 +96,8 @@ class SparseConfig(PretrainedConfig):
     """AbsTopK keeps int(afrac * size) entries at each of `afrac_loctypes`; None: no AbsTopK anywhere."""
     afrac_loctypes: str = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
     """Locations of AbsTopK, from `AFRAC_LOCATIONS`, comma-separated or as a list."""
+    afrac_by_location: dict[str, float] | None = None
+    """The fraction at some of these locations, in place of `afrac`: {"attn_q": 0.25}; no published key."""
     tied_unembed: bool = False
     """Whether the unembedding is the embedding's matrix."""
     tokenizer_name: str | None = None
@@ -149,7 +151,7 @@ class SparseConfig(PretrainedConfig):
         """How many entries AbsTopK keeps at a location, None at a location without AbsTopK."""
         if self.afrac is None or location not in self.locations:
             return None
-        return int(self.afrac * _sizes(self)[location])
+        return int((self.afrac_by_location or {}).get(location, self.afrac) * _sizes(self)[location])
 
 
 FIELDS = tuple(name for name, kind in SparseConfig.__annotations__.items() if not kind.startswith("ClassVar"))
@@ -185,6 +187,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("block_size", "vocab_size", "n_layer", "d_model"), (_is_count, "a positive integer")),
     **dict.fromkeys(
@@ -197,8 +203,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "afrac": (
-        lambda value: value is None or (_is_number(value) and 0 < value <= 1),
+        lambda value: value is None or _is_fraction(value),
         "a number in (0, 1] or None",
+    ),
+    "afrac_by_location": (
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_fraction, value.values()))),
+        "a number in (0, 1] for each location, or None",
     ),
     "residual_activation_type": (lambda value: value in ("identity", "relu"), "identity or relu"),
     "activation_type": (lambda value: value in ("gelu", "relu"), "gelu or relu"),
@@ -215,6 +225,11 @@ def _validate(config: SparseConfig) -> None:
         raise ValueError(
             f"afrac_loctypes={config.afrac_loctypes!r} must be locations from {', '.join(AFRAC_LOCATIONS)}"
         )
+    if elsewhere := set(config.afrac_by_location or ()) - set(config.locations):
+        raise ValueError(
+            f"afrac_by_location names {', '.join(sorted(elsewhere))}; it may name the locations that have an AbsTopK, "
+            f"{', '.join(config.locations) or 'of which there are none with afrac=None'}"
+        )
     if config.d_pos_emb is None and (config.sinusoidal_cat_pos_emb or config.dropout_cat_pos_emb):
         raise ValueError("d_pos_emb=None must be a width when sinusoidal_cat_pos_emb or dropout_cat_pos_emb is True")
 
@@ -222,10 +237,9 @@ def _validate(config: SparseConfig) -> None:
 def _validate_k(config: SparseConfig) -> None:
     for location in config.locations:
         if config.kept(location) == 0:
-            size = _sizes(config)[location]
-            raise ValueError(
-                f"afrac={config.afrac} keeps 0 of {size} entries at {location}; raise afrac or leave {location} out"
-            )
+            size, own = _sizes(config)[location], (config.afrac_by_location or {}).get(location)
+            name = f"afrac={config.afrac}" if own is None else f"afrac_by_location={{'{location}': {own}}}"
+            raise ValueError(f"{name} keeps 0 of {size} entries at {location}; raise it or leave {location} out")
 
 
 def _sizes(config: SparseConfig) -> dict[str, int]:

@@ -31,6 +31,9 @@ def test_k_is_a_fraction_of_the_width_at_each_place():
         "resid_post_mlp": None,
     }
     assert SparseConfig(afrac=None).kept("attn_in") is None
+    own = SparseConfig(d_model=64, d_head=16, afrac_by_location={"attn_q": 0.5})
+    assert (own.kept("attn_q"), own.kept("attn_k")) == (32, 16)
+    assert SparseConfig.from_dict(own.to_dict()).kept("attn_q") == 32
 
 
 def test_names_of_transformers_and_old_names_set_the_same_fields():
@@ -72,6 +75,19 @@ def test_save_and_load_give_the_same_configuration(tmp_path):
         ({"d_model": 40}, "d_head=16 does not divide d_model=40"),
         ({"d_model": 40, "n_head": 3}, "n_head=3 does not divide d_model=40"),
         ({"d_model": 16, "afrac": 0.05}, "afrac=0.05 keeps 0 of 16 entries at attn_in"),
+        (
+            {"d_model": 16, "afrac_by_location": {"mlp_in": 0.05}},
+            r"afrac_by_location=\{'mlp_in': 0.05\} keeps 0 of 16 entries at mlp_in; raise it or leave mlp_in out",
+        ),
+        (
+            {"afrac_by_location": {"attn_in": 0}},
+            r"afrac_by_location=\{'attn_in': 0\} must be a number in \(0, 1\] for each",
+        ),
+        (
+            {"afrac_by_location": {"mlp": 0.5}},
+            "afrac_by_location names mlp; it may name the locations that have an AbsTopK",
+        ),
+        ({"afrac": None, "afrac_by_location": {"mlp_in": 0.5}}, "names mlp_in; .* none with afrac=None"),
         ({"d_model": 64, "hidden_size": 32}, "hidden_size=32 disagrees with d_model=64"),
         ({"use_tied_aux_matrix": True}, "use_tied_aux_matrix=True is not supported"),
         ({"model_type": "gpt2"}, "model_type='gpt2' must be 'sparse_transformer'"),

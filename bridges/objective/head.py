@@ -1,0 +1,61 @@
+"""Sums of a loss over a batch's logits, which are computed and backpropagated a few tokens at a time.
+
+The logits of a batch and their gradient are the largest tensors of a hybrid pass: with a vocabulary of 49,152, each
+takes 100 times the memory of a stream of 500 channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bridges.models.residual import Context, ResidualModel
+
+MAX_LOGITS = 2**23
+"""Logits that exist at a time, 32 MiB of float32: enough rows for a fast product (benchmarks/bench_head.py)."""
+
+TokenLoss = Callable[[Float[Tensor, "b kept vocab"], slice], Float[Tensor, ""]]
+"""A loss summed over the tokens of some positions: of their logits, and a slice of the row that names them."""
+
+
+def position_chunks(model: ResidualModel, stream: Float[Tensor, "b s d"]) -> Iterator[slice]:
+    """The positions of a row in parts whose logits number `MAX_LOGITS` at most.
+
+    All of them at once where the model would compute the logits of all of them anyway.
+    """
+    batch, seq = stream.shape[:2]
+    size = max(1, MAX_LOGITS // (batch * model.logits_width)) if model.computes_kept_logits_alone else seq
+    return (slice(start, min(start + size, seq)) for start in range(0, seq, size))
+
+
+def logits_of(
+    model: ResidualModel, stream: Float[Tensor, "b s d"], context: Context, positions: slice
+) -> Float[Tensor, "b kept vocab"]:
+    """Logits at some positions, from the stream at `final`."""
+    if positions == slice(0, stream.shape[1]):
+        return model.head(stream, context)
+    return model.logits_at(stream, context, torch.arange(positions.start, positions.stop))
+
+
+def backward_from_head(
+    model: ResidualModel, stream: Float[Tensor, "b s d"], context: Context, loss: TokenLoss, weight: float | Tensor
+) -> Float[Tensor, ""]:
+    """The loss summed over all positions, and the gradient of `weight` times it added to every leaf.
+
+    `stream` is the stream at `final`, with its graph. The logits of one part are gone before those of the next are
+    computed; the gradients of all meet at the stream, from which they are passed on once.
+    """
+    leaf = stream.detach().requires_grad_(stream.requires_grad)
+    total = 0
+    for positions in position_chunks(model, stream):
+        part = loss(logits_of(model, leaf, context, positions), positions)
+        if part.requires_grad:
+            (torch.as_tensor(weight).to(part) * part).backward()
+        total = total + part.detach()
+    assert isinstance(total, Tensor)
+    if leaf.grad is not None:
+        stream.backward(leaf.grad)
+    return total
