@@ -14,20 +14,23 @@ from torch import Tensor
 
 from bridges.models.residual import Context, ResidualModel
 
-MAX_LOGITS = 2**23
-"""Logits that exist at a time, 32 MiB of float32: enough rows for a fast product (benchmarks/bench_head.py)."""
+CHUNK_LOGITS = 2**22
+"""Logits that exist at a time: 16 MiB of float32, which stay near the processor."""
+MIN_TOKENS = 128
+"""Tokens whose logits exist at a time, at least: the product with the unembedding is slow for fewer."""
 
 TokenLoss = Callable[[Float[Tensor, "b kept vocab"], slice], Float[Tensor, ""]]
 """A loss summed over the tokens of some positions: of their logits, and a slice of the row that names them."""
 
 
 def position_chunks(model: ResidualModel, stream: Float[Tensor, "b s d"]) -> Iterator[slice]:
-    """The positions of a row in parts whose logits number `MAX_LOGITS` at most.
+    """The positions of a row in parts of `CHUNK_LOGITS` logits, or of `MIN_TOKENS` tokens if that is more.
 
     All of them at once where the model would compute the logits of all of them anyway.
     """
     batch, seq = stream.shape[:2]
-    size = max(1, MAX_LOGITS // (batch * model.logits_width)) if model.computes_kept_logits_alone else seq
+    tokens = max(CHUNK_LOGITS // model.logits_width, MIN_TOKENS)
+    size = max(1, tokens // batch) if model.computes_kept_logits_alone else seq
     return (slice(start, min(start + size, seq)) for start in range(0, seq, size))
 
 
