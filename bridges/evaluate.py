@@ -147,7 +147,7 @@ def measure(
         steps = len(kl_batches) * (len(pair.bridge_set) + len(paths))
         with progress_bar("KL, sites and batches", steps, progress) as bar:
             for batch in kl_batches:
-                for _ in hybrids.add(trace_pair(pair, *batch)):
+                for _ in hybrids.add(trace_pair(pair, *batch, logits=("dense",))):
                     bar.advance()
     return _report(pair.bridge_set.sites, streams, hybrids.reduced(reduce), settings or {}, selection)
 

@@ -58,7 +58,7 @@ class Timings(NamedTuple):
         )
         with eval_mode(pair.dense.model), eval_mode(pair.sparse.model), torch.no_grad():
             streams = _time(lambda: trace_pair(pair, *batch, logits=()), pair)
-            traces = trace_pair(pair, *batch)
+            traces = trace_pair(pair, *batch, logits=("dense",))
             h_dense, h_sparse = (h.flatten(0, 1) for h in residuals_at(pair, traces, middle))
             found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
             moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0

@@ -10,8 +10,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
-from bridges.objective.hybrid import common_logits, run_path, single_switch_path
+from bridges.objective.head import logits_of, position_chunks
+from bridges.objective.hybrid import ALL_POSITIONS, common_logits, run_path_to_final, single_switch_path
 from bridges.objective.normalizers import counted_tokens, predicting_tokens
 from bridges.objective.pair import SIDES, ModelPair, Side, Traces, residuals_at
 from bridges.objective.sums import Reduce, Sums
@@ -188,25 +190,29 @@ class Hybrids:
 
     def add(self, traces: Traces) -> Iterator[int]:
         """Add one batch; yields after every site and path, so that a progress bar can follow."""
-        batch = _Batch(traces)
-        for i in range(len(self.pair.bridge_set)):
+        pair, n = self.pair, len(self.pair.bridge_set)
+        batch = _Batch(pair, traces)
+        for i in range(n):
             for name in PASSES:
-                batch.add(self.passes[name], i, self._logits(traces, name, i))
+                batch.add(self.passes[name], i, *self._to_final(traces, name, i))
             yield i
         for j, path in enumerate(self.paths):
-            self.path_kl[j] += batch.figures(run_path(self.pair, traces, path))[0].sum()
-            yield len(self.pair.bridge_set) + j
-        batch.add_models(self.rows)
+            self.path_kl[j] += batch.figures(path[-1], run_path_to_final(pair, traces, path))[0].sum()
+            yield n + j
+        batch.add_models(self.rows, run_path_to_final(pair, traces, ("sparse",) * (n + 1)))
 
-    def _logits(self, traces: Traces, name: str, i: int) -> Float[Tensor, "b s vocab"]:
+    def _to_final(self, traces: Traces, name: str, i: int) -> tuple[Side, Float[Tensor, "b s _"]]:
+        """The side that a pass ends in, and its stream at `final`."""
         pair = self.pair
         start: Side = "dense" if name.startswith("dense") else "sparse"
-        if not name.endswith("_mean_ablation"):
-            return run_path(pair, traces, single_switch_path(len(pair.bridge_set), i, start))
         side: Side = "sparse" if start == "dense" else "dense"
-        model, trace, site = pair.model(side), traces.side(side), pair.site(side, i)
+        model, trace = pair.model(side), traces.side(side)
+        if not name.endswith("_mean_ablation"):
+            return side, run_path_to_final(pair, traces, single_switch_path(len(pair.bridge_set), i, start))
+        site = pair.site(side, i)
         stream = trace.residuals[site]
-        return model.tail(site, self.means[side][i].to(stream).expand_as(stream), trace.context)
+        mean = self.means[side][i].to(stream).expand_as(stream)
+        return side, model.run(site, len(model.sites) - 1, mean, trace.context)
 
     def reduced(self, reduce: Reduce) -> Hybrids:
         """The sums over all processes."""
@@ -239,44 +245,60 @@ class Hybrids:
 class _Batch:
     """One batch's tokens, and what every pass on it is held against."""
 
-    def __init__(self, traces: Traces):
-        self.traces = traces
+    def __init__(self, pair: ModelPair, traces: Traces):
+        self.pair, self.traces = pair, traces
         ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
         self.real: Bool[Tensor, "b s"] = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self.predicting = torch.zeros_like(self.real)
-        self.predicting[:, :-1] = predicting_tokens(ids, mask)
+        self.predicting = F.pad(predicting_tokens(ids, mask), (0, 1))
         self.labels = ids.roll(-1, 1)
-        self.target = traces.dense.logits[self.real]
 
-    def figures(self, logits: Float[Tensor, "b s vocab"]) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
-        """Each row's KL from the dense model, and the cross-entropy, both summed over tokens; float64 on the CPU."""
-        real = self.real.to(logits.device)
+    def figures(self, side: Side, stream: Float[Tensor, "b s _"]) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
+        """Each row's KL from the dense model, and the cross-entropy, both summed over tokens; float64 on the CPU.
+
+        `stream` is that side's at `final`. The logits of a few tokens exist at a time.
+        """
+        model = self.pair.model(side)
+        context = self.traces.side(side).context
+        parts = [
+            self._of(logits_of(model, stream, context, positions), positions)
+            for positions in position_chunks(model, stream)
+        ]
+        kls, ces = zip(*parts, strict=True)
+        return torch.stack(kls).sum(0), torch.stack(ces).sum()
+
+    def _of(
+        self, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
+        """The `figures` of some positions."""
+        real, predicting, labels = (
+            tensor[:, positions].to(logits.device) for tensor in (self.real, self.predicting, self.labels)
+        )
+        target = self.traces.dense.logits[:, positions].to(logits.device)
         logits = common_logits(self.traces, logits)[real]
-        kl, log_normalizer = row_divergence(self.target.to(logits.device), logits)
-        of_label = logits.gather(1, rearrange(self.labels[self.real].to(logits.device), "n -> n 1"))[:, 0]
-        predicting = self.predicting[self.real].to(logits.device)
-        ce = (log_normalizer - of_label.to(log_normalizer))[predicting].double().sum()
+        kl, log_normalizer = row_divergence(target[real], logits)
+        of_label = logits.gather(1, rearrange(labels[real], "n -> n 1"))[:, 0]
+        ce = (log_normalizer - of_label.to(log_normalizer))[predicting[real]].double().sum()
         per_token = torch.zeros(real.shape, dtype=torch.float64, device=logits.device)
         per_token[real] = kl.double()
         return per_token.sum(1).cpu(), ce.cpu()
 
-    def add(self, sums: PassSums, site: int, logits: Float[Tensor, "b s vocab"]) -> None:
-        """Add one pass at one site."""
-        kl, ce = self.figures(logits)
+    def add(self, sums: PassSums, site: int, side: Side, stream: Float[Tensor, "b s _"]) -> None:
+        """Add one pass at one site, given by the side that it ends in and its stream at `final`."""
+        kl, ce = self.figures(side, stream)
         sums.kl[site] += kl.sum()
         sums.kl_squared[site] += kl.square().sum()
         sums.kl_times_tokens[site] += (kl * self.real.sum(1).cpu()).sum()
         sums.ce[site] += ce
 
-    def add_models(self, sums: RowSums) -> None:
+    def add_models(self, sums: RowSums, sparse_stream: Float[Tensor, "b s _"]) -> None:
         """Add the figures of both models by themselves."""
         tokens = self.real.sum(1).double().cpu()
         sums.rows += len(tokens)
         sums.tokens += tokens.sum()
         sums.tokens_squared += tokens.square().sum()
         sums.predictions += self.predicting.sum().cpu()
-        sums.dense_ce += self.figures(self.traces.dense.logits)[1]
-        kl, ce = self.figures(self.traces.sparse.logits)
+        sums.dense_ce += self._of(self.traces.dense.logits)[1]
+        kl, ce = self.figures("sparse", sparse_stream)
         sums.sparse_ce += ce
         sums.kl_sparse_alone += kl.sum()
 
