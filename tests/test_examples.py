@@ -51,6 +51,17 @@ def test_train_tokenizer_and_sparse(tmp_path):
     assert (tmp_path / "pair" / "sparse" / "sparse_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_pretrain_sparse_with_fewer_nodes(tmp_path):
+    config = tmp_path / "fewer.toml"
+    config.write_text(
+        "[nodes]\nafrac = 0.03125\nafrac_by_location = {attn_q = 0.25}\n[pretrain]\nsteps = 2\nbatch_size = 2\n"
+    )
+    run("pretrain_sparse.py", "--config", config, "--run", tmp_path / "run", "--split", "heldout", "--seq_len", 32)
+    trained = bridges.SparseTransformer.from_pretrained(tmp_path / "run" / "sparse").config
+    assert (trained.kept("mlp_out"), trained.kept("attn_q"), trained.kept("attn_k")) == (64, 128, 16)
+
+
 @pytest.fixture(scope="module")
 def bundled_bridges(tmp_path_factory):
     """A folder of the bundled bridges."""
