@@ -56,9 +56,15 @@ def backward_from_head(
     for positions in position_chunks(model, stream):
         part = loss(logits_of(model, leaf, context, positions), positions)
         if part.requires_grad:
-            (torch.as_tensor(weight).to(part) * part).backward()
+            _backward(torch.as_tensor(weight).to(part) * part)
         total = total + part.detach()
     assert isinstance(total, Tensor)
     if leaf.grad is not None:
-        stream.backward(leaf.grad)
+        _backward(stream, leaf.grad)
     return total
+
+
+def _backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
+    """A backward pass outside of autocast, whose rules are for forward passes."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        tensor.backward(gradient)
