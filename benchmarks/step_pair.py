@@ -10,7 +10,8 @@ from written_out import WrittenOut
 
 from bridges.config import FitConfig
 from bridges.fit import sparse_modes
-from bridges.fitting.trainer import ProcessGroup, Trainer
+from bridges.fitting.processes import ProcessGroup
+from bridges.fitting.trainer import Trainer
 from bridges.fitting.untrained import untrained_pair
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen

@@ -27,6 +27,7 @@ from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.identity import refuse_used_folder
 from bridges.fitting.run_file import PRETRAIN_TABLES, TABLES, RunFile
+from bridges.fitting.watch import ProcessLost
 from bridges.models.loading import find_tokenizer
 from bridges.pretrain import pretrain
 from bridges.sparsity.settings import PretrainConfig
@@ -57,7 +58,7 @@ def main() -> None:
         _stop("stopped", 130)
     except TyperException as error:
         _stop(error.format_message() if hasattr(error, "format_message") else str(error), 2)  # pyright: ignore
-    except (ValueError, OSError, KeyError, FloatingPointError) as error:
+    except (ValueError, OSError, KeyError, FloatingPointError, ProcessLost) as error:
         _stop(str(error.args[0] if isinstance(error, KeyError) and error.args else error), 2)
 
 

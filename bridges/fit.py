@@ -24,6 +24,7 @@ from bridges.fitting.guards import warn_of_poor_sites
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.fitting.massive import SAMPLED_TOKENS, set_norm_limits
 from bridges.fitting.plan import Work, describe, estimate_seconds
+from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.progress import summary
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.selection import BestState, Selection
@@ -31,7 +32,7 @@ from bridges.fitting.sparse_training import prune_to_start
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import REPORT_SENT_FILE, Tracker
-from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, train
+from bridges.fitting.trainer import Trainer, checkpoint_saver, train
 from bridges.fitting.untrained import untrained_pair
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual

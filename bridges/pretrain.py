@@ -26,8 +26,8 @@ from bridges.fitting.checkpoint import (
 )
 from bridges.fitting.guards import interruptible
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
+from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.tracking import Tracker
-from bridges.fitting.trainer import ProcessGroup
 from bridges.io.amounts import count, duration
 from bridges.io.fingerprint import fingerprint
 from bridges.io.progress import announce, progress_bar
@@ -158,7 +158,8 @@ class _Run:
         processes.refuse_unequal("data", data)
         settings = {name: value for name, value in self.config.recorded().items() if name not in RESOURCE_SETTINGS}
         teacher = "" if self.teacher is None else fingerprint(self.teacher.model)
-        identity = RunIdentity({**settings, "processes": processes.world_size}, data, teacher, None, versions())
+        settings["processes"] = processes.world_size
+        identity = RunIdentity(settings, data, teacher, None, versions(), self.model.config.dropout)
         checkpoint = last_checkpoint(out / "checkpoints") if out is not None and self.config.resume else None
         if checkpoint is not None:
             refuse_other_run(checkpoint.state, identity)

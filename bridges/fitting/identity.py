@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from bridges.objective.pair import ModelPair
 
 RESOURCE_SETTINGS = ("checkpoint_every", "moments_gib")
 """Settings that no result depends on; a run may be resumed with other values of them."""
+BATCH_SETTINGS = ("processes", "batch_size", "gradient_accumulation_steps")
+"""How a step's rows are split; a run may be resumed with other values whose product is the same."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class RunIdentity:
     sparse: str | None
     """Fingerprint of a frozen sparse model; None where it trains: its weights change, and the checkpoint holds them."""
     versions: dict[str, str]
+    dropout: float = 0.0
+    """Of what trains; its masks are drawn by process and micro-batch."""
 
     @classmethod
     def of(
@@ -34,7 +39,9 @@ class RunIdentity:
         """The identity of a run that is about to start on so many processes."""
         sparse = None if config.train_sparse else fingerprint(pair.sparse.model)
         settings = {name: value for name, value in config.recorded().items() if name not in RESOURCE_SETTINGS}
-        return cls({**settings, "processes": world_size}, data, fingerprint(pair.dense.model), sparse, versions)
+        settings["processes"] = world_size
+        dropout = getattr(pair.sparse.model.config, "dropout", 0.0) if config.train_sparse else 0.0
+        return cls(settings, data, fingerprint(pair.dense.model), sparse, versions, dropout)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint stores them."""
@@ -44,7 +51,10 @@ class RunIdentity:
 def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
     """ValueError, naming both values, if the `stored` identity has other settings, data or models than `here`."""
     _refuse_loss_that_left(stored["settings"])
+    _refuse_other_batch(stored["settings"], here)
     for name, value in here.settings.items():
+        if name in BATCH_SETTINGS:
+            continue
         # A setting that was added after the run had started had its default value.
         field = FitConfig.model_fields.get(name)
         started = stored["settings"].get(name, None if field is None else field.default)
@@ -70,6 +80,38 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
             f"resume=True with other data ({here.data}, the run was started with {stored['data']}); "
             "pass the same data, or another output_dir"
         )
+
+
+def _refuse_other_batch(stored: dict[str, Any], here: RunIdentity) -> None:
+    """ValueError unless a step takes the rows that it took when the run was started, on any number of processes."""
+    started, now = ([settings.get(name, 1) for name in BATCH_SETTINGS] for settings in (stored, here.settings))
+    if started == now:
+        return
+    n_rows, n_started = math.prod(now), math.prod(started)
+    if n_rows != n_started:
+        raise ValueError(
+            f"resume=True with {_split(now)}, {n_rows} rows a step, but the run was started with {n_started} "
+            f"({_split(started)}); {_split_of(n_started, here.settings)}, or use another output_dir"
+        )
+    if here.dropout:
+        raise ValueError(
+            f"resume=True with {_split(now)}, but the run was started with {_split(started)}, and dropout="
+            f"{here.dropout} draws its masks by process and micro-batch; use those values, or another output_dir"
+        )
+
+
+def _split(values: list[int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in zip(BATCH_SETTINGS, values, strict=True))
+
+
+def _split_of(n_rows: int, settings: dict[str, Any]) -> str:
+    """What to pass so that these processes take so many rows together."""
+    processes, micro = settings["processes"], settings["gradient_accumulation_steps"]
+    if n_rows % (processes * micro) == 0:
+        return f"pass batch_size={n_rows // (processes * micro)}"
+    if n_rows % processes == 0:
+        return f"pass batch_size={n_rows // processes}, gradient_accumulation_steps=1"
+    return f"start a number of processes that divides {n_rows}"
 
 
 def _refuse_loss_that_left(settings: dict[str, Any]) -> None:

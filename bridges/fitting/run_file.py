@@ -14,7 +14,7 @@ from torch import nn
 from bridges.config import FitConfig
 from bridges.data.prepare import prepare
 from bridges.data.rows import Rows
-from bridges.fitting.trainer import ProcessGroup
+from bridges.fitting.processes import ProcessGroup
 from bridges.io.files import read_toml, write_text
 from bridges.models.loading import as_residual, find_tokenizer, load_model
 from bridges.models.sparse.config import SparseConfig

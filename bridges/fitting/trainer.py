@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bridges.data.random_state import preserve_random_state
 from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
 from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
+from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.selection import Selection, interval
 from bridges.fitting.sparse_training import SparseTraining
 from bridges.fitting.standardized import StandardizedBridges
@@ -28,81 +28,6 @@ from bridges.objective.hybrid import random_path
 from bridges.objective.pair import ModelPair, Side
 
 FP16_LOSS_SCALE = 1024.0
-
-
-class ProcessGroup:
-    """The processes of a run, by accelerate: this one's rank and device, sums over all of them, and autocast.
-
-    A context manager: accelerate's state is a singleton, which the user may need after this one; leaving the context
-    puts it back as it was.
-    """
-
-    def __init__(self, mixed_precision: str = "no"):
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        self._shared_state = AcceleratorState._shared_state
-        self._state_before = dict(self._shared_state)
-        if self._state_before and AcceleratorState().mixed_precision != mixed_precision:
-            AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.is_main: bool = self.accelerator.is_main_process
-        self.device: torch.device = self.accelerator.device
-
-    def __enter__(self) -> ProcessGroup:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._shared_state.clear()
-        self._shared_state.update(self._state_before)
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on the tensor's own device."""
-        if self.world_size == 1:
-            return tensor
-        total = self.accelerator.reduce(tensor.to(self.device), "sum")
-        return total.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
-
-    @torch.no_grad()
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the main process's values into the tensors of every process.
-
-        Without it they may differ: a model was built without a seed, or solvers of two machines round differently.
-        """
-        for tensor in tensors if self.world_size > 1 else ():
-            tensor.copy_(self.all_reduce(tensor.detach() if self.is_main else torch.zeros_like(tensor)))
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients of the parameters over processes, one reduction per dtype and device."""
-        if self.world_size == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for key in dict.fromkeys((g.dtype, g.device) for g in grads):  # in one order on every process
-            group = [g for g in grads if (g.dtype, g.device) == key]
-            total = self.all_reduce(torch.cat([g.flatten() for g in group]))
-            for grad, part in zip(group, total.split([g.numel() for g in group]), strict=True):
-                grad.copy_(part.view(grad.shape))
-
-    def refuse_unequal(self, name: str, description: str) -> None:
-        """ValueError on every process unless all of them give the same `description` of what `name` names."""
-        digest = hashlib.blake2b(description.encode(), digest_size=16).digest()
-        # Sums of 32-bit words are exact in float64.
-        words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
-        mine = torch.tensor(words, dtype=torch.float64)
-        differs = (self.all_reduce(mine) != self.world_size * mine).any().double()
-        # A second sum, since a process that does not see the difference would wait for the others forever.
-        if self.all_reduce(differs) > 0:
-            raise ValueError(f"{name} differs between processes; seed its order, so that every process reads the same")
-
-    def barrier(self) -> None:
-        """Wait until every process reaches this point."""
-        self.accelerator.wait_for_everyone()
-
-    def autocast(self) -> AbstractContextManager:
-        """Mixed precision; no context where it is off."""
-        return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
 
 
 class Trainer:

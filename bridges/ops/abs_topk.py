@@ -60,7 +60,10 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
             [ 0.5000,  0.5000,  0.0000,  0.0000]])
     """
     _check(x, k)
-    return x if k >= x.shape[-1] else _ApplyMask.apply(x, abs_topk_mask(x, k))  # pyright: ignore[reportReturnType]
+    if k >= x.shape[-1]:
+        return x
+    found = _FusedTopK.apply(x, k) if has_triton_kernel(x) else _ApplyMask.apply(x, abs_topk_mask(x, k))
+    return found  # pyright: ignore[reportReturnType]
 
 
 def abs_topk_eager(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
@@ -106,9 +109,10 @@ def abs_topk_mask(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch 
     if k < x.shape[-1] and has_triton_kernel(x):
         from bridges.ops import triton_kernels
 
-        bits = _BITS[x.dtype]
-        rows = x.detach().reshape(-1, x.shape[-1]).contiguous().view(bits.dtype)
-        return triton_kernels.topk_mask(rows, k, bits.infinity).view(x.shape)
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        rows = _rows_of_integers(x)
+        triton_kernels.topk_mask(rows, k, _BITS[x.dtype].infinity, mask.view(rows.shape))
+        return mask
     if k >= x.shape[-1] or not has_kernel(x):
         return abs_topk_mask_eager(x, k)
     from bridges.ops import kernels
@@ -147,14 +151,18 @@ def apply_mask(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     """
     if x.shape != mask.shape:  # the kernel would read past the mask's end
         raise ValueError(f"mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
+    if has_triton_kernel(x):
+        from bridges.ops import triton_kernels
+
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        triton_kernels.apply_mask(_flat_integers(x), mask.contiguous().view(-1), _flat_integers(out))
+        return out
     if not has_kernel(x):
         return torch.where(mask, x, 0)
     from bridges.ops import kernels
 
-    bits = _BITS[x.dtype].dtype
     out = torch.empty(x.shape, dtype=x.dtype)
-    flat = x.detach().contiguous().view(-1).view(bits).numpy()
-    kernels.apply_mask(flat, mask.contiguous().view(-1).numpy(), out.view(-1).view(bits).numpy())
+    kernels.apply_mask(_flat_integers(x).numpy(), mask.contiguous().view(-1).numpy(), _flat_integers(out).numpy())
     return out
 
 
@@ -166,9 +174,19 @@ def _check(x: Tensor, k: int) -> None:
 
 
 def _rows_of_bits(x: Float[Tensor, "*batch d"]) -> np.ndarray:
+    """`_rows_of_integers` for numba's kernels."""
+    return _rows_of_integers(x).numpy()
+
+
+def _rows_of_integers(x: Float[Tensor, "*batch d"]) -> Int[Tensor, "n d"]:
     """The bits of x as rows of integers: a view where x is contiguous."""
     rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    return rows.view(_BITS[x.dtype].dtype).numpy()
+    return rows.view(_BITS[x.dtype].dtype)
+
+
+def _flat_integers(x: Float[Tensor, "*shape"]) -> Int[Tensor, " size"]:
+    """The bits of x as a vector of integers: a view where x is contiguous."""
+    return x.detach().contiguous().view(-1).view(_BITS[x.dtype].dtype)
 
 
 def _magnitude_keys(x: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch d"]:
@@ -191,6 +209,25 @@ class _ApplyMask(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
         return apply_mask(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return _ApplyMask.apply(grads[0], *ctx.saved_tensors), None  # pyright: ignore[reportReturnType]
+
+
+class _FusedTopK(torch.autograd.Function):
+    """AbsTopK on a GPU: one kernel writes the values and the mask, which the gradient is passed through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        from bridges.ops import triton_kernels
+
+        values, mask = (torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in (x.dtype, torch.bool))
+        bits = _rows_of_integers(x)
+        out = mask.view(bits.shape), _rows_of_integers(values)
+        triton_kernels.topk_mask(bits, k, _BITS[x.dtype].infinity, *out)
+        ctx.save_for_backward(mask)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 _HAS_NUMBA = find_spec("numba") is not None
-_HAS_TRITON = find_spec("triton") is not None
-MAX_TRITON_WIDTH = 16_384
-"""The longest row that a Triton kernel can hold in registers."""
+# Torch 2.8 brings Triton 3.4, which has all that the kernels use.
+_HAS_TRITON = find_spec("triton") is not None and TorchVersion(torch.__version__) >= "2.8"
+MAX_TRITON_ENTRIES = 2**30
+"""Triton kernels count the entries of a row in 32 bits."""
 _forked_after_openmp = False
 """Whether an ancestor of this process had started OpenMP threads in numba before it forked."""
 _workqueue_lock = Lock()
@@ -32,8 +34,8 @@ def has_kernel(x: Tensor) -> bool:
 
 
 def has_triton_kernel(x: Tensor) -> bool:
-    """Whether Triton kernels can run on the rows of this tensor: a plain tensor on a GPU, with rows that fit."""
-    fits = x.ndim > 1 and x.shape[-1] <= MAX_TRITON_WIDTH
+    """Whether Triton kernels can run on the rows of this tensor: a plain tensor on a GPU."""
+    fits = x.ndim > 0 and x.shape[-1] <= MAX_TRITON_ENTRIES
     plain = type(x) in (Tensor, nn.Parameter)
     return _HAS_TRITON and x.is_cuda and fits and plain and not torch.compiler.is_compiling()
 

@@ -102,14 +102,16 @@ def test_a_resume_with_other_settings_data_or_models_is_refused(tmp_path):
     assert (files(tmp_path), rows(tmp_path)) == before
 
 
-def test_a_resume_with_another_number_of_processes_is_refused(tmp_path):
+def test_a_resume_with_other_rows_in_a_step_is_refused_whatever_splits_them(tmp_path):
     run(output_dir=tmp_path / "run", steps=1)
     for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
         stored = json.loads(state.read_text())
         stored["settings"]["processes"] = 2
         state.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"processes=1, but the run was started with processes=2"):
+    message = r"processes=1, batch_size=4.*4 rows a step, but the run was started with 8 .*pass batch_size=8, or use"
+    with pytest.raises(ValueError, match=message):
         run(output_dir=tmp_path / "run", steps=1, resume=True)
+    run(output_dir=tmp_path / "run", steps=1, batch_size=8, resume=True)
 
 
 def test_a_model_that_is_not_finite_is_named_before_anything_is_saved(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from pairs import gpt2, join, sparse_model
 
@@ -35,6 +37,39 @@ def test_a_run_may_resume_with_half_precision_copies_of_its_models():
 def test_a_different_run_is_refused_and_both_values_are_named(other, message):
     with pytest.raises(ValueError, match=message):
         refuse_other_run(identity().to_dict(), identity(**other))
+
+
+def split(dropout=0.0, **settings):
+    """The identity of a run whose step takes `processes` times `batch_size` times `gradient_accumulation_steps`."""
+    found = identity()
+    return replace(found, settings={**found.settings, **settings}, dropout=dropout)
+
+
+def test_a_run_may_resume_on_other_processes_where_a_step_takes_as_many_rows():
+    stored = split(processes=2, batch_size=8).to_dict()
+    refuse_other_run(stored, split(processes=4, batch_size=4))
+    refuse_other_run(stored, split(processes=1, batch_size=8, gradient_accumulation_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("here", "remedy"),
+    [
+        ({"processes": 4, "batch_size": 8}, "pass batch_size=3, or use another output_dir"),
+        ({"processes": 2, "gradient_accumulation_steps": 4}, "pass batch_size=6, gradient_accumulation_steps=1, or"),
+        ({"processes": 5}, "start a number of processes that divides 12, or"),
+    ],
+)
+def test_a_resume_with_other_rows_in_a_step_says_which_setting_makes_them_as_many(here, remedy):
+    with pytest.raises(ValueError, match=f"but the run was started with 12 .*; {remedy}"):
+        refuse_other_run(split(batch_size=12).to_dict(), split(**here))
+
+
+def test_dropout_does_not_resume_on_other_processes():
+    """Its masks are drawn by process."""
+    stored = split(0.1, processes=2, batch_size=2).to_dict()
+    refuse_other_run(stored, split(0.1, processes=2, batch_size=2))
+    with pytest.raises(ValueError, match=r"processes=4, batch_size=1.*dropout=0\.1 draws its masks by process"):
+        refuse_other_run(stored, split(0.1, processes=4, batch_size=1))
 
 
 def test_a_resume_with_the_models_swapped_says_so_whatever_the_data():

@@ -13,9 +13,10 @@ from bridges.config import FitConfig
 from bridges.fitting.checkpoint import last_checkpoint
 from bridges.fitting.gradients import StepLosses, Weights, trained_parameters
 from bridges.fitting.guards import refuse_not_finite
+from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.start import StartState, start_from_checkpoint
 from bridges.fitting.tracking import Tracker
-from bridges.fitting.trainer import ProcessGroup, Trainer, checkpoint_saver, train
+from bridges.fitting.trainer import Trainer, checkpoint_saver, train
 from bridges.sparsity import projection as sparsity
 
 BATCH = (tokens(), MASK)

@@ -9,9 +9,11 @@ from planted import PATH, planted_model, planted_pairs, planted_text
 
 import bridges
 from bridges.models.loading import as_residual
+from bridges.ops import compiled
 from bridges.ops.abs_topk import _BITS, abs_topk, abs_topk_eager
-from bridges.ops.kl import kl_divergence, kl_divergence_eager
+from bridges.ops.kl import kl_divergence, kl_divergence_eager, row_divergence
 from bridges.sparsity.pretraining import Pretrainer, prune_to_start
+from bridges.sparsity.projection import largest
 from bridges.sparsity.settings import PretrainConfig
 
 DEVICE = "cuda"
@@ -52,6 +54,36 @@ def test_abs_topk_and_its_gradient_are_those_of_the_cpu(dtype, d, k):
         results.append((kept.detach().cpu(), one.grad.cpu()))
     for on_gpu, on_cpu in zip(*results, strict=True):
         assert torch.equal(on_gpu.nan_to_num(nan=7.0), on_cpu.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "fewest"), [(None, 0), (0, 4), (1, 2)])
+def test_a_whole_weight_is_projected_as_on_the_cpu_and_nothing_waits(dtype, dim, fewest):
+    """Longer than one program holds; most entries are zero, or tie, in half precision."""
+    weight = torch.randn(1100, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
+    weight[weight.abs() < 1] = 0
+    on_gpu = weight.to(DEVICE)
+    for count in (1, 50_000, weight.numel() - 3):
+        largest(on_gpu, count, dim, fewest)  # compiles
+        with refuses_waiting(True):
+            found = largest(on_gpu, count, dim, fewest)
+        assert torch.equal(found.cpu(), largest(weight, count, dim, fewest))
+
+
+@pytest.mark.skipif(not compiled._HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_of_rows_and_its_gradient_in_one_kernel(dtype):
+    from bridges.ops.triton_kl import kl_and_gradient
+
+    target, logits = (torch.randn(300, 50257, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    target, logits = target.to(dtype), logits.to(dtype)
+    exact, expected = row_divergence(target.double(), logits.double()), logits.double().softmax(-1)
+    expected -= target.double().softmax(-1)
+    on_gpu = logits.to(DEVICE)
+    kl, normalizer = kl_and_gradient(target.to(DEVICE), on_gpu, on_gpu)
+    torch.testing.assert_close(kl.cpu().double(), exact.kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(normalizer.cpu().double(), exact.log_normalizer, rtol=1e-5, atol=0)
+    torch.testing.assert_close(on_gpu.cpu().double(), expected, rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-7)
 
 
 def test_kl_is_that_of_the_cpu():

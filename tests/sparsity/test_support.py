@@ -7,7 +7,8 @@ from pairs import MASK, gpt2, gradients, join, relative, sparse_model, tokens
 
 from bridges.config import FitConfig
 from bridges.fitting.gradients import Objective, Weights, step_gradients
-from bridges.fitting.trainer import ProcessGroup, Trainer
+from bridges.fitting.processes import ProcessGroup
+from bridges.fitting.trainer import Trainer
 from bridges.sparsity import projection as sparsity
 from bridges.sparsity.support import Support, skip_zeros, use_sparse_kernels
 
