@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def title(script: Path) -> str:
     return re.split(r"`?python benchmarks/", lines[0])[0].rstrip(" .:")
 
 
-def run(script: Path, arguments: Sequence[str]) -> tuple[str, dict[str, object], float]:
+def run(script: Path, arguments: Sequence[str]) -> tuple[str, dict[str, Any], float]:
     """What a benchmark printed, which is shown as well; facts about its process; seconds. FailedError if it fails."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     paths = [str(script.parent), str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
@@ -110,7 +111,7 @@ def run(script: Path, arguments: Sequence[str]) -> tuple[str, dict[str, object],
     return "".join(lines).strip(), found, perf_counter() - started
 
 
-def machine(facts: dict[str, object]) -> str:
+def machine(facts: dict[str, Any]) -> str:
     """The processor, cores and threads, and the GPU if one was used."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)

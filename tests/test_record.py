@@ -54,7 +54,7 @@ def test_the_same_command_replaces_its_section_and_other_sections_stay(folder):
     assert text.partition(cut)[2] == before.partition(cut)[2]
     _, text = recorded(folder, "bench_good.py", "--quick")  # another command
     assert text.count("<!-- command:") == 3 and text.count("new figures") == 2
-    assert [name for name in record.MARKER.findall(text)] == ["bench_good.py", "bench_other.py", "bench_good.py --quick"]
+    assert record.MARKER.findall(text) == ["bench_good.py", "bench_other.py", "bench_good.py --quick"]
 
 
 def test_a_benchmark_that_fails_changes_nothing_and_the_rest_are_recorded(folder, capfd):
