@@ -16,10 +16,11 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from importlib import import_module
 from statistics import fmean
 
 import torch
+from bench_fit import SMALL
 from step_pair import steps
 from torch import Tensor
 
@@ -84,9 +85,8 @@ def compare(
     for label, weight, n_steps in fits:
         settings = config.with_settings({"path_weight": weight, "steps": n_steps, "eval_tokens": 1})
         found = bridges.fit(dense, sparse, train, eval_data=heldout[:1], config=settings)
-        selection = found.report.selection if found.report else None
         options = {"paths": n_paths, "kl_tokens": heldout.numel(), "progress": False}
-        reports[label] = replace(bridges.evaluate(dense, sparse, found, heldout, **options), selection=selection)
+        reports[label] = bridges.evaluate(dense, sparse, found, heldout, **options)
         line = row(label, n_steps, ms[weight], reports[label])
         if len(reports) == 1:
             print(f"\n| {' | '.join(line)} |\n|{'---|' * len(line)}")
@@ -96,15 +96,16 @@ def compare(
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--closed-form-tokens", type=int, default=8000)
     parser.add_argument("--weights", type=float, nargs="+", default=[1.0], help="path_weight, each over 0")
     parser.add_argument("--paths", type=int, default=12, help="held-out paths of two and more changes")
     parser.add_argument("--rows", type=int, default=4, help="held-out rows of 128 tokens")
-    parser.add_argument("--timed", type=int, default=12, help="steps that are timed")
+    parser.add_argument("--timed", type=int, default=8, help="steps that are timed")
     parser.add_argument("--seed", type=int, default=SETTINGS.seed)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    vars(import_module("bridges.fit")).update(SMALL)
     pair = bridges.load_pair()
     settings = {"steps": args.steps, "closed_form_tokens": args.closed_form_tokens, "seed": args.seed}
     config = SETTINGS.with_settings({"progress": False, **settings})
