@@ -74,9 +74,7 @@ def mean_kl(mean: dict[str, float]) -> float:
 
 def timed_fit(models: Models, **settings):
     """(the bridges, seconds) of one fit, whose own report is of a single row."""
-    config = SETTINGS.with_settings(
-        {"progress": False, "decoder_attribution": "equal", "eval_tokens": 1, **settings}
-    )
+    config = SETTINGS.with_settings({"progress": False, "decoder_attribution": "equal", "eval_tokens": 1, **settings})
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of poor sites, which the figures show
@@ -169,7 +167,7 @@ def seconds_to(points: Sequence[Point], target: float) -> float | None:
 def row(name: str, one: Point) -> str:
     """A line of the table."""
     settings = one.settings
-    cells = [name, f"{settings['lr']:.2g}" if "lr" in settings else "–", settings["steps"]]
+    cells = [name, f"{settings['lr']:.2g}" if "lr" in settings else "-", settings["steps"]]
     cells += [settings.get("closed_form_tokens", 0), f"{one.seconds:.1f}", *(f"{one.mean[f]:.3f}" for f in FIGURES)]
     return f"| {' | '.join(map(str, [*cells, f'{one.kl:.3f}']))} |"
 
@@ -214,7 +212,7 @@ def print_times(found: dict[str, list[Point]], target: float) -> None:
     print(f"\n| to a mean KL of {target:.3f} | seconds | times faster |\n|---|---|---|")
     for name, points in found.items():
         taken = seconds_to(points, target)
-        cells = ("not reached", "–") if taken is None else (f"{taken:.1f}", f"{reference / taken:.1f}")
+        cells = ("not reached", "-") if taken is None else (f"{taken:.1f}", f"{reference / taken:.1f}")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

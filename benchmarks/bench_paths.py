@@ -64,7 +64,7 @@ def row(label: str, n_steps: int, ms: float, report: BridgeReport) -> dict[str, 
     found |= {name: f"{mean[name]:.3f}" for name in ("nmse_encode", "nmse_decode")}
     found |= {"KL: one change": f"{single:.3f}"} | {f"{n} changes": f"{kl:.3f}" for n, kl in by_changes.items()}
     found["2 or more"] = f"{fmean(path.kl for path in report.paths):.3f}"
-    return found | {"state after step": "–" if report.selection is None else f"{report.selection['step']}"}
+    return found | {"state after step": "-" if report.selection is None else f"{report.selection['step']}"}
 
 
 def compare(

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from flop import Flop, count_flop, large_product
@@ -14,7 +14,7 @@ class Case(NamedTuple):
     """What is measured: a kind of `step_pair.KINDS` and the arguments of `models` and `steps`."""
 
     kind: str
-    shape: Mapping[str, float]
+    shape: Mapping[str, Any]
     """Of `models`, with its density."""
     batch: int = 8
     seq: int = 128

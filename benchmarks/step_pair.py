@@ -19,9 +19,7 @@ from bridges.models.sparse.model import SparseTransformer
 from bridges.sparsity.projection import project
 
 
-def models(
-    layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 / 64, d_head=32, seed=0, device="cpu"
-):
+def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 / 64, d_head=32, seed=0, device="cpu"):
     """A GPT-2 with heads of `d_head`, and a `SparseTransformer` of equal depth at a density."""
     torch.manual_seed(seed)
     shape = {"n_embd": d_dense, "n_layer": layers, "n_head": d_dense // d_head, "vocab_size": vocab, "n_positions": seq}

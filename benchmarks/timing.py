@@ -11,7 +11,7 @@ import torch
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
-    """Median milliseconds of each candidate over `rounds` rounds, after a warm-up round; on a GPU until it has finished."""
+    """Median milliseconds of each candidate over `rounds` rounds, after a warm-up round; a GPU is waited for."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, run in candidates.items():

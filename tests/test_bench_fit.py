@@ -8,9 +8,7 @@ from pairs import gpt2, sparse_model
 
 
 def points(*of):
-    return [
-        Point(seconds, seconds, {}, {"kl_dense_to_sparse": kl, "kl_sparse_to_dense": kl + 2}) for seconds, kl in of
-    ]
+    return [Point(seconds, seconds, {}, {"kl_dense_to_sparse": kl, "kl_sparse_to_dense": kl + 2}) for seconds, kl in of]
 
 
 def test_a_quality_is_reached_in_the_time_of_the_shortest_run_that_has_it():

@@ -16,7 +16,7 @@ def test_a_row_has_means_by_the_number_of_changes():
     assert path_kls(report) == {2: 1.5, 3: 6.0}
     line = row("with", 10, 250.0, report)
     assert line["their processor s"] == "2.5" and line["KL: one change"] == "1.000"
-    assert line["state after step"] == "–"
+    assert line["state after step"] == "-"
     assert (line["2 changes"], line["3 changes"], line["2 or more"]) == ("1.500", "6.000", "3.000")
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of a step count and print: operations by hand, the ceiling, batches that do not fit, tiny runs."""
+"""What the benchmarks of a step count and print: operations by hand, shares, batches that do not fit."""
 
 import bench_growth
 import bench_step
