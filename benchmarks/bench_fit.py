@@ -181,8 +181,9 @@ def compare(models: Models, seconds: float, rates: Sequence[float] = RATES, frac
     chosen: dict[str, dict] = {"closed form alone": {}}
     print(f"{fractions[0] * seconds:.1f} seconds for each learning rate:\n")
     for name in ("gradient steps alone", "both"):
+        settings = settings_of[name](fractions[0] * seconds)
 
-        def try_rate(rate, settings=settings_of[name](fractions[0] * seconds)):
+        def try_rate(rate, settings=settings):
             return mean_kl(measured(models, timed_fit(models, **settings, lr=rate)[0], models.validation))
 
         chosen[name] = {"lr": best_rate(name, try_rate, rates)}

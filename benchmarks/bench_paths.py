@@ -4,8 +4,8 @@
 
 The bundled pair with the settings of `bridges demo`, whose steps and closed-form tokens are those that the defaults
 here cut short. First the processor time of a step with and without such a pass, steps alternating in one run: the mean
-over --timed steps, since each draws a site and a path of its own. Then fits, on the same rows in the same order: without
-such passes; with them and the same number of steps; and without them, but for as many steps as take as long.
+over --timed steps, since each draws a site and a path of its own. Then fits, on the same rows in the same order:
+without such passes; with them and the same number of steps; and without them, but for as many steps as take as long.
 
 Held-out figures are means over the sites, and over --paths random paths by how often they change sides; a path with one
 change is a KL of the usual objective. KLs in nats per token. `fit` keeps the best state by the usual objective on rows

@@ -44,6 +44,16 @@ def test_a_section_names_command_machine_and_commit_and_has_what_was_printed(fol
     assert other.endswith("\n\nother figures\n")
 
 
+def test_a_benchmark_may_start_processes_that_import_it_anew(folder):
+    (folder / "bench_pool.py").write_text(
+        '"""Another process."""\nimport multiprocessing, other\n\n\ndef double(x):\n    return other.TWO * x\n\n\n'
+        'if __name__ == "__main__":\n    with multiprocessing.get_context("spawn").Pool(1) as pool:\n'
+        "        print(pool.apply(double, (21,)))\n"
+    )
+    (folder / "other.py").write_text("TWO = 2\n")
+    assert recorded(folder, "bench_pool.py")[1].endswith("\n\n42\n")
+
+
 def test_the_same_command_replaces_its_section_and_other_sections_stay(folder):
     recorded(folder, "bench_good.py", "bench_other.py")
     (folder / "bench_good.py").write_text('"""New."""\nprint("new figures")\n')
