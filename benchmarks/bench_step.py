@@ -15,7 +15,8 @@ favourable shape. Products with nonzeros are added in the last column; for them 
 that one could reach, since every nonzero is fetched by its index.
 
 Peak memory on a CPU is that of a process of its own for each step, over what it held before its first, of 2 rows. On a
-GPU it is what is allocated over what was before, and a batch that does not fit is halved until it does. --gpt2: a dense
+GPU it is what is allocated over what was before, and a batch that does not fit is halved until it does
+(nan: not even one row). --gpt2: a dense
 model of GPT-2's size (12 layers of width 768, vocabulary 50,257), a sparse one of 12 layers of width 2,048 at a density
 of 1/256, 32 rows of 256 tokens, bf16.
 """

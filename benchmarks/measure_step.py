@@ -1,6 +1,7 @@
 """One case of a training step, ours against the one written out: time, operations, share of the ceiling, memory."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Figures(NamedTuple):
     """What was measured, by name of the step: "written out" and "ours"."""
 
     rows: dict[str, int]
-    """Rows of its batch."""
+    """Rows of its batch; 0 where the memory does not suffice for one, and the other figures lack it."""
     ms: dict[str, float]
     """Of its fastest step; on a CPU of processor time, on a GPU by the clock until the GPU has finished."""
     flop: dict[str, Flop]
@@ -43,16 +44,16 @@ class Figures(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times more tokens our step does in the same time."""
+        """How many times more tokens our step does in the same time; NaN where one of them does not fit."""
         return self.tokens_per_second("ours") / self.tokens_per_second("written out")
 
     def tokens_per_second(self, name: str) -> float:
         """Of the fastest step."""
-        return 1e3 * self.rows[name] * self.seq / self.ms[name]
+        return 1e3 * self.rows[name] * self.seq / self.ms[name] if self.rows[name] else math.nan
 
     def share(self, name: str, operations: int) -> float:
         """The part of the step that so many operations would take at the ceiling."""
-        return operations / self.ceiling / self.ms[name]
+        return operations / self.ceiling / self.ms[name] if self.rows[name] else math.nan
 
 
 def on_gpu(device: str) -> bool:
@@ -74,24 +75,25 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def affordable_rows(step: Callable[[int], object], rows: int) -> int:
-    """The rows that a step's memory suffices for, halved from `rows` on; OutOfMemoryError if one is too many."""
-    while True:
+    """The rows that a step's memory suffices for, halved from `rows` on; 0 if one is too many."""
+    while rows:
         try:
             step(rows)
             return rows
         except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
+            pass
         # Outside the handler, whose traceback keeps the step's tensors.
         rows //= 2
         gc.collect()
         torch.cuda.empty_cache()
+    return 0
 
 
 def measure(case: Case, rounds: int, device: str = "cpu") -> Figures:
     """Alternate both steps and the large product for some rounds, after a warm-up in which operations are counted.
 
-    A step whose batch does not fit into the GPU's memory gets half the rows, and again.
+    A step whose batch does not fit into the GPU's memory gets half the rows, and again; one that never fits has no
+    figures.
     """
     dense, sparse = models(**case.shape, seq=case.seq, device=device)
     density = case.shape["density"]
@@ -107,11 +109,12 @@ def measure(case: Case, rounds: int, device: str = "cpu") -> Figures:
                 before = torch.cuda.memory_allocated()
                 rows[name] = affordable_rows(step, case.batch)
                 torch.cuda.reset_peak_memory_stats()
-                step(rows[name])
+                if rows[name]:
+                    step(rows[name])
                 peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             else:
                 rows[name] = case.batch
-        runs = {name: lambda name=name: functions[name](rows[name]) for name in functions}
+        runs = {name: lambda name=name: functions[name](rows[name]) for name in functions if rows[name]}
         flop = {name: count_flop(run) for name, run in runs.items()}
         times = {name: [] for name in (*runs, "product")}
         for _ in range(rounds):
@@ -124,13 +127,15 @@ def measure(case: Case, rounds: int, device: str = "cpu") -> Figures:
 
 def cells(figures: Figures) -> dict[str, str]:
     """The columns of a table, by their heads."""
-    written, ours = figures.flop["written out"].total, figures.flop["ours"]
+    none = Flop(0, 0)
+    written, ours = figures.flop.get("written out", none).total, figures.flop.get("ours", none)
     at_ceiling = [
         figures.share("written out", written),
         figures.share("ours", ours.dense),
         figures.share("ours", ours.total),
     ]
-    found = {"written out, ms": f"{figures.ms['written out']:.0f}", "ours, ms": f"{figures.ms['ours']:.0f}"}
+    ms = {name: figures.ms.get(name, math.nan) for name in ("written out", "ours")}
+    found = {"written out, ms": f"{ms['written out']:.0f}", "ours, ms": f"{ms['ours']:.0f}"}
     if figures.peak:
         names = ("written out", "ours")
         found["rows: written out, ours"] = ", ".join(f"{figures.rows[name]}" for name in names)

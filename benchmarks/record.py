@@ -52,7 +52,7 @@ BENCH = (
 download, are recorded where they are named."""
 BENCH_GPU = (
     "bench_step.py --quick --device cuda",
-    "bench_step.py --gpt2 --device cuda",
+    "bench_step.py --gpt2 --rounds 3 --device cuda",
     "bench_abs_topk.py --device cuda",
     "profile_step.py --device cuda",
     "profile_step.py --device cuda --kind frozen --layers 4",

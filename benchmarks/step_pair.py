@@ -28,8 +28,9 @@ def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 /
     sparse = SparseTransformer(
         SparseConfig(n_layer=layers, d_model=d_sparse, d_head=16, vocab_size=vocab, block_size=seq, dropout=0.0)
     )
+    dense, sparse = dense.to(device), sparse.to(device)
     project(sparse, density)
-    return dense.to(device), sparse.to(device)
+    return dense, sparse
 
 
 KINDS = {
