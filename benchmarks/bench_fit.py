@@ -35,11 +35,15 @@ FRACTIONS = (1 / 4, 1 / 2, 1.0)
 """Budgets, of --seconds."""
 ROWS_PER_SECOND, MOST_ROWS, VALIDATION_ROWS = 120, 16_000, 2
 """Training rows to choose from for every second of the longest budget, and at most; the last are set aside."""
-PROBES = {"steps": (2, 8), "tokens": (2000, 8000)}
+PROBES = {"steps": (10, 20), "tokens": (2000, 8000)}
+"""Counts whose times give the pace; from ten steps on a fit looks for its best state equally often."""
+FEWEST_TOKENS = 256
 FIGURES = ("nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense")
-SMALL = {"READ_SCALE_TOKENS": 512, "SELECTION_TOKENS": 512, "STANDARDIZATION_TOKENS": 1024}
-"""Constants of `fit` for what gradient steps need besides, which would take most of a short budget: R, which no figure
-here depends on; the best state; and the streams' means and deviations, which a closed form gathers anyway."""
+SMALL = {"READ_SCALE_TOKENS": 512, "STANDARDIZATION_TOKENS": 1024}
+"""Constants of `fit` for what gradient steps alone need besides: R, which no figure here depends on, and the streams'
+means and deviations, which a closed form gathers anyway."""
+SHORT, SHORT_SECONDS = {"SELECTION_TOKENS": 256}, 100
+"""As well, where the longest budget is under so many seconds, of which the choice of the best state would take most."""
 
 
 class Models(NamedTuple):
@@ -112,11 +116,11 @@ def ways(steps: Pace, tokens: Pace, most: int) -> dict[str, Callable[[float], di
     """{way: the settings of `fit` for a budget in seconds}."""
 
     def tokens_in(seconds: float, limit: int) -> int:
-        return min(tokens.count(seconds), limit)
+        return min(max(tokens.count(seconds), FEWEST_TOKENS), limit)
 
     def both(seconds: float) -> dict:
         few = tokens_in(seconds / 2, min(most, SETTINGS.closed_form_tokens))
-        left = seconds - tokens.start - few * tokens.each
+        left = seconds - tokens.start - few * tokens.each - steps.start
         return {"closed_form_tokens": few, "steps": max(1, round(left / steps.each))}
 
     return {
@@ -224,7 +228,7 @@ def main(arguments=None):
     )
     parser.add_argument("--heldout-rows", type=int, default=4, help="rows of 128 tokens that figures are measured on")
     args = parser.parse_args(arguments)
-    vars(import_module("bridges.fit")).update(SMALL)
+    vars(import_module("bridges.fit")).update(SMALL | (SHORT if args.seconds < SHORT_SECONDS else {}))
     pair = bridges.load_pair()
     n_rows = min(MOST_ROWS, round(ROWS_PER_SECOND * args.seconds))
     rows = demo_rows(pair, "train", n_rows, SETTINGS.seq_len, SETTINGS.seed)[: n_rows + VALIDATION_ROWS]

@@ -20,7 +20,7 @@ from importlib import import_module
 from statistics import fmean
 
 import torch
-from bench_fit import SMALL
+from bench_fit import SHORT
 from step_pair import steps
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from bridges.config import FitConfig
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, demo_rows
 
 DOCUMENTS = 2000
+SHORT_STEPS = 100
+"""Under so many, the choice of the best state would take most of the time, and is made on fewer tokens."""
 
 
 def step_ms(dense, sparse, config: FitConfig, weights: Sequence[float], n: int) -> dict[float, float]:
@@ -105,7 +107,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=SETTINGS.seed)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    vars(import_module("bridges.fit")).update(SMALL)
+    vars(import_module("bridges.fit")).update(SHORT if args.steps < SHORT_STEPS else {})
     pair = bridges.load_pair()
     settings = {"steps": args.steps, "closed_form_tokens": args.closed_form_tokens, "seed": args.seed}
     config = SETTINGS.with_settings({"progress": False, **settings})

@@ -45,8 +45,9 @@ def test_work_fills_its_budget_at_the_pace_measured():
     settings = ways(Pace(1.0, 0.5), Pace(2.0, 0.01), most=1000)
     assert settings["gradient steps alone"](11) == {"closed_form": False, "steps": 20}
     assert settings["closed form alone"](7) == {"closed_form_tokens": 500, "steps": 0}
+    assert settings["closed form alone"](1)["closed_form_tokens"] == bench_fit.FEWEST_TOKENS
     assert settings["closed form alone"](70)["closed_form_tokens"] == 1000
-    assert settings["both"](14) == {"closed_form_tokens": 500, "steps": 14}  # 7 s, of which 2 to start; 7 s of steps
+    assert settings["both"](14) == {"closed_form_tokens": 500, "steps": 12}  # 7 s of tokens, 1 to start, 6 of steps
 
 
 @pytest.fixture
