@@ -7,7 +7,7 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # Every worker and every program that a test starts would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-real test-gpu check bench
+.PHONY: demo test test-slow test-real test-gpu check bench bench-gpu
 
 demo: .venv/ready
 	$(BIN)/bridges demo
@@ -30,8 +30,13 @@ test-real: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
+# Writes benchmarks/RESULTS.md; under 15 minutes on two idle cores.
 bench: .venv/ready
-	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+	$(BIN)/python benchmarks/record.py
+
+# Does nothing where there is no GPU.
+bench-gpu: .venv/ready
+	$(BIN)/python benchmarks/record.py --gpu
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,8 +1,9 @@
 """AbsTopK of 1024 rows, k = d/4, float32: forward, with backward, and at a few channels alone.
 
-`python benchmarks/bench_abs_topk.py`
+`python benchmarks/bench_abs_topk.py [--device cuda]`
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -32,16 +33,19 @@ def forward_and_backward(function: Callable[[Tensor, int], Tensor], x: Tensor) -
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(header("d, ms", list(FUNCTIONS)))
     for d in (512, 2048, 8192):
-        x = torch.randn(1024, d, requires_grad=True)
+        x = torch.randn(1024, d, device=device, requires_grad=True)
         for name, build in (("forward", forward), ("and backward", forward_and_backward)):
             print(row(f"{d} {name}", medians({key: build(FUNCTIONS[key], x) for key in FUNCTIONS}, rounds=7)))
-    print(header("d, ms", ["all channels", "1", f"{MAX_COUNTED_CHANNELS}"]))
+    print("\n" + header("d, ms", ["all channels", "1", f"{MAX_COUNTED_CHANNELS}"]))
     for d in (512, 2048, 8192):
-        x = torch.randn(1024, d)
+        x = torch.randn(1024, d, device=device)
         candidates = {"all": partial(abs_topk, x, d // 4)}
         candidates |= {str(n): partial(abs_topk_at, x, d // 4, range(n)) for n in (1, MAX_COUNTED_CHANNELS)}
         print(row(f"{d}", medians(candidates, rounds=7)))

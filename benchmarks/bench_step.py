@@ -1,37 +1,46 @@
-"""One training step against a written-out one (written_out.py): time, peak memory. python benchmarks/bench_step.py
+"""One training step against a written-out one (written_out.py): time, operations, peak memory.
 
-Each row is one run in which both steps alternate: the processor time of the fastest of --rounds steps, and the ratio.
-Peak memory is that of a process of its own for each, over what it held before its first step. All sites, exact KL, 8
-rows of 128 tokens (two for memory), one thread. The smaller cases alone with --quick.
+    python benchmarks/bench_step.py [--quick] [--memory]
+    python benchmarks/bench_step.py --device cuda [--gpt2]
+
+Each row is one run in which both steps and one large dense product alternate: the fastest of --rounds steps, and the
+ratio of tokens in the same time. All sites, exact KL, 8 rows of 128 tokens; on a CPU processor time on one thread,
+float32.
+
+GFLOP are those of a step's matrix products, two for every multiplication, attention by its whole square of scores;
+AbsTopK, softmaxes, KLs, norms and optimisers count none. The ceiling is the rate of the large product in the same run,
+on as many threads and in the dtype of the step. "Products at the ceiling / step" is the time that the step's products
+would take at that rate, over the time of the step: 100 % is a step that does nothing but products of the most
+favourable shape. Products with nonzeros are added in the last column; for them the rate of dense products is no bound
+that one could reach, since every nonzero is fetched by its index.
+
+Peak memory on a CPU is that of a process of its own for each step, over what it held before its first, of 2 rows. On a
+GPU it is what is allocated over what was before, and a batch that does not fit is halved until it does
+(nan: not even one row). --gpt2: a dense
+model of GPT-2's size (12 layers of width 768, vocabulary 50,257), a sparse one of 12 layers of width 2,048 at a density
+of 1/256, 32 rows of 256 tokens, bf16.
 """
 
 import argparse
 import ctypes
 import multiprocessing
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from measure_step import Case, cells, measure
 from step_pair import KINDS, models, steps
 
-LARGE = {"layers": 2, "d_sparse": 2048, "density": 1 / 256}
-TIMED = [(kind, {"layers": layers, "density": 1 / 64}) for layers in (2, 4) for kind in KINDS] + [("frozen", LARGE)]
+SMALL = {"layers": 2, "d_sparse": 512, "density": 1 / 64}
+DEEP = SMALL | {"layers": 4}
+WIDE = SMALL | {"d_sparse": 2048, "density": 1 / 256}
+QUICK = [Case(kind, SMALL) for kind in KINDS]
+TIMED = [*QUICK, *(Case(kind, DEEP) for kind in KINDS), Case("frozen", WIDE)]
 MEASURED_ROWS = 2
 """Rows of a step whose memory is measured: the graphs of all hybrid passes of 16 layers must fit."""
-MEASURED = [("fixed support", {"layers": layers, "density": 1 / 64}) for layers in (4, 16)]
-
-
-def fastest(kind, shape, rounds):
-    """{name: milliseconds of processor time of the fastest step}."""
-    dense, sparse = models(**shape)
-    with steps(dense, sparse, shape["density"], kind) as functions:
-        times = {name: [] for name in functions}
-        for _ in range(rounds + 1):  # the first one compiles
-            for name, step in functions.items():
-                started = time.process_time()
-                step()
-                times[name].append(1e3 * (time.process_time() - started))
-    return {name: min(taken[1:]) for name, taken in times.items()}
+MEASURED = [Case("fixed support", SMALL | {"layers": layers}, MEASURED_ROWS) for layers in (4, 16)]
+GPT2_SHAPE = {"layers": 12, "d_dense": 768, "d_head": 64, "vocab": 50_257, "d_sparse": 2048, "density": 1 / 256}
+GPT2 = [Case(kind, GPT2_SHAPE, 32, 256, {"mixed_precision": "bf16"}) for kind in ("frozen", "fixed support")]
 
 
 def status_mib(field):
@@ -40,12 +49,12 @@ def status_mib(field):
     return int(line.split()[1]) / 1024
 
 
-def peak_mib(name, kind, shape):
+def peak_mib(name, case):
     """MiB that two steps take at their peak over what the process held before; call it in a process of its own."""
     torch.set_num_threads(1)
-    small = {**shape, "layers": 1, "d_dense": 32, "d_sparse": 256, "vocab": 64}
-    for batch, case in ((1, small), (MEASURED_ROWS, shape)):  # the small one compiles
-        with steps(*models(**case), shape["density"], kind, batch=batch) as functions:
+    small = {**case.shape, "layers": 1, "d_dense": 32, "d_sparse": 256, "vocab": 64}
+    for shape, batch in ((small, 1), (case.shape, case.batch)):  # the small one compiles
+        with steps(*models(**shape), shape["density"], case.kind, batch=batch) as functions:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free counts as taken otherwise
             before = status_mib("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -55,37 +64,43 @@ def peak_mib(name, kind, shape):
     return taken
 
 
-def describe(kind, shape):
-    """A case in words."""
-    return (
-        f"{kind}, {shape['layers']} layers, d_sparse {shape.get('d_sparse', 512)}, density 1/{1 / shape['density']:.0f}"
-    )
+def table_of_times(cases: Sequence[Case], rounds: int, device: str) -> None:
+    """Measure and print each case."""
+    what = "one step" if device == "cpu" else "one step on the GPU"
+    for i, case in enumerate(cases):
+        found = {what: str(case), **cells(measure(case, rounds, device))}
+        if i == 0:
+            print(f"| {' | '.join(found)} |\n|{'---|' * len(found)}")
+        print(f"| {' | '.join(found.values())} |", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two layers, no memory")
-    parser.add_argument("--memory", action="store_true", help="memory alone")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if not arguments.memory:
-        print("| one step, processor ms | written out | ours | ratio |\n|---|---|---|---|")
-    for kind, shape in TIMED if not arguments.memory else ():
-        if arguments.quick and shape != {"layers": 2, "density": 1 / 64}:
-            continue
-        took = fastest(kind, shape, arguments.rounds)
-        written, ours = took["written out"], took["ours"]
-        print(f"| {describe(kind, shape)} | {written:.0f} | {ours:.0f} | {written / ours:.2f} |", flush=True)
-    if arguments.quick:
-        return
-    print("\n| peak memory of a step, MiB | written out | ours | ratio |\n|---|---|---|---|")
-    for kind, shape in MEASURED:
+def table_of_memory(cases: Sequence[Case]) -> None:
+    """Measure and print each case, either step in a process of its own."""
+    print("| peak memory of a step, MiB | written out | ours | ratio |\n|---|---|---|---|")
+    for case in cases:
         found = []
         for name in ("written out", "ours"):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found.append(pool.apply(peak_mib, (name, kind, shape)))
-        print(f"| {describe(kind, shape)} | {found[0]:.0f} | {found[1]:.0f} | {found[0] / found[1]:.1f} |", flush=True)
+                found.append(pool.apply(peak_mib, (name, case)))
+        print(f"| {case} | {found[0]:.0f} | {found[1]:.0f} | {found[0] / found[1]:.1f} |", flush=True)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two layers, no memory")
+    parser.add_argument("--memory", action="store_true", help="memory alone")
+    parser.add_argument("--gpt2", action="store_true", help="the size of GPT-2 alone; for a GPU")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if args.memory:
+        table_of_memory(MEASURED)
+        return
+    table_of_times(GPT2 if args.gpt2 else QUICK if args.quick else TIMED, args.rounds, args.device)
+    if args.device == "cpu" and not (args.quick or args.gpt2):
+        print()
+        table_of_memory(MEASURED)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,16 @@ from bridges.models.sparse.model import SparseTransformer
 from bridges.sparsity.projection import project
 
 
-def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 / 64, seed=0):
-    """A GPT-2, and a `SparseTransformer` of equal depth at a density."""
+def models(layers=2, d_dense=128, d_sparse=512, vocab=2048, seq=128, density=1 / 64, d_head=32, seed=0, device="cpu"):
+    """A GPT-2 with heads of `d_head`, and a `SparseTransformer` of equal depth at a density."""
     torch.manual_seed(seed)
-    shape = {"n_embd": d_dense, "n_layer": layers, "n_head": d_dense // 32, "vocab_size": vocab, "n_positions": seq}
+    shape = {"n_embd": d_dense, "n_layer": layers, "n_head": d_dense // d_head, "vocab_size": vocab, "n_positions": seq}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     dense = GPT2LMHeadModel(GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0)).eval()
     sparse = SparseTransformer(
         SparseConfig(n_layer=layers, d_model=d_sparse, d_head=16, vocab_size=vocab, block_size=seq, dropout=0.0)
     )
+    dense, sparse = dense.to(device), sparse.to(device)
     project(sparse, density)
     return dense, sparse
 
@@ -47,6 +48,8 @@ every 25 steps; its nonzeros; nothing."""
 def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
     """Inside, {name: function that does one step and returns the loss}, of the written-out step and of ours.
 
+    A function's `rows` are those of the batch that it takes; all by default.
+
     Both compute the same losses of the same models. The written-out step trains and projects all weights of the sparse
     model where its support moves in ours; where that is fixed it masks gradients.
     """
@@ -55,23 +58,24 @@ def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
         settings |= {"target_density": density, "start_density": density}
     joint = settings.get("train_sparse", False)
     ours, theirs = deepcopy(sparse), deepcopy(sparse)
-    config = FitConfig(steps=10**6, batch_size=batch, seq_len=seq, sites_per_step="all", **settings)
+    settings = {"steps": 10**6, "batch_size": batch, "seq_len": seq, "sites_per_step": "all"} | settings
+    config = FitConfig(**settings)
     pair = untrained_pair(as_residual(dense), as_residual(ours), config)
     generator = torch.Generator().manual_seed(1)
     for bridge in pair.bridge_set:
         bridge.randomize(generator)
-    fixed = kind == "fixed support"
-    written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), density if joint else None, fixed)
     batches = [torch.randint(dense.config.vocab_size, (batch, seq), generator=generator) for _ in range(4)]
     turns = Counter()
 
-    def next_batch(name):
+    def next_batch(name, rows):
         turns[name] += 1
-        return batches[turns[name] % len(batches)].to(pair.dense.device)
+        return batches[turns[name] % len(batches)][:rows].to(pair.dense.device)
 
-    with frozen(dense), sparse_modes(ours, config):
-        trainer = Trainer(pair, config, ProcessGroup())
+    with ProcessGroup(config.mixed_precision) as processes, frozen(dense), sparse_modes(ours, config):
+        options = {"kept": density if joint else None, "fixed": kind == "fixed support", "autocast": processes.autocast}
+        written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), **options)
+        trainer = Trainer(pair, config, processes)
         yield {
-            "written out": lambda: written.step(next_batch("written out")),
-            "ours": lambda: trainer.train_step([(next_batch("ours"), None)]).loss,
+            "written out": lambda rows=None: written.step(next_batch("written out", rows)),
+            "ours": lambda rows=None: trainer.train_step([(next_batch("ours", rows), None)]).loss,
         }

@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 
+import torch
+
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
-    """Median milliseconds of each candidate over `rounds` rounds, after a warm-up round."""
+    """Median milliseconds of each candidate over `rounds` rounds, after a warm-up round; a GPU is waited for."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, run in candidates.items():
             start = perf_counter()
             run()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             times[name].append(1e3 * (perf_counter() - start))
     return {name: median(taken[1:]) for name, taken in times.items()}
 

@@ -5,6 +5,8 @@ with a sink by its matrix of weights, the logits of every hybrid pass in memory,
 AdamW.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,12 +79,13 @@ class WrittenOut:
 
     `dense`: a GPT2LMHeadModel. `sparse`: a `SparseTransformer` of equal depth, changed in place. `bridges`: modules
     with the four tensors of a `Bridge` and its k, one per site. `kept`: the fraction of weights that the projection
-    leaves; None: the sparse model is frozen. `fixed`: zeros stay zero, and nothing is projected.
+    leaves; None: the sparse model is frozen. `fixed`: zeros stay zero, and nothing is projected. `autocast`: gives the
+    context of the forward passes.
     """
 
-    def __init__(self, dense, sparse, bridges, kept=None, fixed=False, lr=1e-3, sparse_lr=2.5e-3):
+    def __init__(self, dense, sparse, bridges, kept=None, fixed=False, lr=1e-3, sparse_lr=2.5e-3, autocast=nullcontext):
         self.dense, self.sparse, self.bridges = dense.eval().requires_grad_(False), sparse, list(bridges)
-        self.kept = kept
+        self.kept, self.autocast = kept, autocast
         use_torch_alone(sparse)
         sparse.requires_grad_(kept is not None)
         maps = [parameter for bridge in self.bridges for parameter in bridge.parameters()]
@@ -94,7 +97,7 @@ class WrittenOut:
     def losses(self, ids: Tensor):
         """The four losses of every site, in lists, and the sparse model's cross-entropy."""
         dense, sparse, n = self.dense, self.sparse, len(self.bridges)
-        at = torch.arange(ids.shape[1])
+        at = torch.arange(ids.shape[1], device=ids.device)
         embedded = dense.transformer.wte(ids) + dense.transformer.wpe(at)
         run_dense = list(dense_sublayers(dense))
         position_ids, allowed = sparse.prepare(ids)
@@ -119,7 +122,8 @@ class WrittenOut:
 
     def step(self, ids: Tensor) -> float:
         """One step on a batch; returns the loss."""
-        found, ce = self.losses(ids)
+        with self.autocast():
+            found, ce = self.losses(ids)
         loss = sum(torch.stack(losses).mean() for losses in found)
         loss = loss if self.kept is None else loss + ce
         for optimizer in self.optimizers:
