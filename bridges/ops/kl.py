@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bridges.ops.compiled import has_triton_kernel
+
 _CHUNK = 128
 """Rows converted to float32 at a time: their probabilities take little memory."""
 _GPU_CHUNK_ENTRIES = 2**24
@@ -67,6 +69,10 @@ def _chunks(logits: Float[Tensor, "n v"]) -> Iterator[slice]:
 
 def _chunk_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> RowDivergence:
     """The figures of a few rows; no softmax of `logits` is computed."""
+    if has_triton_kernel(logits):
+        from bridges.ops.triton_kl import kl_and_gradient
+
+        return RowDivergence(*kl_and_gradient(target_logits, logits))
     target, predicted = _promote(target_logits, logits)
     log_normalizer = predicted.logsumexp(-1)
     log_p, log_q = target.log_softmax(-1), predicted - log_normalizer[:, None]
@@ -80,6 +86,10 @@ def _kl_and_gradient(
 
     The sum has the dtype of `_promote(target_logits, logits)`.
     """
+    if has_triton_kernel(logits):
+        from bridges.ops.triton_kl import kl_and_gradient
+
+        return kl_and_gradient(target_logits, logits, gradient)[0].sum()
     target, predicted = _promote(target_logits, logits)
     log_p, log_q = target.log_softmax(-1), predicted.log_softmax(-1)
     p = log_p.exp()
