@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import bridges
+from bridges.config import DEFAULT_SEQ_LEN
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, demo_rows
 
 RATES = (2e-3, 8e-3, 3.2e-2)
@@ -119,7 +120,7 @@ def ways(steps: Pace, tokens: Pace, most: int) -> dict[str, Callable[[float], di
         return min(max(tokens.count(seconds), FEWEST_TOKENS), limit)
 
     def both(seconds: float) -> dict:
-        few = tokens_in(seconds / 2, min(most, SETTINGS.closed_form_tokens))
+        few = tokens_in(seconds / 2, min(most, SETTINGS.closed_form_tokens_for(0)))
         left = seconds - tokens.start - few * tokens.each - steps.start
         return {"closed_form_tokens": few, "steps": max(1, round(left / steps.each))}
 
@@ -214,6 +215,7 @@ def compare(models: Models, seconds: float, rates: Sequence[float] = RATES, frac
 def print_times(found: dict[str, list[Point]], target: float) -> None:
     """How long each way takes to the target."""
     reference = seconds_to(found["gradient steps alone"], target)
+    assert reference is not None, "the target is the last of these"
     print(f"\n| to a mean KL of {target:.3f} | seconds | times faster |\n|---|---|---|")
     for name, points in found.items():
         taken = seconds_to(points, target)
@@ -231,8 +233,8 @@ def main(arguments=None):
     vars(import_module("bridges.fit")).update(SMALL | (SHORT if args.seconds < SHORT_SECONDS else {}))
     pair = bridges.load_pair()
     n_rows = min(MOST_ROWS, round(ROWS_PER_SECOND * args.seconds))
-    rows = demo_rows(pair, "train", n_rows, SETTINGS.seq_len, SETTINGS.seed)[: n_rows + VALIDATION_ROWS]
-    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)[: args.heldout_rows]
+    rows = demo_rows(pair, "train", n_rows, DEFAULT_SEQ_LEN, SETTINGS.seed)[: n_rows + VALIDATION_ROWS]
+    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, DEFAULT_SEQ_LEN, SETTINGS.seed)[: args.heldout_rows]
     compare(
         Models(pair.dense, pair.sparse, rows[:-VALIDATION_ROWS], rows[-VALIDATION_ROWS:], heldout),
         args.seconds,

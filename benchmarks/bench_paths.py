@@ -26,7 +26,7 @@ from torch import Tensor
 
 import bridges
 from bridges.bridge_report import BridgeReport
-from bridges.config import FitConfig
+from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.demo import HELDOUT_DOCUMENTS, SETTINGS, demo_rows
 
 DOCUMENTS = 2000
@@ -111,8 +111,8 @@ def main(arguments=None):
     pair = bridges.load_pair()
     settings = {"steps": args.steps, "closed_form_tokens": args.closed_form_tokens, "seed": args.seed}
     config = SETTINGS.with_settings({"progress": False, **settings})
-    train = demo_rows(pair, "train", DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)
-    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, SETTINGS.seq_len, SETTINGS.seed)[: args.rows]
+    train = demo_rows(pair, "train", DOCUMENTS, DEFAULT_SEQ_LEN, SETTINGS.seed)
+    heldout = demo_rows(pair, "heldout", HELDOUT_DOCUMENTS, DEFAULT_SEQ_LEN, SETTINGS.seed)[: args.rows]
     compare(pair, train, heldout, config, args.weights, args.paths, args.timed)
 
 
