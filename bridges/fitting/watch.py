@@ -15,9 +15,9 @@ BEAT_SECONDS = 0.5
 """Each process counts up a number at this interval, which the others look at."""
 SILENT_AFTER_ERROR = 6.0
 """Seconds without a beat after which a process is taken for dead, once a sum over processes has failed."""
-SILENT = 60.0
+SILENT = 300.0
 """Seconds without a beat after which a process is taken for dead whatever happens here; a call that keeps Python from
-running threads, such as the loading of a large file, may silence a living one for a while."""
+running threads, such as the compilation of a kernel, may silence a living one for a while."""
 GRACE = 10.0
 """Seconds that a process has to end by itself, by an error of its own, before its watch ends it."""
 FINISHED = "finished"

@@ -16,7 +16,7 @@ def watches(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(watch, "_runs", repeat(0))
-    for name, factor in {"BEAT_SECONDS": 50, "SILENT_AFTER_ERROR": 10, "SILENT": 10, "GRACE": 50}.items():
+    for name, factor in {"BEAT_SECONDS": 50, "SILENT_AFTER_ERROR": 10, "SILENT": 50, "GRACE": 50}.items():
         monkeypatch.setattr(watch, name, getattr(watch, name) / factor)
     found = [Watch(rank, 3) for rank in range(3)]
     yield found
