@@ -143,6 +143,7 @@ def circuit_command(
         str, typer.Option(help="A model of the same class with dense weights; its circuits' sizes are a control.")
     ] = "",
     seeds: Annotated[int, typer.Option(help="Searches; the smallest circuit counts.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Circuits in a row, each without the last one's nodes; their union.")] = 1,
     tokenizer: Tokenizer = "",
 ) -> None:
     """Find the circuit of a task in a weight-sparse model, with its controls; or look at what one node does."""
@@ -157,7 +158,7 @@ def circuit_command(
         raise ValueError(f"--task {task!r} must be all, or one of {', '.join(TASKS)}")
     if dense_twin and not with_controls:
         raise ValueError(f"--dense-twin {dense_twin!r} is one of the controls; leave out --no-controls")
-    settings = {"target_loss": target_loss, "steps": steps, "seeds": seeds, "method": method}
+    settings = {"target_loss": target_loss, "steps": steps, "seeds": seeds, "method": method, "rounds": rounds}
     tasks = TASKS if task == "all" else (task,)
     prune_tasks(source, tasks, out, known, with_controls, settings, dense_twin=dense_twin or None)
 

@@ -19,9 +19,9 @@ from bridges.channels.prompts import frozen_pair
 from bridges.channels.side_effects import other_tasks
 from bridges.channels.sweep import Sweep
 from bridges.circuits.circuit import Circuit
-from bridges.circuits.controls import necessity
 from bridges.circuits.feature_view import Feature
 from bridges.circuits.features import token_names
+from bridges.circuits.necessity import necessity
 from bridges.circuits.pruning import prune
 from bridges.config import DEFAULT_SEQ_LEN, FitConfig
 from bridges.data.corpus import bundled_documents, encode_documents, pack_rows
@@ -42,6 +42,7 @@ SETTINGS = FitConfig(
     batch_size=8,
     lr=2e-3,
     seq_len=DEFAULT_SEQ_LEN,
+    k=512,  # four times what one AbsTopK of the sparse model keeps: a stream is the sum of several sublayers' writes
     ridge=1e-3,
     decoder_attribution="effect",
     nmse_weight=0.25,

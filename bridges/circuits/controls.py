@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from bridges.circuits.circuit import Circuit, figures
+from bridges.circuits.circuit import Circuit
 from bridges.circuits.dense_twin import as_small, load_dense_twin, same_class_sizes, twin_verdict
 from bridges.circuits.masks import ablated
+from bridges.circuits.necessity import NECESSARY_LOSS, necessity
 from bridges.circuits.nodes import node_means, recorded_nodes, replaced_nodes
 from bridges.circuits.pruning import frozen_and_fast
 from bridges.circuits.search import Search, found_size, search_result
@@ -119,16 +120,6 @@ def controls(
         if twin is not None:
             found |= same_class_sizes(model, twin, circuit.means, fresh, config, batches, bar)
     return {**found, "verdict": verdict(circuit, found)}
-
-
-@torch.no_grad()
-def necessity(model: SparseTransformer, circuit: Circuit, pairs: TaskPairs) -> dict[str, float]:
-    """(b) The task when only the circuit is ablated, with a scale and shift of its own; ln 2 is guessing."""
-    prompts = Presented.of(pairs, model.device)
-    with circuit.ablate(model):
-        differences = answer_differences(model, prompts)
-    found = figures(differences, prompts, calibrate(differences, prompts.sign))
-    return {"loss": found.loss, "loss_unscaled": found.loss_unscaled, "accuracy": found.accuracy}
 
 
 @torch.no_grad()
@@ -275,7 +266,7 @@ def verdict(circuit: Circuit, found: Mapping[str, Any]) -> list[str]:
     target = circuit.settings.get("target_loss", math.inf)
     if found["heldout"]["loss"] > 2 * target:
         lines.append(f"fails on new pairs: the loss there is {found['heldout']['loss']:.3f}, over twice the target")
-    if found["necessity"]["loss"] < math.log(2) / 2:
+    if found["necessity"]["loss"] < NECESSARY_LOSS:
         lines.append(
             f"not necessary: without the circuit the model does the task too (loss {found['necessity']['loss']:.3f}), "
             "by other nodes"

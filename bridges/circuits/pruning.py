@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bridges.circuits.circuit import Circuit
+from bridges.circuits.necessity import with_other_routes
 from bridges.circuits.nodes import node_means
 from bridges.circuits.search import Search
 from bridges.circuits.settings import PruneConfig
@@ -45,7 +47,8 @@ def prune(
     Masks learn on task loss + price * (nodes on), where the price follows the loss; then the number of nodes is
     bisected until the loss on pairs of its own is at `target_loss`, and nodes without which it stays there are dropped
     (paper 2.2 and A.5; method, section 6). With `method="attribution"` nodes are ranked by gradient times difference
-    from the mean instead of by masks; the rest is the same.
+    from the mean instead of by masks; the rest is the same. A model may do the task by other nodes too: with `rounds`
+    over 1 these are looked for as well.
 
     Args:
         sparse: a `SparseTransformer` of any density: an object, a folder or a hub id.
@@ -82,15 +85,18 @@ def prune(
     pairs = task_pairs(task, known, config.n, config.seed) if isinstance(task, str) else task
     with frozen_and_fast(model):
         batches = mean_text(model, text, known, config.text_tokens, config.seed)
-        search = Search(model, pairs, node_means(model, batches), config)
-        total = config.seeds * config.steps if config.method == "masks" else None
+        search = partial(Search, model, pairs, node_means(model, batches), config)
+        searches = config.seeds + config.rounds - 1
+        total = searches * config.steps if config.method == "masks" else None
         with progress_bar(f"pruning {pairs.task}", total, progress) as bar:
-            found = [search.run(seed, bar) for seed in range(config.seeds)]
-    best = min(found, key=lambda circuit: circuit.n_nodes)
-    sizes = [circuit.n_nodes for circuit in found]
-    return replace(
-        best, fingerprint=fingerprint(model), versions=versions(), settings={**best.settings, "sizes": sizes}
-    )
+            first = search()
+            found = [first.run(seed, bar) for seed in range(config.seeds)]
+            best = min(found, key=lambda circuit: circuit.n_nodes)
+            best = replace(best, settings={**best.settings, "sizes": [circuit.n_nodes for circuit in found]})
+            if config.rounds > 1:
+                judges = pairs.rows(len(first.train))
+                best = with_other_routes(best, judges, config.rounds, search, lambda other: other.run(0, bar))
+    return replace(best, fingerprint=fingerprint(model), versions=versions())
 
 
 @contextmanager

@@ -93,15 +93,19 @@ class Search:
         whole = self.judged({place: torch.ones_like(mask) for place, mask in self.paths.items()})
         ranking = self._attributed(bar) if self.config.method == "attribution" else self._learned(seed, bar)
         best = self._dropped(self._bisected(ranking), ranking)
-        nodes = {place: tuple(mask.nonzero().squeeze(1).tolist()) for place, mask in best.on.items()}
+        return self.circuit(best, whole.loss)
+
+    def circuit(self, judged: Judged, loss_full_model: float) -> Circuit:
+        """The circuit of the nodes that are on."""
+        nodes = {place: tuple(mask.nonzero().squeeze(1).tolist()) for place, mask in judged.on.items()}
         return Circuit(
             self.task,
             nodes,
-            edges_between(self.model, best.on),
+            edges_between(self.model, judged.on),
             {place: mean.cpu() for place, mean in self.means.items()},
-            *best.calibration,
-            loss=best.loss,
-            loss_full_model=whole.loss,
+            *judged.calibration,
+            loss=judged.loss,
+            loss_full_model=loss_full_model,
             settings=self.config.recorded(),
         )
 

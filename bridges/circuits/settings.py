@@ -30,6 +30,9 @@ class PruneConfig(Settings):
     """Seed of the prompts, of their order and of the masks' first values."""
     seeds: int = Field(default=1, ge=1)
     """Searches, each with masks of its own; the smallest circuit is returned."""
+    rounds: int = Field(default=1, ge=1)
+    """Searches one after the other, each without the nodes found before, as long as the model does the task without
+    these: the circuit is their union. 1: the first alone, which the model may do without."""
     steps: int = Field(default=200, ge=1)
     """Training steps of the masks."""
     pairs_per_step: int = Field(default=32, ge=1)

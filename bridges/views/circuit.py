@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.circuits.circuit import Circuit
-from bridges.circuits.controls import necessity
 from bridges.circuits.features import neighbours
 from bridges.circuits.masks import ablated
+from bridges.circuits.necessity import necessity
 from bridges.circuits.nodes import FINAL, Node, recorded_nodes
 from bridges.circuits.pruning import frozen_and_fast
 from bridges.circuits.task_loss import Presented, answer_differences, task_loss

@@ -9,6 +9,7 @@ from planted import PATH, SECOND_PATH, planted_model, planted_pairs, planted_tex
 
 import bridges
 from bridges.circuits.circuit import Circuit, edges_between
+from bridges.circuits.necessity import NECESSARY_LOSS, necessity
 from bridges.circuits.nodes import Node
 from bridges.circuits.paths import on_paths
 from bridges.circuits.pruning import prune
@@ -43,6 +44,20 @@ def test_pruning_finds_exactly_the_nodes_and_edges_that_do_the_task(circuit):
 def test_of_two_paths_that_do_the_same_one_is_found(model):
     found = names(prune(planted_model(redundant=True), planted_pairs(), text=planted_text(), **SETTINGS))
     assert found in (set(PATH), set(SECOND_PATH))
+
+
+def test_the_nodes_that_do_the_task_in_the_first_ones_place_are_found_in_a_second_round():
+    model, pairs = planted_model(redundant=True), planted_pairs()
+    found = prune(model, pairs, text=planted_text(), rounds=4, **SETTINGS)
+    assert names(found) == {*PATH, *SECOND_PATH} and found.settings["round_sizes"] == [4, 4]
+    assert found.loss <= 0.15 and found.evaluate(model, pairs.rows(48)).loss == pytest.approx(found.loss, rel=1e-12)
+    assert necessity(model, found, pairs)["loss"] > NECESSARY_LOSS
+    assert found.n_edges == 4
+
+
+def test_where_the_model_cannot_do_without_the_first_circuit_no_other_is_looked_for(model, circuit):
+    found = prune(model, planted_pairs(), text=planted_text(), rounds=4, **SETTINGS)
+    assert found.nodes == circuit.nodes and found.settings["round_sizes"] == [4]
 
 
 def test_the_model_is_left_as_it_was(circuit):
