@@ -17,6 +17,8 @@ NVLINK, NETWORK = 400e9, 50e9
 GPUS_PER_NODE = 8
 STATE_COPIES = 7
 """Plain and standardised maps, both gradients, two moments, the best state."""
+CHUNK_LOGITS = 2**27
+"""Logits of a hybrid pass that exist at a time (bridges/objective/head.py)."""
 SAVED_BYTES = 34
 """Per token, channel and layer that autograd keeps of a decoder layer in bf16 with fused attention (Korthikanti et al.
 2022, without dropout and attention weights)."""
@@ -51,7 +53,7 @@ def memory():
         "sparse model": 2 * (sparse + 2 * head_sparse) / 1e9,
         "bridges, gradients, optimiser": 4 * STATE_COPIES * bridge_parameters() / 1e9,
         "streams of both models": 2 * tokens * (sites_dense * DENSE["width"] + SITES * SPARSE["width"]) / 1e9,
-        "logits: target, hybrid, gradient": 3 * 2 * tokens * VOCABULARY / 1e9,
+        "logits: target; part of a hybrid pass": 2 * (tokens * VOCABULARY + 2 * CHUNK_LOGITS) / 1e9,
         "graph of the dense tail": SAVED_BYTES * tokens * DENSE["layers"] * DENSE["width"] / 1e9,
     }
 

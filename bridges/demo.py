@@ -42,7 +42,6 @@ SETTINGS = FitConfig(
     batch_size=8,
     lr=2e-3,
     seq_len=DEFAULT_SEQ_LEN,
-    k=512,  # four times what one AbsTopK of the sparse model keeps: a stream is the sum of several sublayers' writes
     ridge=1e-3,
     decoder_attribution="effect",
     nmse_weight=0.25,

@@ -26,6 +26,7 @@ import bridges
 from bridges.bridge_report import FIGURES
 from bridges.evaluate import affordable_kl_rows, evaluate, measure
 from bridges.models import loading
+from bridges.objective import head
 from bridges.objective.figures import SpreadSums
 
 evaluate_module = sys.modules["bridges.evaluate"]  # `bridges.evaluate` is the function
@@ -97,8 +98,12 @@ def naive_report(pair):
     return sites, dense_ce, sparse_ce, naive_kl(y_dense, y_sparse, real)
 
 
+@pytest.mark.parametrize("n_tokens", [None, 1, 5], ids=["all logits at once", "one position", "two positions"])
 @pytest.mark.parametrize("build", PAIRS.values(), ids=PAIRS)
-def test_every_figure_is_the_written_out_one(build):
+def test_every_figure_is_the_written_out_one(build, n_tokens, monkeypatch):
+    if n_tokens is not None:
+        monkeypatch.setattr(head, "CHUNK_LOGITS", 1)
+        monkeypatch.setattr(head, "MIN_TOKENS", n_tokens)
     pair = build()
     report = evaluate(*pair, DATA)
     with torch.no_grad():

@@ -80,7 +80,7 @@ class Objective(NamedTuple):
 class StepSums(Sums):
     """The losses of some micro-batches, each already divided by the step's normalizers.
 
-    In float64, on the bridges' device: nothing is read from a GPU before the step is done.
+    In float64, on the bridges' device, from which all are read together.
     """
 
     nmse_encode: Float[Tensor, " n_sites"]
@@ -179,10 +179,9 @@ def _micro_batch(
 
     def kl(sides: Sequence[Side], weight: float) -> Tensor:
         with objective.autocast():
-            scale = weight * objective.loss_scale
-            return figure(path_kl(pair, detached, sides, scale and scale / normalizers.tokens), sums) / tokens
+            total = path_kl(pair, detached, sides, weight * objective.loss_scale, normalizers.tokens)
+        return figure(total, sums) / normalizers.tokens.to(sums.device)
 
-    tokens = normalizers.tokens.to(sums.device)
     for i in sampled:
         to_sparse, to_dense = (single_switch_path(n, i, side) for side in SIDES)
         sums.kl_dense_to_sparse[i] += kl(to_sparse, weights.kl_dense_to_sparse / len(sampled))
@@ -192,8 +191,7 @@ def _micro_batch(
     if objective.train_sparse:
         predictions = normalizers.predictions.clamp(min=1)
         with objective.autocast():
-            scale = weights.ce * objective.loss_scale
-            ce = sparse_ce(pair, detached, scale and scale / predictions)
+            ce = sparse_ce(pair, detached, weights.ce * objective.loss_scale, predictions)
         sums.ce += figure(ce, sums) / predictions.to(sums.device)
         _backward_through_sparse(traces, leaves)
 

@@ -64,7 +64,7 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
     sampled = sampled_sites(config, n)
     trains = config.train_sparse
     width = pair.dense.d_model + pair.sparse.d_model
-    streams = 4 * config.batch_size * work.seq_len * (n * width + 4 * pair.dense.vocab_size)
+    streams = 4 * config.batch_size * work.seq_len * (n * width + pair.dense.vocab_size)  # the target's logits alone
     state = 4 * (7 * n_bridge + (4 * n_sparse if trains else 0))
     solves = config.closed_form and not work.resumed
     moments = min(config.moments_bytes, n * bytes_per_site(pair)) if solves else 0

@@ -104,10 +104,6 @@ class ResidualModel(ABC):
     d_model: int
     vocab_size: int
     """Tokens that have both an embedding and a logit."""
-    logits_width: int
-    """Logits of a token; over `vocab_size` where the unembedding is padded."""
-    computes_kept_logits_alone: bool
-    """Whether `logits_at` spares the logits of the tokens that are not asked for."""
     context_length: int | None
     """The largest number of tokens in a row, None where the model sets no limit."""
 
@@ -148,6 +144,16 @@ class ResidualModel(ABC):
 
         That is in `model(...)` and `model.generate(...)`, with or without a cache; not in the methods of this class.
         """
+
+    @property
+    def logits_width(self) -> int:
+        """Logits of a token; over `vocab_size` where the unembedding is padded."""
+        return self.vocab_size
+
+    @property
+    def computes_kept_logits_alone(self) -> bool:
+        """Whether `logits_at` spares the logits of the tokens that are not asked for."""
+        return False
 
     @property
     def device(self) -> torch.device:

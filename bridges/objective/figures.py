@@ -10,11 +10,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from bridges.objective.head import logits_of, position_chunks
-from bridges.objective.hybrid import ALL_POSITIONS, common_logits, run_path_to_final, single_switch_path
-from bridges.objective.normalizers import counted_tokens, predicting_tokens
+from bridges.objective.hybrid import ALL_POSITIONS, common_logits, next_tokens, run_path_to_final, single_switch_path
+from bridges.objective.normalizers import counted_tokens
 from bridges.objective.pair import SIDES, ModelPair, Side, Traces, residuals_at
 from bridges.objective.sums import Reduce, Sums
 from bridges.ops.abs_topk import abs_topk
@@ -249,8 +248,7 @@ class _Batch:
         self.pair, self.traces = pair, traces
         ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
         self.real: Bool[Tensor, "b s"] = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self.predicting = F.pad(predicting_tokens(ids, mask), (0, 1))
-        self.labels = ids.roll(-1, 1)
+        self.predicting, self.labels = next_tokens(traces)
 
     def figures(self, side: Side, stream: Float[Tensor, "b s _"]) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
         """Each row's KL from the dense model, and the cross-entropy, both summed over tokens; float64 on the CPU.
@@ -264,12 +262,12 @@ class _Batch:
             for positions in position_chunks(model, stream)
         ]
         kls, ces = zip(*parts, strict=True)
-        return torch.stack(kls).sum(0), torch.stack(ces).sum()
+        return torch.stack(kls).sum(0).cpu(), torch.stack(ces).sum().cpu()
 
     def _of(
         self, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
-        """The `figures` of some positions."""
+        """The `figures` of some positions, on the device of the logits."""
         real, predicting, labels = (
             tensor[:, positions].to(logits.device) for tensor in (self.real, self.predicting, self.labels)
         )
@@ -280,7 +278,7 @@ class _Batch:
         ce = (log_normalizer - of_label.to(log_normalizer))[predicting[real]].double().sum()
         per_token = torch.zeros(real.shape, dtype=torch.float64, device=logits.device)
         per_token[real] = kl.double()
-        return per_token.sum(1).cpu(), ce.cpu()
+        return per_token.sum(1), ce
 
     def add(self, sums: PassSums, site: int, side: Side, stream: Float[Tensor, "b s _"]) -> None:
         """Add one pass at one site, given by the side that it ends in and its stream at `final`."""
@@ -297,7 +295,7 @@ class _Batch:
         sums.tokens += tokens.sum()
         sums.tokens_squared += tokens.square().sum()
         sums.predictions += self.predicting.sum().cpu()
-        sums.dense_ce += self._of(self.traces.dense.logits)[1]
+        sums.dense_ce += self._of(self.traces.dense.logits)[1].cpu()
         kl, ce = self.figures("sparse", sparse_stream)
         sums.sparse_ce += ce
         sums.kl_sparse_alone += kl.sum()

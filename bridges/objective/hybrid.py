@@ -17,7 +17,7 @@ change models once; `run_path` runs any path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,41 +82,43 @@ def run_path_to_final(pair: ModelPair, traces: Traces, path: Sequence[Side]) -> 
 
 
 def path_kl(
-    pair: ModelPair, traces: Traces, path: Sequence[Side], gradient_weight: float | Tensor = 0.0
+    pair: ModelPair, traces: Traces, path: Sequence[Side], gradient_weight: float = 0.0, divisor: Tensor | None = None
 ) -> Float[Tensor, ""]:
     """The sum over real tokens of KL(y || hybrid pass), nats, whose logits never exist all at once.
 
-    The gradient of `gradient_weight` times the sum is added to every leaf; the sum itself has no graph.
+    The gradient of `gradient_weight` times the sum, over `divisor` if there is one, is added to every leaf; the sum
+    itself has no graph.
     """
+    return _from_logits(pair, traces, path, kl_from_dense, gradient_weight, divisor)
+
+
+def sparse_ce(
+    pair: ModelPair, traces: Traces, gradient_weight: float = 0.0, divisor: Tensor | None = None
+) -> Float[Tensor, ""]:
+    """The sum of the sparse model's own next-token cross-entropy, nats; logits and gradient as in `path_kl`."""
+    alone: tuple[Side, ...] = ("sparse",) * (len(pair.bridge_set) + 1)
+    return _from_logits(pair, traces, alone, ce_sum, gradient_weight, divisor)
+
+
+def _from_logits(
+    pair: ModelPair,
+    traces: Traces,
+    path: Sequence[Side],
+    loss: Callable[[Traces, Tensor, slice], Tensor],
+    gradient_weight: float,
+    divisor: Tensor | None,
+) -> Float[Tensor, ""]:
+    """A loss summed over the tokens of a hybrid pass, and its gradient."""
     side = path[-1]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_zero(gradient_weight)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient_weight != 0):
         stream = run_path_to_final(pair, traces, path)
         return backward_from_head(
             pair.model(side),
             stream,
             traces.side(side).context,
-            lambda logits, positions: kl_from_dense(traces, logits, positions),
-            gradient_weight,
+            lambda logits, positions: loss(traces, logits, positions),
+            gradient_weight if divisor is None else gradient_weight / divisor,
         )
-
-
-def sparse_ce(pair: ModelPair, traces: Traces, gradient_weight: float | Tensor = 0.0) -> Float[Tensor, ""]:
-    """The sum of the sparse model's own next-token cross-entropy, nats; logits and gradient as in `path_kl`."""
-    n = len(pair.bridge_set)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_zero(gradient_weight)):
-        stream = run_path_to_final(pair, traces, ("sparse",) * (n + 1))
-        return backward_from_head(
-            pair.sparse,
-            stream,
-            traces.sparse.context,
-            lambda logits, positions: ce_sum(traces, logits, positions),
-            gradient_weight,
-        )
-
-
-def _is_zero(weight: float | Tensor) -> bool:
-    """Whether a number is 0; a tensor is not looked at, since that would wait for a GPU."""
-    return not isinstance(weight, Tensor) and weight == 0
 
 
 def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:
@@ -179,6 +181,12 @@ def kl_from_dense(
     return kl_divergence(target[real], logits[real])
 
 
+def next_tokens(traces: Traces) -> tuple[Bool[Tensor, "b s"], Int[Tensor, "b s"]]:
+    """Where a real token follows a real one, and the token that follows each; the last position's means nothing."""
+    ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
+    return F.pad(predicting_tokens(ids, mask), (0, 1)), ids.roll(-1, 1)
+
+
 def ce_sum(
     traces: Traces, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
 ) -> Float[Tensor, ""]:
@@ -187,9 +195,7 @@ def ce_sum(
     `logits` are those of the rows' `positions`. Over the vocabulary that both models have.
     """
     logits = common_logits(traces, logits)
-    ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
-    predicting = F.pad(predicting_tokens(ids, mask), (0, 1))[:, positions].to(logits.device)
-    labels = ids.roll(-1, 1)[:, positions].to(logits.device)
+    predicting, labels = (whole[:, positions].to(logits.device) for whole in next_tokens(traces))
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits[predicting].to(wide), labels[predicting], reduction="sum")
 

@@ -44,7 +44,7 @@ class Sums:
 
     def cpu(self: SumsT) -> SumsT:
         """The sums on the CPU, by one transfer."""
-        return self.reduced(lambda tensor: tensor.cpu())
+        return type(self)(*reduce_together(self.tensors(), lambda together: together.cpu()))
 
     def reduced(self: SumsT, reduce: Reduce) -> SumsT:
         """The sums over all processes, by one reduction."""

@@ -116,7 +116,8 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, target: Tensor, logits: Tensor, wants_grad: bool) -> Tensor:
-        gradient = torch.empty_like(logits) if wants_grad else None
+        # Rows in order also where those of the logits are not: a kernel writes one after the other.
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if wants_grad else None
         totals = _promote(target.new_zeros(()), logits.new_zeros(()))[:1]
         for rows in _chunks(logits):
             if gradient is None:

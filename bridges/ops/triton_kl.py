@@ -76,6 +76,7 @@ def kl_and_gradient(
     in memory: each row is read twice.
     """
     n, width = logits.shape
+    assert target_logits.shape == logits.shape, "a narrower target would be read past its end"
     wide = torch.float64 if torch.float64 in (target_logits.dtype, logits.dtype) else torch.float32
     kl, normalizer = (torch.empty(n, dtype=wide, device=logits.device) for _ in range(2))
     target_logits, logits = (z if z.stride(1) == 1 else z.contiguous() for z in (target_logits, logits))

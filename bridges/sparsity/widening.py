@@ -68,7 +68,9 @@ def _wider_config(config: SparseConfig, factor: int) -> SparseConfig:
     for location in config.locations:
         kept, kept_before = wider.kept(location), config.kept(location)
         if kept_before is not None and kept != factor * kept_before:
-            raise ValueError(f"afrac={config.afrac} keeps {kept_before} entries at {location}, and {kept} when widened")
+            raise ValueError(
+                f"{config.fraction_at(location)} keeps {kept_before} entries at {location}, and {kept} when widened"
+            )
     return wider
 
 

@@ -106,3 +106,13 @@ def test_nan_propagates(function, bad):
 def test_no_rows():
     value, gradient = value_and_gradient(kl_divergence, torch.zeros(0, 5), torch.zeros(0, 5))
     assert value.item() == 0 and gradient.shape == (0, 5)
+
+
+def test_logits_in_any_order_of_memory():
+    target, logits = torch.randn(5, 7, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64).T.requires_grad_()
+    value = kl_divergence(target, logits)
+    value.backward()
+    plain = logits.detach().contiguous().requires_grad_()
+    kl_divergence_eager(target, plain).backward()
+    assert abs(value.item() - kl_divergence_eager(target, plain).item()) < 1e-12
+    torch.testing.assert_close(logits.grad, plain.grad, rtol=1e-12, atol=1e-14)

@@ -74,13 +74,18 @@ class HuggingFaceResidual(ResidualModel):
             records = [record_forward(model, self.layers, batch) for batch in batches]
             self.d_model = records[0].layers[0].hidden.shape[-1]
             n_embedded = len(model.get_input_embeddings().weight)  # pyright: ignore
-            self.logits_width = records[0].logits.shape[-1]
-            self.vocab_size = min(self.logits_width, n_embedded)
+            self._logits_width = records[0].logits.shape[-1]
+            self.vocab_size = min(self._logits_width, n_embedded)
             self.decomposition = decompose(self.layers, records[0])
             self.sites = self.decomposition.sites
             for record in records:
                 check_chain(self, self.decomposition, record)
             check_causal(model, records[0])
+
+    @property
+    def logits_width(self) -> int:
+        """Logits of a token, some of which may belong to no token."""
+        return self._logits_width
 
     @cached_property
     def context_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -147,6 +147,11 @@ class SparseConfig(PretrainedConfig):
         """The locations that have an AbsTopK; none where `afrac` is None."""
         return tuple(p.strip() for p in self.afrac_loctypes.split(",") if p.strip()) if self.afrac is not None else ()
 
+    def fraction_at(self, location: str) -> str:
+        """The setting that a location's fraction comes from, for messages."""
+        own = (self.afrac_by_location or {}).get(location)
+        return f"afrac={self.afrac}" if own is None else f"afrac_by_location={{'{location}': {own}}}"
+
     def kept(self, location: str) -> int | None:
         """How many entries AbsTopK keeps at a location, None at a location without AbsTopK."""
         if self.afrac is None or location not in self.locations:
@@ -208,7 +213,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "afrac_by_location": (
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_fraction, value.values()))),
-        "a number in (0, 1] for each location, or None",
+        "a dict from locations to numbers in (0, 1], or None",
     ),
     "residual_activation_type": (lambda value: value in ("identity", "relu"), "identity or relu"),
     "activation_type": (lambda value: value in ("gelu", "relu"), "gelu or relu"),
@@ -237,9 +242,8 @@ def _validate(config: SparseConfig) -> None:
 def _validate_k(config: SparseConfig) -> None:
     for location in config.locations:
         if config.kept(location) == 0:
-            size, own = _sizes(config)[location], (config.afrac_by_location or {}).get(location)
-            name = f"afrac={config.afrac}" if own is None else f"afrac_by_location={{'{location}': {own}}}"
-            raise ValueError(f"{name} keeps 0 of {size} entries at {location}; raise it or leave {location} out")
+            what, size = config.fraction_at(location), _sizes(config)[location]
+            raise ValueError(f"{what} keeps 0 of {size} entries at {location}; raise it or leave {location} out")
 
 
 def _sizes(config: SparseConfig) -> dict[str, int]:

@@ -49,8 +49,12 @@ class SparseResidual(ResidualModel):
         layers = range(model.config.n_layer)
         self.sites = [Site(f"{layer}.{kind}") for layer in layers for kind in ("attn", "mlp")] + [Site("final")]
         self.d_model, self.vocab_size = model.config.d_model, model.config.vocab_size
-        self.logits_width, self.computes_kept_logits_alone = self.vocab_size, True
         self.context_length = model.config.block_size
+
+    @property
+    def computes_kept_logits_alone(self) -> bool:
+        """True."""
+        return True
 
     def context(
         self,

@@ -81,7 +81,7 @@ def test_save_and_load_give_the_same_configuration(tmp_path):
         ),
         (
             {"afrac_by_location": {"attn_in": 0}},
-            r"afrac_by_location=\{'attn_in': 0\} must be a number in \(0, 1\] for each",
+            r"afrac_by_location=\{'attn_in': 0\} must be a dict from locations to",
         ),
         (
             {"afrac_by_location": {"mlp": 0.5}},
