@@ -25,7 +25,7 @@ from bridges.fitting.checkpoint import (
     save_checkpoint,
 )
 from bridges.fitting.guards import interruptible
-from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
+from bridges.fitting.identity import RunIdentity, architecture, refuse_other_run, refuse_used_folder
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.tracking import Tracker
 from bridges.io.amounts import count, duration
@@ -159,7 +159,8 @@ class _Run:
         settings = {name: value for name, value in self.config.recorded().items() if name not in RESOURCE_SETTINGS}
         teacher = "" if self.teacher is None else fingerprint(self.teacher.model)
         settings["processes"] = processes.world_size
-        identity = RunIdentity(settings, data, teacher, None, versions(), self.model.config.dropout)
+        dropout, shape = self.model.config.dropout, architecture(self.model)
+        identity = RunIdentity(settings, data, teacher, None, versions(), dropout, shape)
         checkpoint = last_checkpoint(out / "checkpoints") if out is not None and self.config.resume else None
         if checkpoint is not None:
             refuse_other_run(checkpoint.state, identity)

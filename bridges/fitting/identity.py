@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from bridges.config import FitConfig
 from bridges.io.fingerprint import fingerprint, same_model
+from bridges.models.sparse.config import FIELDS
 from bridges.objective.pair import ModelPair
 
 RESOURCE_SETTINGS = ("checkpoint_every", "moments_gib")
@@ -31,6 +34,8 @@ class RunIdentity:
     versions: dict[str, str]
     dropout: float = 0.0
     """Of what trains; its masks are drawn by process and micro-batch."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The configuration of a sparse model that trains: the checkpoint holds its weights alone."""
 
     @classmethod
     def of(
@@ -41,11 +46,17 @@ class RunIdentity:
         settings = {name: value for name, value in config.recorded().items() if name not in RESOURCE_SETTINGS}
         settings["processes"] = world_size
         dropout = getattr(pair.sparse.model.config, "dropout", 0.0) if config.train_sparse else 0.0
-        return cls(settings, data, fingerprint(pair.dense.model), sparse, versions, dropout)
+        shape = architecture(pair.sparse.model) if config.train_sparse else {}
+        return cls(settings, data, fingerprint(pair.dense.model), sparse, versions, dropout, shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint stores them."""
         return asdict(self)
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """The fields of a `SparseTransformer`'s configuration that its outputs depend on."""
+    return {name: getattr(model.config, name) for name in FIELDS if name != "tokenizer_name"}
 
 
 def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
@@ -56,12 +67,19 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
         if name in BATCH_SETTINGS:
             continue
         # A setting that was added after the run had started had its default value.
-        field = FitConfig.model_fields.get(name)
-        started = stored["settings"].get(name, None if field is None else field.default)
+        known = FitConfig.model_fields.get(name)
+        started = stored["settings"].get(name, None if known is None else known.default)
         if started != value:
             raise ValueError(
                 f"resume=True with {name}={value!r}, but the run was started with {name}={started!r}; "
                 "use that value, or another output_dir"
+            )
+    for name, value in here.architecture.items():
+        started = stored.get("architecture", {}).get(name, value)  # a run of an earlier version did not record it
+        if started != value:
+            raise ValueError(
+                f"resume=True with a sparse model of {name}={value!r}, but the run was started with {started!r}; pass "
+                "a model of the same configuration, or another output_dir"
             )
     for side, other in (("dense", "sparse"), ("sparse", "dense")):
         known, given = stored[side], getattr(here, side)

@@ -24,6 +24,18 @@ def test_a_run_may_resume_with_half_precision_copies_of_its_models():
     refuse_other_run(stored, identity(gpt2(layers=1).bfloat16(), sparse_model(layers=1).float()))
 
 
+def test_a_sparse_model_that_trains_keeps_its_configuration():
+    stored = identity(train_sparse=True).to_dict()
+    refuse_other_run(stored, identity(sparse=sparse_model(layers=1, seed=8), train_sparse=True))  # weights change
+    fewer = sparse_model(layers=1, afrac=0.25)
+    with pytest.raises(
+        ValueError, match=r"a sparse model of afrac=0\.5, but the run was started with 0\.25; pass a model"
+    ):
+        refuse_other_run(stored, identity(sparse=fewer, train_sparse=True))
+    del stored["architecture"]  # of a run that an earlier version started
+    refuse_other_run(stored, identity(sparse=fewer, train_sparse=True))
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
