@@ -29,7 +29,7 @@ def test_a_sparse_model_that_trains_keeps_its_configuration():
     refuse_other_run(stored, identity(sparse=sparse_model(layers=1, seed=8), train_sparse=True))  # weights change
     fewer = sparse_model(layers=1, afrac=0.25)
     with pytest.raises(
-        ValueError, match=r"a sparse model of afrac=0\.5, but the run was started with 0\.25; pass a model"
+        ValueError, match=r"a sparse model of afrac=0\.25, but the run was started with 0\.5; pass a model"
     ):
         refuse_other_run(stored, identity(sparse=fewer, train_sparse=True))
     del stored["architecture"]  # of a run that an earlier version started
