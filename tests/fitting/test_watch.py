@@ -74,7 +74,7 @@ def ended(monkeypatch):
     return found
 
 
-def eventually(condition, seconds=30):
+def eventually(condition, seconds=15):
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.05)
@@ -160,6 +160,8 @@ def test_a_process_that_has_not_begun_is_not_taken_for_dead(start, ended):
 
 def test_a_wait_for_a_process_that_died_is_ended_though_no_sum_fails(start, ended):
     first, second, third = start(0, 1, 2)
+    with second.explaining():
+        pass  # a sum that has ended
     die(third)
     with waiting(first):
         assert eventually(lambda: ended)
