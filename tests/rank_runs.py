@@ -5,7 +5,9 @@ rank_runs.py RUNS: a JSON list of runs, each an object with
     verb        fit or pretrain
     processes   how many
     settings    of the verb, with output_dir
-    event       optional: [what, rank, step], what happens to a process in a step: interrupt, kill, raise or linger
+    event       optional: [what, rank, step], what happens to a process in a step: interrupt, kill, stop, raise
+                or linger
+    watch       optional: intervals of the watch over processes, by name
 
 It prints the seconds and the exit codes of every run as JSON. Processes are forks, with everything imported already.
 """
@@ -24,6 +26,7 @@ from pairs import gpt2, sparse_model
 from separate_runs import padded_data
 
 from bridges.fit import fit
+from bridges.fitting import watch
 from bridges.fitting.trainer import Trainer
 from bridges.pretrain import pretrain
 from bridges.sparsity.pretraining import Pretrainer
@@ -35,6 +38,8 @@ def happen(what):
         os.kill(os.getpid(), signal.SIGINT)
     elif what == "kill":
         os._exit(9)
+    elif what == "stop":  # it lives, but neither answers nor closes a connection
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         raise OSError("the disk is full")
 
@@ -65,6 +70,8 @@ def run_one(verb, settings):
 def process(rank, run, shared):
     """One process of a run; its exit code."""
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+    for name, seconds in run.get("watch", {}).items():
+        setattr(watch, name, seconds)
     event = run.get("event")
     if event:
         install(Trainer if run["verb"] == "fit" else Pretrainer, *event)
@@ -80,7 +87,7 @@ def process(rank, run, shared):
 
 
 def outcome(run):
-    """Start the processes of a run, and wait for them; a lingering one is killed once the others have ended."""
+    """Start the processes of a run, and wait for them; one that lingers or is stopped is killed after the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -96,7 +103,7 @@ def outcome(run):
                 os._exit(code)
         children.append(child)
     event = run.get("event")
-    lingering = children.pop(event[1]) if event and event[0] == "linger" else None
+    lingering = children.pop(event[1]) if event and event[0] in ("linger", "stop") else None
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     seconds = time.monotonic() - started
     if lingering is not None:

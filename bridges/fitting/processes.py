@@ -17,7 +17,7 @@ class ProcessGroup:
     """The processes of a run, by accelerate: this one's rank and device, sums over all of them, and autocast.
 
     A context manager: accelerate's state is a singleton, which the user may need after this one; leaving the context
-    puts it back as it was. Inside, a process that dies ends all of them (`Watch`).
+    puts it back as it was. Inside, a process that dies ends those that wait for it (`Watch`).
     """
 
     def __init__(self, mixed_precision: str = "no"):
@@ -36,7 +36,8 @@ class ProcessGroup:
         self._watch: Watch | None = None
 
     def __enter__(self) -> ProcessGroup:
-        if self.world_size > 1:
+        # Accelerators such as TPUs sum over processes without a process group of torch, and so without a store.
+        if self.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             self._watch = Watch(self.rank, self.world_size)
         return self
 
@@ -47,12 +48,14 @@ class ProcessGroup:
         self._shared_state.update(self._state_before)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on the tensor's own device; ProcessLost, on every process, if one of them died."""
+        """The sum over processes, on the tensor's own device; ProcessLost if another process died or failed."""
         if self.world_size == 1:
             return tensor
-        with self._telling_who_died():
-            total = self.accelerator.reduce(tensor.to(self.device), "sum")
-        return total.to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+        with self._explaining_errors():
+            total: Any = self.accelerator.reduce(tensor.to(self.device), "sum")
+            if total.is_cuda:  # NCCL only queues the sum: wait for it here, where the watch can end the wait
+                torch.cuda.current_stream(total.device).synchronize()
+            return total.to(tensor.device)
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -86,13 +89,13 @@ class ProcessGroup:
             raise ValueError(f"{name} differs between processes; seed its order, so that every process reads the same")
 
     def barrier(self) -> None:
-        """Wait until every process reaches this point; ProcessLost if one of them died."""
-        with self._telling_who_died():
+        """Wait until every process reaches this point; ProcessLost if another one died or failed."""
+        with self._explaining_errors():
             self.accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision; no context where it is off."""
         return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
 
-    def _telling_who_died(self) -> AbstractContextManager:
+    def _explaining_errors(self) -> AbstractContextManager:
         return nullcontext() if self._watch is None else self._watch.explaining()

@@ -1,4 +1,4 @@
-"""A watch over the other processes of a run: when one of them dies, all end with a message and none waits forever."""
+"""A watch over the other processes of a run: when one of them dies or fails, those that need it end with a message."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
+import torch
+
 BEAT_SECONDS = 0.5
-"""Each process counts up a number at this interval, which the others look at."""
+"""Each process counts up a number at this interval, which the others read."""
 SILENT_AFTER_ERROR = 6.0
 """Seconds without a beat after which a process is taken for dead, once a sum over processes has failed."""
 SILENT = 300.0
-"""Seconds without a beat after which a process is taken for dead whatever happens here; a call that keeps Python from
-running threads, such as the compilation of a kernel, may silence a living one for a while."""
+"""Seconds without a beat after which a process is taken for dead where no sum has failed; a call that keeps Python from
+running threads, such as the compilation of a kernel, may stop the beats of a running process for a while."""
 GRACE = 10.0
-"""Seconds that a process has to end by itself, by an error of its own, before its watch ends it."""
+"""Seconds that a process may go on waiting in a sum for one that is dead or has failed, before its watch ends it."""
 FINISHED = "finished"
 
 _runs = count()
@@ -30,110 +32,157 @@ class ProcessLost(RuntimeError):
 
 
 class Watch:
-    """Tells the other processes that this one lives, and learns from them, through the store that they met at.
+    """Exchanges signs of life with the other processes of a run, through the store at which they met.
 
-    A thread does both, so that it goes on where the main thread waits in a sum for a process that is gone. There, with
-    GPUs, nothing else would end the wait for many minutes.
+    One thread talks to the store. Its calls do not return where the process that holds the store is stopped, so
+    a second thread compares clocks, and ends this process where its main thread waits in a sum for a process that is
+    gone: that wait cannot be interrupted, and may last for half an hour.
     """
 
     def __init__(self, rank: int, world_size: int):
         from torch.distributed import distributed_c10d  # some builds of torch have none
 
-        store: Any = distributed_c10d._get_default_store()
-        # A connection of its own: a call that waits on a shared one would keep beats back.
-        self._store = store.clone() if hasattr(store, "clone") else store
+        shared_store: Any = distributed_c10d._get_default_store()
         self._rank, self._world_size, self._run = rank, world_size, next(_runs)
-        now = time.monotonic()
-        self._beats = {other: (0, now) for other in range(world_size) if other != rank}
-        """The last number of every other process, and when it was first seen here."""
+        self._others = frozenset(range(world_size)) - {rank}
+        self._beats: dict[int, tuple[int, float]] = {}
+        """The last number of every other process that has begun to count, and when it was first read here."""
         self._ends: dict[int, str] = {}
-        """How other processes ended: `FINISHED`, or a message for whoever waits for them."""
-        self._answered = now
-        """When the store last answered."""
-        self._stopped, self._explains = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch over processes", daemon=True)
-        self._thread.start()
+        """How other processes ended: `FINISHED`, or a message for those that need them."""
+        self._answered = time.monotonic()
+        """When the store was last asked and answered."""
+        self._waiting_since: float | None = None
+        """When the main thread entered the sum that it is in."""
+        self._end: str | None = None
+        """How this process ended, for the others."""
+        self._stopped = threading.Event()
+        self._talker = threading.Thread(target=self._talk, args=(shared_store,), name="signs of life", daemon=True)
+        self._timer = threading.Thread(target=self._compare_clocks, name="watch over processes", daemon=True)
+        self._talker.start()
+        self._timer.start()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Inside, an error that comes from the end of another process becomes ProcessLost."""
+        """For a sum over processes: an error that comes from the end of another process becomes ProcessLost.
+
+        Raises ProcessLost at once if another process has failed already. Ends this process if it waits inside, for
+        longer than `GRACE`, for one that has failed or is taken for dead.
+        """
+        if message := self._failure():
+            raise ProcessLost(message)
+        self._waiting_since = time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:  # an error of this process alone
+            raise
         except RuntimeError as error:
-            self._explains.set()
+            self._waiting_since = None
             until = time.monotonic() + 2 * SILENT_AFTER_ERROR
             while time.monotonic() < until:
-                if message := self._message(SILENT_AFTER_ERROR):
+                time.sleep(BEAT_SECONDS)
+                if message := self._failure() or self._silence(SILENT_AFTER_ERROR):
                     raise ProcessLost(message) from error
-                time.sleep(BEAT_SECONDS / 2)
             raise
+        finally:
+            self._waiting_since = None
 
     def close(self, error: BaseException | None) -> None:
-        """End the watch, and tell the others how this process ended."""
+        """End the watch, and let the others know how this process ended, if the store answers within `GRACE`."""
+        self._end = FINISHED if error is None else self._end_of(error)
         self._stopped.set()
-        self._thread.join(GRACE)
-        with suppress(RuntimeError):  # the process that holds the store may be the one that died
-            self._store.set(self._key("end", self._rank), FINISHED if error is None else self._end_of(error))
-            # The store ends with the process that holds it, so that one gives the others time to read.
-            until = time.monotonic() + 4 * BEAT_SECONDS
-            while error is not None and time.monotonic() < until and self._ends.keys() != self._beats.keys():
-                time.sleep(BEAT_SECONDS / 2)
-                self._read_ends()
+        self._talker.join(GRACE)
+        self._timer.join(GRACE)
 
     def _end_of(self, error: BaseException) -> str:
         if isinstance(error, ProcessLost):
             return str(error)  # the first cause, not what followed from it
         first_line = next(iter(str(error).splitlines()), "")[:500]
-        return _lost(self._rank, self._world_size, f"failed with {type(error).__name__}: {first_line}")
+        return self._lost(self._rank, f"failed with {type(error).__name__}: {first_line}")
+
+    # The thread that talks to the store.
+
+    def _talk(self, shared_store: Any) -> None:
+        store = None
+        while True:
+            stopped = self._stopped.is_set()
+            with suppress(RuntimeError):  # the store is gone, which `_answered` shows
+                if store is None:
+                    # A connection of its own: a call that waits on a shared one would keep beats back.
+                    store = shared_store.clone() if hasattr(shared_store, "clone") else shared_store
+                self._exchange_beats(store)
+                self._read_ends(store)
+                if stopped and self._end is not None:
+                    self._write_end(store, self._end)
+            if stopped:
+                return
+            self._stopped.wait(BEAT_SECONDS)
 
     def _key(self, what: str, rank: int) -> str:
         return f"bridges/{self._run}/{what}/{rank}"
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
-            with suppress(RuntimeError):  # seen by `_answered`
-                self._store.add(self._key("beat", self._rank), 1)
-                self._read_beats()
-                self._read_ends()
-                self._answered = time.monotonic()
-            if self._message(SILENT) and not self._explains.is_set() and not self._stopped.wait(GRACE):
-                if not self._explains.is_set():
-                    self._end_here()
-                return
-
-    def _read_beats(self) -> None:
-        for rank, (number, _) in list(self._beats.items()):
-            beat = self._store.add(self._key("beat", rank), 0)
-            if beat != number:
-                self._beats[rank] = beat, time.monotonic()
-
-    def _read_ends(self) -> None:
-        for rank in self._beats.keys() - self._ends.keys():
-            if self._store.check([self._key("end", rank)]):
-                self._ends[rank] = self._store.get(self._key("end", rank)).decode()
-
-    def _message(self, silent: float) -> str | None:
-        """What to tell the user if another process has failed, or gave no sign for so many seconds."""
-        for _, end in sorted(self._ends.items()):
-            if end != FINISHED:
-                return end
+    def _exchange_beats(self, store: Any) -> None:
         now = time.monotonic()
-        if now - self._answered > silent:
-            return _lost(0, self._world_size, "no longer answers, or the launcher that holds the run's addresses")
+        store.add(self._key("beat", self._rank), 1)
+        for rank in self._others:
+            beat = store.add(self._key("beat", rank), 0)
+            if beat != self._beats.get(rank, (0, now))[0]:
+                self._beats[rank] = beat, now
+        self._answered = now
+
+    def _read_ends(self, store: Any) -> None:
+        for rank in self._others - self._ends.keys():
+            if store.check([self._key("end", rank)]):
+                self._ends[rank] = store.get(self._key("end", rank)).decode()
+
+    def _write_end(self, store: Any, end: str) -> None:
+        store.set(self._key("end", self._rank), end)
+        # The store ends with the process that holds it, so that one gives the others time to read.
+        until = time.monotonic() + 4 * BEAT_SECONDS
+        while end != FINISHED and time.monotonic() < until and self._ends.keys() != self._others:
+            time.sleep(BEAT_SECONDS / 2)
+            self._read_ends(store)
+
+    # What the other threads read.
+
+    def _failure(self) -> str | None:
+        """The message of another process that has failed."""
+        return next((end for _, end in sorted(self._ends.items()) if end != FINISHED), None)
+
+    def _silence(self, silent: float) -> str | None:
+        """A message if the store has not answered, or another process has not counted, for so many seconds."""
+        answered = self._answered
+        if time.monotonic() - answered > silent:
+            return self._lost(0, "or the launcher, which holds the store of the run, has stopped responding")
         for rank, (_, seen) in sorted(self._beats.items()):
-            if rank not in self._ends and now - seen > silent:
-                return _lost(rank, self._world_size, "has ended without a word: it was killed, or ran out of memory")
+            # By the clock of the readings, so that a pause of this process does not count as one of the others.
+            if rank not in self._ends and answered - seen > silent:
+                return self._lost(rank, "has stopped responding: it was probably killed, or ran out of memory")
         return None
 
-    def _end_here(self) -> None:
+    def _lost(self, rank: int, what: str) -> str:
+        return (
+            f"process {rank} of {self._world_size} (counted from 0) {what}; the others cannot go on without it. "
+            "Read its error output, then start all of them again: with resume=True a run goes on from its last "
+            "checkpoint"
+        )
+
+    # The thread that compares clocks.
+
+    def _compare_clocks(self) -> None:
+        lost_since = None
+        while not self._stopped.wait(BEAT_SECONDS):
+            now, waiting_since = time.monotonic(), self._waiting_since
+            message = self._failure() or self._silence(SILENT)
+            if message is None:
+                lost_since = None
+                continue
+            lost_since = now if lost_since is None else lost_since
+            if waiting_since is not None and now - max(lost_since, waiting_since) > GRACE:
+                self._end_here(message)
+                return
+
+    def _end_here(self, message: str) -> None:
         """End this process, whose main thread waits for one that is gone and cannot be interrupted."""
-        print(f"bridges: {self._message(SILENT)}", file=sys.stderr, flush=True)
+        print(f"bridges: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
-
-
-def _lost(rank: int, world_size: int, what: str) -> str:
-    return (
-        f"process {rank} of {world_size} (counted from 0) {what}; the others cannot go on without it. "
-        "See what it printed, and start all of them again: with resume=True a run goes on from its last checkpoint"
-    )
