@@ -1,8 +1,8 @@
 """What linear maps can do between SmolLM2 and its pruned self: python benchmarks/linear_limit.py --tokens 24000
 
 Least squares in float64 without AbsTopK and without a penalty, at some sites, in both directions, from half the tokens
-and from all. Its NMSE on these tokens themselves and on others bracket what more tokens would give. Tokens far out at a site
-(ten times the median distance from the median) and each row's first two are left out. It downloads a model
+and from all. Its NMSE on these tokens themselves and on others bracket what more tokens would give. Tokens far out at a
+site (ten times the median distance from the median) and each row's first two are left out. It downloads a model
 (examples/get_smollm2.py): not part of `make bench`.
 """
 
