@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridges.objective.head import logits_of, position_chunks
-from bridges.objective.hybrid import ALL_POSITIONS, common_logits, next_tokens, run_path_to_final, single_switch_path
+from bridges.objective.hybrid import (
+    ALL_POSITIONS,
+    common_logits,
+    next_tokens,
+    run_path_to_final,
+    single_side_path,
+    single_switch_path,
+)
 from bridges.objective.normalizers import counted_tokens
 from bridges.objective.pair import SIDES, ModelPair, Side, Traces, residuals_at
 from bridges.objective.sums import Reduce, Sums
@@ -198,7 +205,7 @@ class Hybrids:
         for j, path in enumerate(self.paths):
             self.path_kl[j] += batch.figures(path[-1], run_path_to_final(pair, traces, path))[0].sum()
             yield n + j
-        batch.add_models(self.rows, run_path_to_final(pair, traces, ("sparse",) * (n + 1)))
+        batch.add_models(self.rows, run_path_to_final(pair, traces, single_side_path(n, "sparse")))
 
     def _to_final(self, traces: Traces, name: str, i: int) -> tuple[Side, Float[Tensor, "b s _"]]:
         """The side that a pass ends in, and its stream at `final`."""

@@ -96,8 +96,9 @@ def sparse_ce(
     pair: ModelPair, traces: Traces, gradient_weight: float = 0.0, divisor: Tensor | None = None
 ) -> Float[Tensor, ""]:
     """The sum of the sparse model's own next-token cross-entropy, nats; logits and gradient as in `path_kl`."""
-    alone: tuple[Side, ...] = ("sparse",) * (len(pair.bridge_set) + 1)
-    return _from_logits(pair, traces, alone, ce_sum, gradient_weight, divisor)
+    return _from_logits(
+        pair, traces, single_side_path(len(pair.bridge_set), "sparse"), ce_sum, gradient_weight, divisor
+    )
 
 
 def _from_logits(
@@ -119,6 +120,11 @@ def _from_logits(
             lambda logits, positions: loss(traces, logits, positions),
             gradient_weight if divisor is None else gradient_weight / divisor,
         )
+
+
+def single_side_path(n_sites: int, side: Side) -> tuple[Side, ...]:
+    """The path of one model alone."""
+    return (side,) * (n_sites + 1)
 
 
 def single_switch_path(n_sites: int, bridge: int, start: Side) -> tuple[Side, ...]:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from bridges.ops import abs_topk, triton_kernels, triton_long_rows
+from bridges.ops import abs_topk, kl, triton_kernels, triton_kl, triton_long_rows
 from bridges.ops.abs_topk import _BITS, abs_topk_eager, abs_topk_mask_eager, apply_mask
 from bridges.ops.kl import kl_divergence_eager, row_divergence
 from bridges.ops.triton_kl import kl_and_gradient
@@ -163,7 +163,26 @@ def divergences_without_a_probability_are_those_of_the_eager_twin():
     torch.testing.assert_close(gradient[:3], (logits.softmax(-1) - target.softmax(-1))[:3])
 
 
+def losses_go_through_the_kernel():
+    target, logits = (torch.randn(3, 50, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    # Inside alone: the other checks hold the kernel against the eager code of these functions.
+    with (
+        patch.object(kl, "has_triton_kernel", lambda x: True),
+        patch.object(triton_kl, "kl_and_gradient", wraps=kl_and_gradient) as kernel,
+    ):
+        kl.kl_divergence(target, logits).backward()
+        rows = row_divergence(target, logits)
+    assert kernel.call_count == 2
+    found, logits.grad = logits.grad, None
+    exact = kl_divergence_eager(target, logits)
+    exact.backward()
+    torch.testing.assert_close(found, logits.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows.kl.sum(), exact.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows.log_normalizer, logits.detach().logsumexp(-1), rtol=1e-10, atol=1e-12)
+
+
 CHECKS = (
+    losses_go_through_the_kernel,
     short_rows_keep_what_the_eager_twin_keeps,
     long_rows_keep_what_the_eager_twin_keeps,
     rows_beyond_one_program_are_long_rows,
@@ -181,6 +200,6 @@ if __name__ == "__main__":
         try:
             check()
             outcomes[check.__name__] = ""
-        except Exception:
+        except Exception:  # whatever it is, the test that started this shows it
             outcomes[check.__name__] = traceback.format_exc()
     json.dump(outcomes, sys.stdout)
