@@ -66,7 +66,7 @@ def _choose_digit(state, counts, shift, bits_of_digit: tl.constexpr):
     count = tl.load(counts + row * bins + places)
     remaining = tl.load(state + 3 * row + 1)
     reached = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # entries in this bin or a higher one
-    digit = tl.sum((reached >= remaining).to(tl.int32), 0) - 1
+    digit = tl.sum((reached >= remaining).to(tl.int32), 0) - 1  # pyright: ignore[reportOperatorIssue]
     found = tl.load(state + 3 * row) + (digit.to(tl.int64) << shift)
     tl.store(state + 3 * row, found)
     tl.store(state + 3 * row + 1, remaining - tl.sum(tl.where(places > digit, count, 0), 0))
