@@ -16,6 +16,17 @@ export function figure(value, control = "") {
 export const SOLVED = 0.9;
 
 /**
+ * How many prompts tell whether a task is solved: one number, or the least and the most; "its" without tasks.
+ * @param {import("./types.js").Task[]} tasks
+ */
+export function promptCount(tasks) {
+  if (tasks.length === 0) return "its";
+  const counts = tasks.map((task) => task.pairs);
+  const [least, most] = [Math.min(...counts), Math.max(...counts)];
+  return least === most ? String(most) : `${least} to ${most}`;
+}
+
+/**
  * Whether a model solves a task, with the share of prompts it answers right.
  * @param {number | null} share
  */

@@ -7,7 +7,7 @@ import { noBridges, noHeadline } from "../hints.js";
 import { dosePlot } from "../plots/dose.js";
 import { modelPicture } from "../plots/models.js";
 import { href } from "../router.js";
-import { breakable, heading, quiet, section, SOLVED, stat, stats } from "../ui.js";
+import { breakable, heading, promptCount, quiet, section, SOLVED, stat, stats } from "../ui.js";
 
 /** @typedef {import("../types.js").PageData} PageData */
 
@@ -65,7 +65,11 @@ function summary({ bridges, tasks, circuits }) {
     bridges.sites.length > 0 &&
       stat("NMSE, decoder", num(mean.nmse_decode), `shuffled tokens ${num(mean.nmse_decode_shuffled, 2)}`),
     tasks.length > 0 &&
-      stat("tasks solved, dense", `${solved("dense")} of ${tasks.length}`, `sparse model ${solved("sparse")}`),
+      stat(
+        "tasks solved, dense",
+        `${solved("dense")} of ${tasks.length}`,
+        `sparse model ${solved("sparse")}; 90% of ${promptCount(tasks)} prompts`,
+      ),
     edges.length > 0 && stat("circuits", String(edges.length), `median ${middle} weights`),
   );
 }

@@ -5,7 +5,7 @@ import { nodesOf, num } from "../format.js";
 import { noTasks } from "../hints.js";
 import { href } from "../router.js";
 import { sortable } from "../sortable.js";
-import { breakable, figure, heading, quiet, section, solvedMark } from "../ui.js";
+import { breakable, figure, heading, promptCount, quiet, section, solvedMark } from "../ui.js";
 
 /** @typedef {import("../types.js").Task} Task */
 
@@ -15,7 +15,7 @@ export function tasksView(page) {
     "Tasks",
     "What both models solve, and what an edit turns",
     "A task is pairs of prompts that differ in a cue and so in their answers. Filled: solved, 90% " +
-      "of the prompts or more. P(target) is at strength 1, of one channel where it turns both models, " +
+      `of ${promptCount(page.tasks)} prompts or more. P(target) is at strength 1, of one channel where it turns both models, ` +
       "else of a few; in a quieter tone random directions of the same norm.",
   );
   if (page.tasks.length === 0) return [title, noTasks()];
