@@ -18,7 +18,8 @@ from bridges.data.prepare import heldout_rows
 from bridges.io.progress import progress_bar, tracked
 from bridges.models.loading import as_residual
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import Batch
 from bridges.objective.figures import PASSES, Hybrids, Reconstruction
 from bridges.objective.hybrid import random_path
 from bridges.objective.normalizers import nmse

@@ -16,7 +16,7 @@ from bridges.fitting.gradients import Objective, Weights, step_gradients, traine
 from bridges.fitting.ridge import Moments
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.figures import Hybrids, Reconstruction
 from bridges.objective.pair import ModelPair, residuals_at, trace_pair
 

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, check_tokens
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import check_tokens
 from bridges.objective.head import backward_from_head
 from bridges.objective.normalizers import (
     combine_moments,

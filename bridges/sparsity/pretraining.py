@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.objective.normalizers import predicting_tokens
 from bridges.objective.sums import Reduce, no_reduce
 from bridges.ops.kl import kl_divergence
