@@ -16,16 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bridges.bridge_folder import CONFIG_FILE, TENSORS_FILE, FolderConfig, read_tensors
 from bridges.bridge_report import BridgeReport, model_card
 from bridges.io.files import read_json, write_json, write_tensors, write_text
 from bridges.io.fingerprint import checked_fingerprint, fingerprint, same_model
 from bridges.io.paths import fetch_folder
-from bridges.io.tensors import check_tensors, read_keys, read_safetensors
 from bridges.models.residual import ResidualModel
 from bridges.ops.abs_topk import abs_topk, abs_topk_at
-
-FORMAT_VERSION = 3
-_SINCE_FORMAT_3 = ("median_dense", "median_sparse", "norm_limit_dense", "norm_limit_sparse")
 
 
 class Bridge(nn.Module):
@@ -270,14 +267,14 @@ class BridgeSet(nn.Module):
         The same set gives the same bytes. `~` is expanded.
         """
         path = Path(path).expanduser()
-        write_tensors(path / "bridges.safetensors", self.tensors())
+        write_tensors(path / TENSORS_FILE, self.tensors())
         write_json(path / "history.json", self.history)
         write_text(path / "README.md", model_card(self.config(), self.report))
         if self.report is not None:
             self.report.save(path / "report.json")
         else:
             (path / "report.json").unlink(missing_ok=True)
-        write_json(path / "config.json", self.config())
+        write_json(path / CONFIG_FILE, self.config())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **hub: Any) -> BridgeSet:
@@ -287,11 +284,14 @@ class BridgeSet(nn.Module):
         ValueError naming the file or tensor that is damaged.
         """
         folder = fetch_folder(path, **hub)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no config.json")
-        config = read_keys(folder / "config.json")
-        bridge_set = cls._from_config(config, folder)
-        bridge_set._load(folder / "bridges.safetensors", config["format_version"])
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no {CONFIG_FILE}")
+        config = FolderConfig.read(folder)
+        bridges = [Bridge(config.d_dense, config.d_sparse, config.k, config.dtype) for _ in config.site_pairs]
+        bridge_set = cls(config.site_pairs, bridges, config.provenance)
+        tensors = bridge_set.tensors()
+        for name, stored in read_tensors(folder, tensors, config.format_version).items():
+            tensors[name].data.copy_(stored)
         if (folder / "report.json").is_file():
             bridge_set.report = BridgeReport.load(folder / "report.json")
         if (folder / "history.json").is_file():
@@ -311,15 +311,8 @@ class BridgeSet(nn.Module):
         """The content of `config.json`."""
         first = self[0]
         d_sparse, d_dense = first.encoder_weight.shape
-        return {
-            "format_version": FORMAT_VERSION,
-            "pairs": [list(pair) for pair in self.site_pairs],
-            "d_dense": d_dense,
-            "d_sparse": d_sparse,
-            "k": first.k,
-            "dtype": str(first.encoder_weight.dtype).removeprefix("torch."),
-            **self.provenance,
-        }
+        dtype = first.encoder_weight.dtype
+        return FolderConfig(self.site_pairs, d_dense, d_sparse, first.k, dtype, self.provenance).to_dict()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by site and name, as in `bridges.safetensors`."""
@@ -328,33 +321,3 @@ class BridgeSet(nn.Module):
             for site, bridge in zip(self.sites, self, strict=True)
             for name, tensor in bridge.state_dict().items()
         }
-
-    @classmethod
-    def _from_config(cls, config: dict[str, Any], folder: Path) -> BridgeSet:
-        if config.get("format_version") not in (2, FORMAT_VERSION):
-            found = f"format_version={config.get('format_version')!r}"
-            raise ValueError(
-                f"{folder / 'config.json'}: {found}, but this version of bridges reads 2 and {FORMAT_VERSION}"
-            )
-        own = ("format_version", "pairs", "d_dense", "d_sparse", "k", "dtype")
-        if missing := [key for key in own if key not in config]:
-            raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}, which every bridge folder has")
-        if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
-            raise ValueError(f"{folder / 'config.json'}: dtype={config['dtype']!r} is not a dtype of torch")
-        pairs, *sizes = (config[name] for name in own[1:5])
-        in_pairs = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-        if not in_pairs or not pairs or not all(isinstance(size, int) for size in sizes):
-            wanted = "pairs must be a list of [dense site, sparse site]; d_dense, d_sparse and k must be integers"
-            raise ValueError(f"{folder / 'config.json'}: {wanted}; fetch it again")
-        d_dense, d_sparse, k = sizes
-        dtype, pairs = getattr(torch, config["dtype"]), [(dense, sparse) for dense, sparse in pairs]
-        provenance = {key: value for key, value in config.items() if key not in own}
-        return cls(pairs, [Bridge(d_dense, d_sparse, k, dtype) for _ in pairs], provenance)
-
-    def _load(self, path: Path, format_version: int) -> None:
-        stored, wanted = read_safetensors(path), self.tensors()
-        if format_version == 2:  # left out no massive token
-            stored = {name: t for name, t in wanted.items() if name.rpartition(".")[2] in _SINCE_FORMAT_3} | stored
-        check_tensors(stored, wanted, path)
-        for name, tensor in wanted.items():
-            tensor.data.copy_(stored[name])

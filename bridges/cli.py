@@ -26,6 +26,7 @@ from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.identity import refuse_used_folder
+from bridges.fitting.processes import is_main_process
 from bridges.fitting.run_file import PRETRAIN_TABLES, TABLES, RunFile
 from bridges.fitting.watch import ProcessLost
 from bridges.models.loading import find_tokenizer
@@ -96,10 +97,13 @@ def fit_command(
     dense, sparse = run.model("dense"), run.model("sparse")
     data = run.data_arguments()
     try:
-        print(fit(dense, sparse, **data, config=settings).report)
+        report_of_fit = fit(dense, sparse, **data, config=settings).report
     except KeyboardInterrupt:
         saved = settings.output_dir is not None
         _stop("stopped; the same command with --fit.resume true carries on" if saved else "stopped", 130)
+    if not is_main_process():
+        return
+    print(report_of_fit)
     if settings.output_dir is not None:  # what `bridges evaluate` finds the models and the data by
         run.save(settings.output_dir)
 
@@ -122,7 +126,8 @@ def pretrain_command(
         pretrain(run.new_or_saved_sparse(), **run.data_arguments(), teacher=teacher, config=settings)
     except KeyboardInterrupt:
         _stop("stopped; the same command with --pretrain.resume true carries on", 130)
-    print(f"Written to {settings.output_dir / 'sparse'}")
+    if is_main_process():
+        print(f"Written to {settings.output_dir / 'sparse'}")
 
 
 @app.command("circuit")

@@ -18,11 +18,13 @@ from bridges.data.prepare import heldout_rows
 from bridges.io.progress import progress_bar, tracked
 from bridges.models.loading import as_residual
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch, ResidualModel
-from bridges.objective.figures import PASSES, Hybrids, Reconstruction
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import Batch
 from bridges.objective.hybrid import random_path
+from bridges.objective.hybrid_figures import PASSES, Hybrids
 from bridges.objective.normalizers import nmse
 from bridges.objective.pair import SIDES, ModelPair, Side, trace_pair
+from bridges.objective.reconstruction import Reconstruction
 from bridges.objective.sums import Reduce, no_reduce
 
 

@@ -37,8 +37,9 @@ from bridges.fitting.untrained import untrained_pair
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.objective.pair import SIDES, ModelPair, Side
 from bridges.sparsity.support import use_sparse_kernels
 

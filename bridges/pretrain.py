@@ -33,8 +33,9 @@ from bridges.io.fingerprint import fingerprint
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen, train_mode
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.sparsity.pretraining import Densities, Losses, Pretrainer, Processes, prune_to_start
 from bridges.sparsity.settings import PretrainConfig
 

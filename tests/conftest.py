@@ -128,7 +128,7 @@ def quick_sweeps(monkeypatch):
     For tests that ask whether a sweep reaches a file or a page; its figures are asked for on tiny models.
     """
     from bridges import demo
-    from bridges.channels import curves, one_and_few, search, side_effects, sweep
+    from bridges.channels import curves, measured_edits, one_and_few, side_effects, sweep
     from bridges.views import report
 
     for module in (demo, one_and_few, report, sweep):
@@ -136,7 +136,7 @@ def quick_sweeps(monkeypatch):
     for module in (demo, report, sweep):
         monkeypatch.setattr(module, "other_tasks", lambda *given: side_effects.other_tasks(*given)[:3])
     monkeypatch.setattr(curves, "RANDOM_DIRECTIONS", 4)
-    monkeypatch.setattr(search, "SEARCH_DIRECTIONS", 2)
+    monkeypatch.setattr(measured_edits, "SEARCH_DIRECTIONS", 2)
     monkeypatch.setattr(side_effects, "PAIRS_PER_OTHER_TASK", 2)
 
 

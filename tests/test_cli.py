@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from accelerate import PartialState
 from gguf_files import tiny_llama, write_gguf
 from pairs import gpt2, sparse_model
 
@@ -80,6 +81,13 @@ def test_a_users_error_is_one_line_and_status_2(monkeypatch, capsys, config, arg
     assert status == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_process_that_is_not_the_main_one_prints_and_writes_nothing(monkeypatch, capsys, config, tmp_path):
+    monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
+    arguments = ("--fit.steps", "0", f"--fit.output_dir={tmp_path / 'run'}")
+    assert run(monkeypatch, capsys, "fit", config, *arguments) == (0, "", "")
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_files_that_are_not_are_refused(monkeypatch, capsys, tmp_path):

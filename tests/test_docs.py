@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The sizes that the library chooses where a page leaves them out are for figures, and take minutes.
 SMALLER_DEFAULTS = """
-from bridges.channels import curves, find, search, side_effects, sweep
+from bridges.channels import curves, find, measured_edits, side_effects, sweep
 from bridges.config import FitConfig
 chosen = FitConfig.closed_form_tokens_for
 FitConfig.closed_form_tokens_for = lambda self, width: min(8 * width, chosen(self, width))
 FitConfig.heldout_tokens = property(lambda self: 1024)
 find.find_channels.__defaults__ = (sweep.CHOSEN_ON,) = (16,)
 find.find_channels.__kwdefaults__["candidates"] = 8
-curves.RANDOM_DIRECTIONS, search.SEARCH_DIRECTIONS, side_effects.PAIRS_PER_OTHER_TASK = 4, 2, 2
-del curves, find, search, side_effects, sweep, FitConfig
+curves.RANDOM_DIRECTIONS, measured_edits.SEARCH_DIRECTIONS, side_effects.PAIRS_PER_OTHER_TASK = 4, 2, 2
+del curves, find, measured_edits, side_effects, sweep, FitConfig
 """
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

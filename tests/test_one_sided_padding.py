@@ -5,9 +5,9 @@ import torch
 from pairs import VOCAB, gpt2, join, relative, sparse_model, tokens, toy_task, with_units
 
 import bridges
-from bridges.channels import search
+from bridges.channels import reference_text
+from bridges.channels.reference_text import sample_text
 from bridges.channels.runs import Prompts
-from bridges.channels.search import sample_text
 
 PAD = VOCAB
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1], [1] * 7])
@@ -84,7 +84,9 @@ def test_sampled_text_holds_no_token_that_only_one_tokenizer_has(monkeypatch):
     pair = join(gpt2(), sparse_model())
     seen = []
     monkeypatch.setattr(
-        search, "saved_tokenizers", lambda sources: seen.append(sources) or (Words(added=True), Words(added=False))
+        reference_text,
+        "saved_tokenizers",
+        lambda sources: seen.append(sources) or (Words(added=True), Words(added=False)),
     )
     assert (sample_text(pair, seed=0) == VOCAB - 1).any()
     text = sample_text(pair, seed=0, sources=("dense", "sparse"))

@@ -14,17 +14,9 @@ from bridges.bridge import BridgeSet
 from bridges.channels.attribution import log_probability
 from bridges.channels.from_circuit import circuit_channels
 from bridges.channels.prompts import Channels, check_text, frozen_pair, resolve_task
+from bridges.channels.reference_text import sample_text
 from bridges.channels.runs import Prompts, p_target_unedited
-from bridges.channels.search import (
-    BUDGET,
-    CANDIDATES,
-    By,
-    ChannelSet,
-    Search,
-    SearchOptions,
-    sample_text,
-    smallest_sufficient,
-)
+from bridges.channels.search import BUDGET, CANDIDATES, By, ChannelSet, Search, SearchOptions, smallest_sufficient
 from bridges.circuits.circuit import Circuit
 from bridges.io.progress import announce
 from bridges.models.residual import ResidualModel

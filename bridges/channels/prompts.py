@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual, find_tokenizer
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, check_tokens
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import check_tokens
 from bridges.objective.pair import SIDES, ModelPair
 from bridges.sparsity.support import use_sparse_kernels
 from bridges.steering.delta import EntryPoint

@@ -1,9 +1,9 @@
-"""What ablating channels does to text that has nothing to do with a task, batch by batch."""
+"""Text that has nothing to do with a task: sampled where none is given; and what ablating channels does to it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,11 @@ from torch import Tensor
 
 from bridges.channels.batches import KEPT_BYTES, row_batches, token_chunks
 from bridges.channels.prompts import Channels
-from bridges.models.residual import ResidualModel
+from bridges.config import DEFAULT_SEQ_LEN
+from bridges.data.prepare import saved_tokenizers
+from bridges.data.sampled import SharedTokens, sampled_text
+from bridges.models.pairing import one_sided_tokens
+from bridges.models.residual import ResidualModel, context_limit
 from bridges.objective.pair import ModelPair
 from bridges.ops.kl import kl_divergence
 from bridges.steering.delta import (
@@ -24,6 +28,9 @@ from bridges.steering.delta import (
     sparse_delta,
 )
 
+SAMPLED_ROWS = 16
+"""Rows sampled from the dense model where no text is given."""
+
 
 class AblationRun(NamedTuple):
     """The dense model's unedited pass on a batch of text, and the change that ablations are made of."""
@@ -32,6 +39,20 @@ class AblationRun(NamedTuple):
     """At the sites of the bridges that channels are ablated at, and at `final`."""
     delta: dict[int, Float[Tensor, "b s channels"]]
     """Per bridge the change of the sparse stream that brings the reads of its channels to 0."""
+
+
+def sample_text(
+    pair: ModelPair, seed: int, for_search: bool = True, sources: tuple[Any, Any] | None = None
+) -> Int[Tensor, "rows seq"]:
+    """Sample reference text from the dense model: other rows for a search than for what is reported of its result.
+
+    `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved; the
+    text holds no token that only one of these has.
+    """
+    width = min(DEFAULT_SEQ_LEN, context_limit(pair.dense, pair.sparse) or DEFAULT_SEQ_LEN)
+    one_sided = {} if sources is None else one_sided_tokens(saved_tokenizers(sources))
+    shared = SharedTokens(min(pair.dense.vocab_size, pair.sparse.vocab_size), frozenset(one_sided))
+    return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search, shared)
 
 
 class ReferenceText:

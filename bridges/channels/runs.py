@@ -16,7 +16,8 @@ from torch import Tensor
 from bridges.channels.batches import KEPT_BYTES, PairBatch, pair_batches
 from bridges.channels.prompts import Channels
 from bridges.io.progress import Bar
-from bridges.models.residual import Context, ResidualModel, check_tokens, check_vocabulary
+from bridges.models.residual import Context, ResidualModel
+from bridges.models.tokens import check_tokens, check_vocabulary
 from bridges.objective.pair import ModelPair, Side
 from bridges.steering.delta import (
     Ending,

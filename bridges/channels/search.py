@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from bridges.channels.attribution import Effects, Location, predicted_effects, top_channels
 from bridges.channels.candidates import LOCATIONS_TRIED_IN_FULL, effects_on_both, spread, top_of_each
+from bridges.channels.measured_edits import MeasuredEdits, margin_over_random
 from bridges.channels.prompts import Channels
 from bridges.channels.reference_text import ReferenceText
-from bridges.channels.runs import Prompts, p_target_under_edits, p_target_under_random, p_target_unedited
-from bridges.config import DEFAULT_SEQ_LEN
-from bridges.data.prepare import saved_tokenizers
-from bridges.data.sampled import SharedTokens, sampled_text
+from bridges.channels.runs import Prompts
 from bridges.io.progress import Bar, progress_bar
-from bridges.models.pairing import one_sided_tokens
-from bridges.models.residual import context_limit
 from bridges.objective.pair import SIDES, ModelPair, Side
 from bridges.steering.delta import EntryPoint
 
@@ -43,10 +38,6 @@ MARGIN_TOLERANCE = 0.05
 other text."""
 PREFERRED_LOCATIONS = 3
 """Locations at which sets of several channels are grown: those whose likeliest channels do most together."""
-SEARCH_DIRECTIONS = 5
-"""Random directions that a set is compared with while it is chosen."""
-SAMPLED_ROWS = 16
-"""Rows sampled from the dense model where no text is given."""
 
 
 class NoChannelsFoundError(ValueError):
@@ -99,22 +90,8 @@ def check_search(most: int, by: str, budget: float = BUDGET, name: str = "most")
     SearchOptions(most, by, budget).checked(name)  # pyright: ignore[reportArgumentType]
 
 
-def sample_text(
-    pair: ModelPair, seed: int, for_search: bool = True, sources: tuple[Any, Any] | None = None
-) -> Int[Tensor, "rows seq"]:
-    """Sample reference text from the dense model: other rows for a search than for what is reported of its result.
-
-    `sources`: the dense and the sparse model as the user named them, which says where their tokenizers are saved; the
-    text holds no token that only one of these has.
-    """
-    width = min(DEFAULT_SEQ_LEN, context_limit(pair.dense, pair.sparse) or DEFAULT_SEQ_LEN)
-    one_sided = {} if sources is None else one_sided_tokens(saved_tokenizers(sources))
-    shared = SharedTokens(min(pair.dense.vocab_size, pair.sparse.vocab_size), frozenset(one_sided))
-    return sampled_text(pair.dense, SAMPLED_ROWS, width, 2 * seed + for_search, shared)
-
-
-class Search:
-    """One search on one task: makes every edit and every ablation once, and remembers its result.
+class Search(MeasuredEdits):
+    """One search on one task.
 
     `first`: channels, as (site, channel), that are candidates at their site whatever is predicted for them. They come
     on top of the predicted ones.
@@ -129,12 +106,11 @@ class Search:
         progress: bool = False,
         first: Collection[tuple[str, int]] = (),
     ):
-        self.pair, self.prompts, self.options, self.progress = pair, prompts, options, progress
-        self.sides: tuple[Side, ...] = ("dense",) if options.by == "dense" else SIDES
-        n_steps = len(self.sides) * len(prompts)
-        with progress_bar("predicting effects", n_steps, progress) as bar:
-            of_sides = [predicted_effects(pair, prompts, side, bar) for side in self.sides]
-        self.effects_on: dict[Side, Effects] = dict(zip(self.sides, of_sides, strict=True))
+        self.options = options
+        sides: tuple[Side, ...] = ("dense",) if options.by == "dense" else SIDES
+        with progress_bar("predicting effects", len(sides) * len(prompts), progress) as bar:
+            of_sides = [predicted_effects(pair, prompts, side, bar) for side in sides]
+        self.effects_on: dict[Side, Effects] = dict(zip(sides, of_sides, strict=True))
         n = options.candidates
         if options.by == "dense":
             self.effects = self.effects_on["dense"]
@@ -148,11 +124,8 @@ class Search:
         sites = pair.bridge_set.sites
         self.first = {at: [c for site, c in first if site == sites[at.bridge]] for at in self.effects}
         self.candidates = {at: list(dict.fromkeys([*self.first[at], *predicted[at]])) for at in self.effects}
+        super().__init__(pair, prompts, ReferenceText(pair, text, self._channels_per_bridge()), sides, progress)
         self.single_edits = self._named(self._first_and(spread(predicted, self.effects, LOCATIONS_TRIED_IN_FULL * n)))
-        self.text = ReferenceText(pair, text, self._channels_per_bridge())
-        self._p_target: dict[tuple[Channels, Side], Float[Tensor, " n"]] = {}
-        self._ablation_kl: dict[Channels, float] = {}
-        self._p_random: dict[Channels, float] = {}
 
     def _channels_per_bridge(self) -> dict[int, list[int]]:
         """The channels that an ablation may ask for."""
@@ -177,43 +150,9 @@ class Search:
             (self.channels_at(at, (channel,)), effects[at][channel].item()) for at, channel in self._first_and(edits)
         ]
 
-    def run_edits(self, edits: Sequence[Channels], what: str | None = None, side: Side | None = None) -> None:
-        """Make the edits that have not been made, in the models that the search goes by, or in one."""
-        for one in self.sides if side is None else (side,):
-            new = [chosen for chosen in dict.fromkeys(edits) if (chosen, one) not in self._p_target]
-            if new:
-                n_steps = len(new) * len(self.prompts)
-                with progress_bar(what or f"{len(new)} edits", n_steps, self.progress) as bar:
-                    p = p_target_under_edits(self.pair, self.prompts, new, one, bar=bar)
-                self._p_target |= {(chosen, one): row for chosen, row in zip(new, p, strict=True)}
-
-    def p_target_per_prompt(self, chosen: Channels, side: Side = "dense") -> Float[Tensor, " n"]:
-        """P(target) of one model under the counterfactual edit."""
-        self.run_edits([chosen], side=side)
-        return self._p_target[chosen, side]
-
-    def score(self, chosen: Channels) -> float:
-        """Mean P(target) of the dense model, or its geometric mean with the sparse model's."""
-        return _geometric_mean([self.p_target_per_prompt(chosen, side) for side in self.sides])
-
-    @cached_property
-    def unedited_score(self) -> float:
-        """The score without an edit."""
-        return _geometric_mean([p_target_unedited(self.pair, self.prompts, side) for side in self.sides])
-
-    def ablation_kl(self, chosen: Channels) -> float:
-        """KL of the dense model on the text with the channels ablated, nats per token."""
-        if chosen not in self._ablation_kl:
-            self._ablation_kl[chosen] = self.text.ablation_kl(chosen)
-        return self._ablation_kl[chosen]
-
     def within_budget(self, chosen: Channels) -> bool:
         """Whether ablating the channels keeps within the budget; nothing is run where that is infinite."""
         return self.options.budget == math.inf or self.ablation_kl(chosen) <= self.options.budget
-
-    def channels_at(self, location: Location, channels: Sequence[int]) -> Channels:
-        """Channels at a location, by the names that users see."""
-        return Channels(self.pair.bridge_set.sites[location.bridge], tuple(channels), location.at)
 
     def find_sets(self, single: bool = False) -> list[list[ChannelSet]]:
         """Sets of 1, 2, ... channels at the locations worth comparing; with `single` of one channel only.
@@ -252,11 +191,6 @@ class Search:
                 found.append(chosen)
                 most = margin
         return [[self.compare_with_random(chosen)] for chosen in found]
-
-    def helpful(self, edits: Sequence[Channels], than: float | None = None) -> list[Channels]:
-        """The edits whose score is over another one, by default over that without an edit."""
-        self.run_edits(edits)
-        return [one for one in edits if self.score(one) > (self.unedited_score if than is None else than)]
 
     def grow_sets(self, bar: Bar) -> list[list[ChannelSet]]:
         """Grow sets at the locations that score best, at the others only if those give none."""
@@ -329,19 +263,6 @@ class Search:
         dense, sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in SIDES)
         return ChannelSet(chosen, dense, sparse, self.p_target_random(chosen), self.ablation_kl(chosen))
 
-    def p_target_random(self, chosen: Channels) -> float:
-        """P(target) of the dense model under the strongest of a few random directions with the edit's own norm."""
-        if chosen not in self._p_random:
-            # Another seed than that of the directions that a sweep reports.
-            random = p_target_under_random(self.pair, self.prompts, chosen, SEARCH_DIRECTIONS, seed=0)
-            self._p_random[chosen] = random.mean(1).max().item()
-        return self._p_random[chosen]
-
-    def margin(self, chosen: Channels) -> float:
-        """`margin_over_random` of an edit, with the runs of the models that the search goes by."""
-        p_target, *sparse = (self.p_target_per_prompt(chosen, side).mean().item() for side in self.sides)
-        return margin_over_random(p_target, self.p_target_random(chosen), *sparse)
-
     def _refuse(self) -> NoReturn:
         """Say why there is no set: what was tried, and what it would take."""
         task, (by, budget) = self.prompts.pairs.task, (self.options.by, self.options.budget)
@@ -359,21 +280,6 @@ class Search:
             f"task={task!r}: no channel raises P(target) (by={by!r}) within budget={budget:g} nats per token "
             f"on other text; the cheapest that raises it costs {cheapest:.3g}; pass a larger budget="
         )
-
-
-def margin_over_random(p_target: float, p_target_random: float, p_target_sparse: float | None = None) -> float:
-    """P(target) of the dense model beyond that of random directions, or its geometric mean with the sparse model's.
-
-    >>> margin_over_random(0.75, 0.25), margin_over_random(0.75, 0.25, 0.5), margin_over_random(0.1, 0.2, 0.5)
-    (0.5, 0.5, 0.0)
-    """
-    beyond = p_target - p_target_random
-    return beyond if p_target_sparse is None else (max(beyond, 0.0) * p_target_sparse) ** 0.5
-
-
-def _geometric_mean(p_per_model: Sequence[Float[Tensor, " b"]]) -> float:
-    """Of each model's mean over prompts."""
-    return math.prod(p.mean().item() for p in p_per_model) ** (1 / len(p_per_model))
 
 
 def smallest_sufficient(grown: Sequence[Sequence[ChannelSet]], by: By) -> list[ChannelSet]:

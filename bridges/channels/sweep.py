@@ -34,8 +34,9 @@ from bridges.channels.prompts import (
     resolve_task,
     resolve_tokenizer,
 )
+from bridges.channels.reference_text import SAMPLED_ROWS, sample_text
 from bridges.channels.runs import Prompts, p_target_under_edit, part_solved
-from bridges.channels.search import BUDGET, SAMPLED_ROWS, By, SearchOptions, sample_text
+from bridges.channels.search import BUDGET, By, SearchOptions
 from bridges.channels.side_effects import other_tasks, side_effects
 from bridges.channels.sweep_result import Sweep
 from bridges.circuits.circuit import Circuit

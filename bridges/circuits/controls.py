@@ -31,8 +31,9 @@ from bridges.circuits.task_loss import Calibration, Presented, accuracy, answer_
 from bridges.circuits.text import mean_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.models.loading import as_residual, find_tokenizer
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.ops.kl import kl_divergence
 from bridges.sparsity.projection import sparse_parameters
 from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs

@@ -15,8 +15,8 @@ from bridges.circuits.search import Search, found_size, search_result
 from bridges.circuits.settings import PruneConfig
 from bridges.io.progress import Bar
 from bridges.models.loading import ModelSource, as_residual, find_tokenizer
-from bridges.models.residual import Batch
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.sparsity.projection import density
 from bridges.tasks.pairs import TaskPairs
 

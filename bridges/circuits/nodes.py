@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridges.models.modes import eval_mode, uncompiled
-from bridges.models.residual import Batch
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 
 FINAL = "final.read"
 """The place that the unembedding reads from."""

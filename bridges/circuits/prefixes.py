@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridges.models.residual import position_ids
+from bridges.models.attention_mask import position_ids
 from bridges.models.sparse.blocks import Block, attention_pattern
 from bridges.models.sparse.model import SparseTransformer
 

@@ -13,8 +13,8 @@ from bridges.data.prepare import default_seq_len
 from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.models.bundled import load_tokenizer
 from bridges.models.loading import as_residual
-from bridges.models.residual import Batch
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 
 ROWS = 32
 """Rows of a forward pass."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridges.models.residual import position_ids
+from bridges.models.attention_mask import position_ids
 
 POSITIONS = ("position_ids", "input_pos")
 """Each token's position; must count the row's real tokens from 0."""

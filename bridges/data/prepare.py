@@ -14,7 +14,8 @@ from bridges.data.sampled import SharedTokens, sampled_text
 from bridges.data.sources import ReadLimit, load_rows
 from bridges.models.loading import find_tokenizer
 from bridges.models.pairing import common_vocabulary, one_sided_tokens
-from bridges.models.residual import Batch, ResidualModel, check_tokens, context_limit
+from bridges.models.residual import ResidualModel, context_limit
+from bridges.models.tokens import Batch, check_tokens
 
 HELDOUT_FRACTION = 0.05
 """Of the rows, held out where there is no `eval_data`."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 
 
 class Rows:

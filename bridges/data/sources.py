@@ -14,7 +14,7 @@ from bridges.config import DEFAULT_SEQ_LEN
 from bridges.data.corpus import encode_documents, pack_rows
 from bridges.data.packing import Row, refuse_other_meanings
 from bridges.data.rows import Rows
-from bridges.models.residual import zero_one_mask
+from bridges.models.attention_mask import zero_one_mask
 
 
 class ReadLimit(NamedTuple):

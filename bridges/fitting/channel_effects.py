@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.normalizers import counted_tokens
 from bridges.objective.pair import ModelPair
 from bridges.objective.sums import Reduce, no_reduce, reduce_together

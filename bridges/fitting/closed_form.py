@@ -16,7 +16,7 @@ from torch import Tensor
 from bridges.bridge import Bridge
 from bridges.fitting.massive import MassiveMoments, with_massive
 from bridges.fitting.ridge import Affine, Moments, Standardization, gather
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.normalizers import counted_tokens
 from bridges.objective.pair import SIDES, ModelPair, residuals_at, trace_pair
 from bridges.objective.sums import Reduce, Sums, no_reduce

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.data.random_state import RandomState, draws_from, random_state
-from bridges.models.residual import Batch, Trace
+from bridges.models.residual import Trace
+from bridges.models.tokens import Batch
 from bridges.objective.hybrid import path_kl, single_switch_path, sparse_ce, squared_errors
 from bridges.objective.normalizers import BatchMoments, Normalizers, combine_moments, nmse
 from bridges.objective.pair import SIDES, ModelPair, Side, Traces, batch_moments, trace_pair

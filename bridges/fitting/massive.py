@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.fitting.ridge import Affine, Moments
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.normalizers import counted_tokens
 from bridges.objective.pair import SIDES, ModelPair, Side, residuals_at, trace_pair
 from bridges.objective.sums import Reduce, no_reduce

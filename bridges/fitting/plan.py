@@ -16,7 +16,7 @@ from bridges.fitting.selection import KL_SITES, interval
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.timings import Timings
 from bridges.io.amounts import count, duration, memory
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.pair import ModelPair
 
 MOST_NAMED = 12

@@ -13,6 +13,13 @@ from torch import Tensor
 from bridges.fitting.watch import Watch
 
 
+def is_main_process() -> bool:
+    """Whether this process is the main one of its run, outside a `ProcessGroup` too."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
 class ProcessGroup:
     """The processes of a run, by accelerate: this one's rank and device, sums over all of them, and autocast.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridges.fitting.gradients import Objective, StepSums, figure, step_losses
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.hybrid import path_kl, single_switch_path, squared_errors
 from bridges.objective.normalizers import combine_moments, nmse
 from bridges.objective.pair import SIDES, ModelPair, Traces, batch_moments, empty_moments, trace_pair

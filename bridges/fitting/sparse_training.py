@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from bridges.config import FitConfig
 from bridges.fitting.checkpoint import restore_optimizer
 from bridges.fitting.start import StartState
 from bridges.sparsity import projection
-from bridges.sparsity.moving import MOVE_UNTIL, moved_masks, moving_share
-from bridges.sparsity.support import Support, skip_zeros
+from bridges.sparsity.moving import MOVE_UNTIL, MoveSchedule, moved_masks
+from bridges.sparsity.support import Support, training_kernels
 
 MIN_PER_CHANNEL = 1
 """Nonzero weights that every neuron and attention channel keeps at least where the support moves."""
@@ -45,6 +44,7 @@ class SparseTraining:
 
     def __init__(self, model: nn.Module, config: FitConfig, start: StartState):
         self.model, self.config = model, config
+        self._schedule = _move_schedule(config)
         self.support = self._first_support(start)
         """The nonzeros that alone train; None where all weights do."""
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -73,49 +73,30 @@ class SparseTraining:
 
     def kept_fraction(self, step: int) -> float:
         """Part of the model's weights kept after a step; that of a moving support changes where it moves."""
-        c = self.config
+        c, schedule = self.config, self._schedule
         if c.target_density is None:
             return 1.0
-        if c.support == "moving":
-            moves = (s for s in (step - step % c.move_every, self._arrival) if 0 < s <= step and self.moves(s))
+        if schedule is not None:
+            moves = (s for s in (step - step % schedule.every, schedule.arrival) if 0 < s <= step and self.moves(s))
             step = max(moves, default=0)
             if not step:
                 return c.start_density
         return projection.kept_fraction(step, c.steps, c.target_density, c.anneal, c.start_density)
 
-    @property
-    def _arrival(self) -> int:
-        """The step at which the density arrives at its target."""
-        return max(1, math.ceil(self.config.anneal * self.config.steps))
-
     def moves(self, step: int) -> bool:
-        """Whether the support moves after a step: at intervals, and where its density arrives at the target."""
-        c = self.config
-        if c.support != "moving" or c.target_density is None:
-            return False
-        arrives = step == self._arrival and c.target_density < c.start_density
-        return arrives or (step % c.move_every == 0 and step <= max(MOVE_UNTIL, c.anneal) * c.steps)
+        """Whether the support moves after a step."""
+        return self._schedule is not None and self._schedule.moves_after(step)
 
     def kernels(self, step: int) -> AbstractContextManager[None]:
-        """Context for the passes of a step, in which the model multiplies by its nonzeros alone where that is faster.
-
-        All entries of its matrices get gradients there where they all train, and before the support moves.
-        """
-        if self.support is not None and not self.moves(step):
-            return self.support.sparse_kernels()
-        return skip_zeros(self.model) if self.config.mixed_precision == "no" else nullcontext()
+        """`training_kernels` of a step."""
+        return training_kernels(self.model, self.support, self.config.mixed_precision, self.moves(step))
 
     def gather_gradients(self, step: int, sum_over_processes: Callable[[Iterable[Tensor]], None]) -> None:
         """Bring all gradients, summed over processes, to `parameters`."""
         if self.support is None:
             sum_over_processes(self.parameters())
-        elif self.moves(step):
-            sum_over_processes(self.model.parameters())
-            self._whole_gradients = self.support.dense_gradients()
-            self.support.gather_gradients()
         else:
-            self.support.gather_gradients()
-            sum_over_processes(self.parameters())
+            self._whole_gradients = self.support.sum_gradients(sum_over_processes, self.moves(step))
 
     def step(self, step: int) -> None:
         """Step the optimiser, then set to zero what is to be zero."""
@@ -127,22 +108,30 @@ class SparseTraining:
         self.optimizer.step()
         if self.support is not None:
             self.support.scatter()
-            if self.moves(step):
-                self._move(self.support, step)
+            if self._schedule is not None and self._schedule.moves_after(step):
+                self._move(self.support, self._schedule, step)
         elif c.target_density is not None:
             projection.project(self.model, kept)
 
-    def _move(self, support: Support, step: int) -> None:
+    def _move(self, support: Support, schedule: MoveSchedule, step: int) -> None:
         """Let the least important weights make room for the zeros of largest gradient."""
-        share = moving_share(step, self.config.steps, self.config.move_share, MOVE_UNTIL)
         masks = moved_masks(
             self.model,
             support.masks,
             self._whole_gradients,
             self.kept_fraction(step),
-            share,
+            schedule.share_at(step),
             MIN_PER_CHANNEL,
             support.saliencies(self.optimizer),
         )
         support.move(masks, self.optimizer)
         self._whole_gradients = {}
+
+
+def _move_schedule(config: FitConfig) -> MoveSchedule | None:
+    """When the support moves; None where it does not."""
+    c = config
+    if c.support != "moving" or c.target_density is None:
+        return None
+    falls = c.target_density < c.start_density
+    return MoveSchedule(c.steps, c.move_every, c.move_share, MOVE_UNTIL, c.anneal, falls)

@@ -16,9 +16,10 @@ from bridges.fitting.gradients import Objective, Weights, step_gradients, traine
 from bridges.fitting.ridge import Moments
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch
-from bridges.objective.figures import Hybrids, Reconstruction
+from bridges.models.tokens import Batch
+from bridges.objective.hybrid_figures import Hybrids
 from bridges.objective.pair import ModelPair, residuals_at, trace_pair
+from bridges.objective.reconstruction import Reconstruction
 
 TIMED_WIDTH = 1024
 """The largest matrix whose eigendecomposition is timed; larger ones take the cube of the width's ratio as long."""

@@ -23,7 +23,7 @@ from bridges.fitting.sparse_training import SparseTraining
 from bridges.fitting.standardized import StandardizedBridges
 from bridges.fitting.start import BEST_FILE, STANDARDIZED_FILE, StartState
 from bridges.fitting.tracking import Tracker
-from bridges.models.residual import Batch
+from bridges.models.tokens import Batch
 from bridges.objective.hybrid import random_path
 from bridges.objective.pair import ModelPair, Side
 

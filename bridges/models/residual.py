@@ -15,14 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bridges.models.attention_mask import zero_one_mask
 from bridges.models.modes import replaced_forwards, uncompiled
 from bridges.models.prefix import PrefixCache
 
 HookFunction = Callable[[Tensor], Tensor | None]
 """Called with a stream or a read [batch, seq, d_model]; replaces it by what it returns, unless that is None."""
-
-Batch = tuple[Tensor, Tensor | None]
-"""input_ids and attention_mask, [batch, seq] each; None where nothing is padding."""
 
 
 class Site(str):
@@ -332,63 +330,6 @@ def input_hook(hook: HookFunction, d_model: int) -> Callable[..., Any]:
     return pre_hook
 
 
-def check_tokens(
-    name: str, input_ids: Any, attention_mask: Tensor | None, *models: ResidualModel, least: int = 2
-) -> Batch:
-    """The token ids and their mask as all models take them.
-
-    The mask that is returned holds 0 and 1. Ids under padding that a model does not have (a padding token that was
-    added to one side alone) are replaced by 0: no real token reads them.
-
-    Raises ValueError unless all models can run on these token ids, and one row at least has `least` real tokens.
-    """
-    ids = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and not input_ids.is_floating_point()
-    if not ids or not input_ids.numel():
-        what = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise ValueError(f"{name}={what} must be a tensor of token ids [rows, seq]")
-    attention_mask = zero_one_mask(attention_mask, input_ids)
-    limit, width = context_limit(*models), input_ids.shape[1]
-    if limit is not None and width > limit:
-        raise ValueError(f"{name} has rows of {width} tokens, over the models' context of {limit}; cut them to that")
-    if attention_mask is not None:
-        unknown = (input_ids < 0) | (input_ids >= min(model.vocab_size for model in models))
-        padding = unknown & (attention_mask == 0).to(input_ids.device)
-        input_ids = input_ids.masked_fill(padding, 0) if padding.any() else input_ids
-    check_vocabulary(name, input_ids, *models)
-    most = width if attention_mask is None else int(attention_mask.sum(1).max())
-    if most < least:
-        raise ValueError(f"{name} has rows of {most} real token(s); it must have one of {least} or more")
-    return input_ids, attention_mask
-
-
-def zero_one_mask(
-    attention_mask: Tensor | None, input_ids: Tensor, name: str = "attention_mask"
-) -> Int[Tensor, "*shape"] | None:
-    """The mask with 1 at real tokens and 0 at padding; ValueError if it holds anything else, or has another shape.
-
-    Numbers of packed documents (1 1 2 2 0) would count as positions and as weights.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"{name} {tuple(attention_mask.shape)} must have the shape {tuple(input_ids.shape)}")
-    real = attention_mask.bool()
-    if (odd := attention_mask[real.to(attention_mask.dtype) != attention_mask]).numel():
-        raise ValueError(
-            f"{name} holds {odd[0].item():g}; it must be 1 at real tokens and 0 at padding. Where it numbers packed "
-            "documents, make each document a row of its own"
-        )
-    return real.long()
-
-
-def check_vocabulary(name: str, input_ids: Tensor, *models: ResidualModel) -> None:
-    """ValueError unless every token id is in all models' vocabularies."""
-    low, high, sizes = int(input_ids.min()), int(input_ids.max()), sorted({model.vocab_size for model in models})
-    if low < 0 or high >= sizes[0]:
-        both = f" (the models have {sizes[0]} and {sizes[-1]} tokens)" if len(sizes) > 1 else ""
-        raise ValueError(f"{name} holds token {low if low < 0 else high}; valid ids are 0 to {sizes[0] - 1}{both}")
-
-
 def context_limit(*models: ResidualModel) -> int | None:
     """The largest number of tokens in a row that all models take, None where none sets a limit."""
     return min((m.context_length for m in models if m.context_length is not None), default=None)
@@ -402,8 +343,3 @@ def input_device(model: nn.Module) -> torch.device:
     if parameter.device.type != "meta" or devices[0] is None:
         return parameter.device
     return torch.device(devices[0])
-
-
-def position_ids(attention_mask: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-    """Each real token's index within its row, whatever the padding; 0 on padding."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

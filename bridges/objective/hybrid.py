@@ -17,7 +17,8 @@ change models once; `run_path` runs any path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +30,10 @@ from torch.nn import functional as F
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, check_tokens
-from bridges.objective.head import backward_from_head
-from bridges.objective.normalizers import (
-    combine_moments,
-    nmse,
-    predicting_tokens,
-)
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import check_tokens
+from bridges.objective.head import TokenLoss, backward_from_head
+from bridges.objective.normalizers import combine_moments, nmse, predicting_tokens
 from bridges.objective.pair import SIDES, ModelPair, Side, Traces, batch_moments, counted_at, residuals_at, trace_pair
 from bridges.ops.kl import kl_divergence
 
@@ -89,23 +87,33 @@ def path_kl(
     The gradient of `gradient_weight` times the sum, over `divisor` if there is one, is added to every leaf; the sum
     itself has no graph.
     """
-    return _from_logits(pair, traces, path, kl_from_dense, gradient_weight, divisor)
+    return _from_logits(pair, traces, path, partial(kl_from_dense, traces), gradient_weight, divisor)
 
 
 def sparse_ce(
     pair: ModelPair, traces: Traces, gradient_weight: float = 0.0, divisor: Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """The sum of the sparse model's own next-token cross-entropy, nats; logits and gradient as in `path_kl`."""
-    return _from_logits(
-        pair, traces, single_side_path(len(pair.bridge_set), "sparse"), ce_sum, gradient_weight, divisor
-    )
+    """The sum of the sparse model's own next-token cross-entropy over the tokens of `predicting_tokens`, nats.
+
+    In at least float32, over the vocabulary that both models have; logits and gradient as in `path_kl`.
+    """
+    next_of_rows = next_tokens(traces)
+
+    def ce_sum(logits: Float[Tensor, "b kept vocab"], positions: slice) -> Float[Tensor, ""]:
+        logits = common_logits(traces, logits)
+        predicting, labels = (whole[:, positions].to(logits.device) for whole in next_of_rows)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits[predicting].to(wide), labels[predicting], reduction="sum")
+
+    path = single_side_path(len(pair.bridge_set), "sparse")
+    return _from_logits(pair, traces, path, ce_sum, gradient_weight, divisor)
 
 
 def _from_logits(
     pair: ModelPair,
     traces: Traces,
     path: Sequence[Side],
-    loss: Callable[[Traces, Tensor, slice], Tensor],
+    loss: TokenLoss,
     gradient_weight: float,
     divisor: Tensor | None,
 ) -> Float[Tensor, ""]:
@@ -117,7 +125,7 @@ def _from_logits(
             pair.model(side),
             stream,
             traces.side(side).context,
-            lambda logits, positions: loss(traces, logits, positions),
+            loss,
             gradient_weight if divisor is None else gradient_weight / divisor,
         )
 
@@ -191,19 +199,6 @@ def next_tokens(traces: Traces) -> tuple[Bool[Tensor, "b s"], Int[Tensor, "b s"]
     """Where a real token follows a real one, and the token that follows each; the last position's means nothing."""
     ids, mask = traces.dense.context.input_ids, traces.dense.context.attention_mask
     return F.pad(predicting_tokens(ids, mask), (0, 1)), ids.roll(-1, 1)
-
-
-def ce_sum(
-    traces: Traces, logits: Float[Tensor, "b kept vocab"], positions: slice = ALL_POSITIONS
-) -> Float[Tensor, ""]:
-    """The sum of next-token cross-entropy over the tokens of `predicting_tokens`, nats, in at least float32.
-
-    `logits` are those of the rows' `positions`. Over the vocabulary that both models have.
-    """
-    logits = common_logits(traces, logits)
-    predicting, labels = (whole[:, positions].to(logits.device) for whole in next_tokens(traces))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[predicting].to(wide), labels[predicting], reduction="sum")
 
 
 def hybrid_losses(

@@ -51,6 +51,11 @@ class Sums:
         return type(self)(*reduce_together(self.tensors(), reduce))
 
 
+def zeros_per_site(kind: type[SumsT], n_sites: int) -> SumsT:
+    """Sums over no token, with one number per site in every field, in float64."""
+    return kind(*(torch.zeros(n_sites, dtype=torch.float64) for _ in fields(kind)))
+
+
 def add_up(parts: Iterable[SumsT]) -> SumsT:
     """The sum of one or more parts."""
     first, *others = parts

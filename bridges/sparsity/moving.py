@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +28,46 @@ def moving_share(step: int, steps: int, start: float, until: float) -> float:
     [0.2, 0.1, 0.0, 0.0]
     """
     return start * 0.5 * (1 + math.cos(math.pi * step / (until * steps))) if step < until * steps else 0.0
+
+
+@dataclass(frozen=True)
+class MoveSchedule:
+    """After which steps of a run, counted from 1, a support moves, and how much of it.
+
+    It moves at intervals until a fraction of the steps, or until its density has arrived at the target if that is
+    later, and in the step in which the density arrives.
+
+    >>> schedule = MoveSchedule(steps=40, every=15, share=0.2, until=0.5, anneal=0.3, density_falls=True)
+    >>> [step for step in range(1, 41) if schedule.moves_after(step)]
+    [12, 15]
+    """
+
+    steps: int
+    """Of the whole run."""
+    every: int
+    """Steps between two moves."""
+    share: float
+    """The part of the support that a move replaces at the start; it decays to 0 with a cosine."""
+    until: float
+    """The fraction of the steps after which the support stays."""
+    anneal: float
+    """The fraction of the steps over which the density goes to its target."""
+    density_falls: bool
+    """False where it is at its target from the start."""
+
+    @property
+    def arrival(self) -> int:
+        """The step in which the density arrives at its target."""
+        return max(1, math.ceil(self.anneal * self.steps))
+
+    def moves_after(self, step: int) -> bool:
+        """Whether the support moves after a step."""
+        arrives = self.density_falls and step == self.arrival
+        return arrives or (step % self.every == 0 and step <= max(self.until, self.anneal) * self.steps)
+
+    def share_at(self, step: int) -> float:
+        """The part of the support that a move after this step replaces."""
+        return moving_share(step, self.steps, self.share, self.until)
 
 
 @torch.no_grad()

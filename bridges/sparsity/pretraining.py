@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,16 +13,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.models.modes import eval_mode
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.models.tokens import Batch
 from bridges.objective.normalizers import predicting_tokens
 from bridges.objective.sums import Reduce, no_reduce
 from bridges.ops.kl import kl_divergence
 from bridges.sparsity import projection
 from bridges.sparsity.graphed import GraphedStep
-from bridges.sparsity.moving import moved_masks, moving_share
+from bridges.sparsity.moving import MoveSchedule, moved_masks
 from bridges.sparsity.settings import PretrainConfig
-from bridges.sparsity.support import Support, skip_zeros
+from bridges.sparsity.support import Support, training_kernels
 
 WARM_UP = 3
 """Steps before one is recorded as a CUDA graph: they compile kernels and make the optimiser's moments."""
@@ -88,6 +88,7 @@ class Pretrainer:
         self.model, self.teacher, self.config, self.densities = model, teacher, config, densities
         self.processes = Processes() if processes is None else processes
         self.step = 0
+        self._schedule = _move_schedule(config, densities)
         self.support: Support | None = None
         """None with `support="projected"`, where every weight trains."""
         if config.support != "projected":
@@ -110,13 +111,8 @@ class Pretrainer:
         return fraction(step, self.config.steps, self.densities.target, self.config.anneal, self.densities.start)
 
     def moves(self, step: int) -> bool:
-        """Whether the support moves after a step: at intervals, and where the density arrives at its target."""
-        c = self.config
-        if c.support != "moving":
-            return False
-        arrives = self.densities.target < self.densities.start and step == max(1, math.ceil(c.anneal * c.steps))
-        moving = step <= max(c.move_until, c.anneal) * c.steps
-        return arrives or (moving and step % c.move_every == 0)
+        """Whether the support moves after a step."""
+        return self._schedule is not None and self._schedule.moves_after(step)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
@@ -208,30 +204,16 @@ class Pretrainer:
         support, processes = self.support, self.processes
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._kernels(whole):
+        with training_kernels(self.model, support, self.config.mixed_precision, whole):
             losses = self.losses(batches, True, counts)
         if support is None:
             processes.sum_gradients(self.model.parameters())
             return losses, {}
-        if whole:
-            processes.sum_gradients(self.model.parameters())
-            gradients = support.dense_gradients()
-            support.gather_gradients()
-            return losses, gradients
-        support.gather_gradients()
-        processes.sum_gradients(support.parameters())
-        return losses, {}
-
-    def _kernels(self, whole: bool) -> AbstractContextManager[None]:
-        """Context in which the model multiplies by its nonzeros alone; `whole`: all entries get gradients."""
-        if self.support is not None and not whole:
-            return self.support.sparse_kernels()
-        return skip_zeros(self.model) if self.config.mixed_precision == "no" else nullcontext()
+        return losses, support.sum_gradients(processes.sum_gradients, whole)
 
     def _move(self, step: int, gradients: Mapping[str, Tensor]) -> None:
-        assert self.support is not None
-        c = self.config
-        share = moving_share(step, c.steps, c.move_share, c.move_until)
+        assert self.support is not None and self._schedule is not None
+        c, share = self.config, self._schedule.share_at(step)
         importance = self.support.saliencies(self.optimizer) if c.move_by == "saliency" else None
         masks = moved_masks(
             self.model, self.support.masks, gradients, self.kept(step), share, c.min_per_channel, importance
@@ -275,6 +257,15 @@ def prune_to_start(model: SparseTransformer, config: PretrainConfig) -> Densitie
     if config.start_density is not None and config.support != "fixed":
         projection.project(model, config.start_density, config.min_per_channel)
     return densities
+
+
+def _move_schedule(config: PretrainConfig, densities: Densities) -> MoveSchedule | None:
+    """When the support moves; None where it does not."""
+    c = config
+    if c.support != "moving":
+        return None
+    falls = densities.target < densities.start
+    return MoveSchedule(c.steps, c.move_every, c.move_share, c.move_until, c.anneal, falls)
 
 
 def _ce_sum(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,6 +119,22 @@ class Support:
         for tensor in self._sparse:
             tensor.gather_gradient()
 
+    def sum_gradients(
+        self, sum_over_processes: Callable[[Iterable[Tensor]], None], whole: bool = False
+    ) -> dict[str, Tensor]:
+        """Bring all gradients, summed over processes, to `parameters()`.
+
+        With `whole` those of whole tensors are summed too, and returned by name: a move of the support needs them.
+        """
+        if not whole:
+            self.gather_gradients()
+            sum_over_processes(self.parameters())
+            return {}
+        sum_over_processes(self._model.parameters())
+        gradients = self.dense_gradients()
+        self.gather_gradients()
+        return gradients
+
     def scatter(self) -> None:
         """Write the values into the model; call it after an optimiser's step."""
         for tensor in self._sparse:
@@ -153,6 +169,18 @@ class Support:
             tensor.move(masks[tensor.name], optimizer)
         self.masks = dict(masks)
         self._forwards = self._build_forwards()
+
+
+def training_kernels(
+    model: nn.Module, support: Support | None, mixed_precision: str, whole: bool = False
+) -> AbstractContextManager[None]:
+    """Context for the passes of a step, in which the model multiplies by its nonzeros alone where that is faster.
+
+    All entries of its matrices get gradients there without a support, and with `whole`, before the support moves.
+    """
+    if support is not None and not whole:
+        return support.sparse_kernels()
+    return skip_zeros(model) if mixed_precision == "no" else nullcontext()
 
 
 def use_sparse_kernels(model: nn.Module) -> AbstractContextManager[None]:

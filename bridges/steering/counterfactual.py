@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bridges.models.loading import as_residual
 from bridges.models.modes import frozen
-from bridges.models.residual import ResidualModel, check_tokens
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import check_tokens
 from bridges.steering.delta import changed_reads, check_shapes
 from bridges.steering.edits import Edit
 

@@ -17,8 +17,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils.generic import ModelOutput
 
+from bridges.models.attention_mask import zero_one_mask
 from bridges.models.huggingface.recording import text_config
-from bridges.models.residual import input_device, zero_one_mask
+from bridges.models.residual import input_device
 
 Record = TypeVar("Record")
 

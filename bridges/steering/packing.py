@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bridges.data.packing import BOUNDARIES, DOCUMENTS, LENGTHS, refuse_other_meanings
-from bridges.models.residual import position_ids
+from bridges.models.attention_mask import position_ids
 from bridges.steering.model_call import ModelCall
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
-from bridges.models.residual import position_ids
+from bridges.models.attention_mask import position_ids
 from bridges.steering.model_call import CacheRecords, ModelCall
 
 

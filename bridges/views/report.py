@@ -14,7 +14,8 @@ from bridges.bridge import BridgeSet
 from bridges.channels.find import CHOSEN_ON
 from bridges.channels.one_and_few import sweep_one_and_few
 from bridges.channels.prompts import frozen_pair
-from bridges.channels.search import NoChannelsFoundError, sample_text
+from bridges.channels.reference_text import sample_text
+from bridges.channels.search import NoChannelsFoundError
 from bridges.channels.side_effects import other_tasks
 from bridges.circuits.circuit import Circuit
 from bridges.circuits.controls import controls

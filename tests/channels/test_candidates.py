@@ -11,7 +11,8 @@ from bridges.channels.attribution import Location
 from bridges.channels.candidates import spread
 from bridges.channels.find import find
 from bridges.channels.prompts import Channels
-from bridges.channels.search import ChannelSet, Search, SearchOptions, sample_text
+from bridges.channels.reference_text import sample_text
+from bridges.channels.search import ChannelSet, Search, SearchOptions
 from bridges.io.progress import Bar
 
 PLACES = [Location(i, "read") for i in range(4)]

@@ -13,7 +13,8 @@ from bridges.channels import search as search_module
 from bridges.channels.attribution import predicted_effects
 from bridges.channels.find import find, find_channels
 from bridges.channels.prompts import Channels
-from bridges.channels.search import Search, SearchOptions, sample_text
+from bridges.channels.reference_text import sample_text
+from bridges.channels.search import Search, SearchOptions
 from bridges.channels.sweep import sweep
 from bridges.circuits.circuit import Circuit
 from bridges.io.fingerprint import fingerprint

@@ -8,8 +8,10 @@ from whole import whole_run, written_addend, written_logits, written_p, written_
 
 from bridges.channels.attribution import predicted_effects
 from bridges.channels.find import find, find_channels
+from bridges.channels.measured_edits import SEARCH_DIRECTIONS
 from bridges.channels.prompts import Channels
-from bridges.channels.search import SEARCH_DIRECTIONS, SearchOptions, sample_text
+from bridges.channels.reference_text import sample_text
+from bridges.channels.search import SearchOptions
 from bridges.objective.pair import SIDES
 from bridges.steering.delta import random_addends
 

@@ -10,8 +10,9 @@ from whole import whole_run, written_p, written_p_target
 
 from bridges.channels.find import find, find_channels
 from bridges.channels.prompts import Channels
+from bridges.channels.reference_text import sample_text
 from bridges.channels.runs import Prompts
-from bridges.channels.search import NoChannelsFoundError, SearchOptions, sample_text
+from bridges.channels.search import NoChannelsFoundError, SearchOptions
 from bridges.channels.sweep import sweep, sweep_prompts
 from bridges.report.curves import BASELINES, CURVES
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bridges.models.loading import as_residual
-from bridges.models.residual import Site, check_tokens, input_device, position_ids
+from bridges.models.residual import Site, input_device
 
 
 @pytest.fixture
@@ -32,11 +32,6 @@ def test_sites_are_found_by_name_and_by_index(chain):
 def test_an_unknown_site_is_refused_with_a_list_of_the_sites(chain, site):
     with pytest.raises(ValueError, match=f"site={site!r} is not .* 0.attn, 0.mlp, 1.attn, 1.mlp, final"):
         chain.index(site)
-
-
-def test_positions_follow_the_mask():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]])
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 2]]
 
 
 def test_the_chain_composes(chain, tokens, padding):
@@ -162,19 +157,6 @@ def test_a_mask_is_one_of_ones_and_zeros_whatever_its_type(chain, tokens, paddin
             run(chain, tokens, padding * torch.tensor([1, 1, 1, 2, 2, 2, 2, 2, 2]))
         with pytest.raises(ValueError, match=r"attention_mask \(3, 5\) must have the shape \(3, 9\)"):
             run(chain, tokens, padding[:, :5])
-
-
-def test_checked_tokens_have_a_mask_of_ones_and_zeros_and_padding_that_both_models_have(tiny):
-    wide, narrow = as_residual(tiny("gpt2", vocab_size=62)), as_residual(tiny("llama"))
-    ids, mask = torch.tensor([[61, 61, 3, 4], [5, 6, 7, 60]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    checked = check_tokens("data", ids, mask.bool(), wide, narrow)
-    assert checked[0].tolist() == [[0, 0, 3, 4], [5, 6, 7, 60]] and checked[1].dtype == torch.long
-    assert torch.equal(checked[1], mask) and ids[0, 0] == 61
-    assert check_tokens("data", ids, mask, wide)[0] is ids
-    with pytest.raises(ValueError, match=r"data holds token 61; valid ids are 0 to 60 \(the models have 61 and 62 tok"):
-        check_tokens("data", ids, None, wide, narrow)
-    with pytest.raises(ValueError, match=r"attention_mask holds 0.5; it must be 1 at real tokens"):
-        check_tokens("data", ids, mask / 2, wide)
 
 
 def test_under_padding_any_token_gives_the_same_streams(tiny, tokens, padding):

@@ -31,7 +31,8 @@ from bridges.models.huggingface.calls import (
 )
 from bridges.models.huggingface.recording import ForwardRecord, model_inputs, text_config, without_autocast
 from bridges.models.modes import not_recomputed
-from bridges.models.residual import Batch, ResidualModel, Site, input_hook
+from bridges.models.residual import ResidualModel, Site, input_hook
+from bridges.models.tokens import Batch
 from bridges.models.wrapped import unembedding
 
 

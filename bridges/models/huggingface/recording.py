@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bridges.models.attention_mask import position_ids
 from bridges.models.huggingface.calls import LayerCall, record_calls
 from bridges.models.modes import replaced_attribute
 from bridges.models.prefix import PrefixCache
-from bridges.models.residual import Batch, input_device, position_ids
+from bridges.models.residual import input_device
+from bridges.models.tokens import Batch
 
 PROBE_ROWS, PROBE_TOKENS = 3, 8
 

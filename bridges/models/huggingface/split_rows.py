@@ -16,7 +16,8 @@ from bridges.models.huggingface.recording import (
     without_autocast,
 )
 from bridges.models.prefix import PrefixCache, keeps_keys_and_values
-from bridges.models.residual import Batch, ResidualModel
+from bridges.models.residual import ResidualModel
+from bridges.models.tokens import Batch
 
 SPLIT_AT = 4
 """Tokens of the probe's rows that run first."""

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bridges.io.paths import local_folder
 from bridges.io.tensors import check_tensors
-from bridges.models.residual import position_ids
+from bridges.models.attention_mask import position_ids
 from bridges.models.sparse.blocks import Block, OutputProjection, RMSNorm, Sink, Trunk, attention_pattern, sinusoids
 from bridges.models.sparse.config import SparseConfig
 from bridges.models.sparse.folder import DOWNLOAD, NONZEROS, locate, read_folder, remove_other_weights

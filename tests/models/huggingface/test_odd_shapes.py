@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridges.models.loading import as_residual
-from bridges.models.residual import check_tokens
+from bridges.models.tokens import check_tokens
 
 
 @pytest.fixture
