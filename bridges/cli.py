@@ -135,7 +135,8 @@ def circuit_command(
     model: Annotated[str, typer.Argument(help="A sparse model's folder or hub id, or a folder of `bridges fit`.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}, or all.")] = "",
     node: Annotated[
-        str, typer.Option("--feature", help="Look at a node instead, as 1.attn.read.118; --task is for its dense side.")
+        str,
+        typer.Option("--feature", help="Look at a node instead, as 1.attn.read.118; --task: on its prompts too."),
     ] = "",
     out: Annotated[Path, typer.Option(help="Where to write; circuits that are there are not searched anew.")] = Path(
         "runs/circuits"
@@ -246,9 +247,7 @@ def report_command(
 def _look_at(node: str, folder: str, run: RunFile, source: str, task: str, tokenizer: Any) -> Feature:
     """What a node does; in the dense model too, where the folder is that of a fit."""
     if "dense" not in run.tables:
-        if task:
-            raise ValueError(f"--task {task!r} is for the dense side of --feature; give a folder of `bridges fit`")
-        return feature(source, node, tokenizer=tokenizer)
+        return feature(source, node, task=task or None, tokenizer=tokenizer)
     bridge_set, (dense, sparse) = BridgeSet.from_pretrained(folder), run.load_models()
     return feature(sparse, node, dense=dense, bridge_set=bridge_set, task=task or None, tokenizer=tokenizer)
 

@@ -11,15 +11,30 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
-from bridges.channels.dense_side import N_RANDOM, effect_rows, encoder_readings, find_bridged, measure_dense_side
+from bridges.channels.dense_side import (
+    N_RANDOM,
+    BridgedNode,
+    effect_rows,
+    encoder_readings,
+    find_bridged,
+    measure_dense_side,
+)
 from bridges.channels.prompts import check_text, frozen_pair, resolve_task
 from bridges.circuits.feature_view import Context, Feature
-from bridges.circuits.features import describe_node, node_activations, sparse_transformer, token_names
+from bridges.circuits.features import (
+    describe_node,
+    node_activations,
+    prompt_contexts,
+    sparse_transformer,
+    token_names,
+)
 from bridges.circuits.nodes import Node
+from bridges.circuits.pruning import frozen_and_fast
 from bridges.circuits.text import mean_text
 from bridges.io.progress import Bar, progress_bar
 from bridges.models.loading import find_tokenizer
 from bridges.models.residual import ResidualModel
+from bridges.models.sparse.model import SparseTransformer
 from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TaskPairs
 
@@ -52,7 +67,8 @@ def feature(
             rows.
         dense: the dense model, for the dense side of reads and writes (method, section 6).
         bridge_set: the bridges between both models; goes with `dense`.
-        task: for the dense side: one of `TASKS`, or pairs of prompts, whose mean difference the channel is compared to.
+        task: one of `TASKS`, or pairs of prompts: what the node does on the first of them, and for the dense side their
+            mean difference, which the channel is compared to.
         tokenizer: turns tokens into text; by default the one saved with a model, else tokens are shown as numbers.
         contexts: how many of each kind.
         weights: how many of each side.
@@ -84,24 +100,39 @@ def feature(
     if (dense is None) != (bridge_set is None):
         given, missing = ("dense", "bridge_set") if bridge_set is None else ("bridge_set", "dense")
         raise ValueError(f"{missing}=None, but {given} is given; the dense side needs both: pass {missing} too")
-    if task is not None and dense is None:
-        raise ValueError(f"task={task!r} is for the dense side; pass dense and bridge_set with it")
     model = sparse_transformer(sparse)
     Node.parse(node, model)
     known = tokenizer if tokenizer is not None else _saved_tokenizer(sparse, dense)
     rows = torch.cat([ids for ids, _ in mean_text(model, text, known, text_tokens, seed)])
+    pairs = None if task is None else resolve_task(task, sparse if dense is None else dense, known, N_PAIRS, seed)
     if dense is None or bridge_set is None:
-        values = node_activations(model, node, rows)
         names = token_names(known, model.config.vocab_size)
-        return describe_node(model, node, rows, values, names, contexts, weights, seed)
+        return _on_text_and_prompts(model, node, rows, pairs, names, contexts, weights, seed)[0]
     with frozen_pair(dense, model, bridge_set, check_models) as pair:
         check_text(pair, rows)
-        pairs = None if task is None else resolve_task(task, dense, known, N_PAIRS, seed)
-        values = node_activations(model, node, rows)
         names = token_names(known, max(model.config.vocab_size, pair.dense.vocab_size))
-        found = describe_node(model, node, rows, values, names, contexts, weights, seed)
+        found, values = _on_text_and_prompts(model, node, rows, pairs, names, contexts, weights, seed)
         with progress_bar(f"{node} in the dense model", dense_side_tokens(rows), progress) as bar:
             return with_dense_side(found, pair, rows, values, names, pairs, seed, bar)
+
+
+def _on_text_and_prompts(
+    model: SparseTransformer,
+    node: str,
+    rows: Int[Tensor, "rows seq"],
+    pairs: TaskPairs | None,
+    names: list[str],
+    contexts: int,
+    weights: int,
+    seed: int,
+) -> tuple[Feature, Float[Tensor, "rows seq"]]:
+    """What a node does in the sparse model, and its values on the text."""
+    values = node_activations(model, node, rows)
+    found = describe_node(model, node, rows, values, names, contexts, weights, seed)
+    if pairs is not None:
+        with frozen_and_fast(model):
+            found = replace(found, task=pairs.task, prompts=prompt_contexts(model, node, pairs, names))
+    return found, values
 
 
 def _saved_tokenizer(*models: Any) -> Any:
@@ -139,7 +170,19 @@ def with_dense_side(
         kind: [_with_readings(context, readings) for context in getattr(found, kind)]
         for kind in ("positive", "negative", "random")
     }
-    return replace(found, dense=side, **shown)
+    prompts = [] if task is None or not found.prompts else with_readings_of_prompts(found.prompts, pair, node, task)
+    return replace(found, dense=side, prompts=prompts, **shown)
+
+
+def with_readings_of_prompts(
+    contexts: list[Context], pair: ModelPair, node: BridgedNode, task: TaskPairs
+) -> list[Context]:
+    """The contexts that `prompt_contexts` gave, with what the encoder reads in the dense model at their tokens."""
+    found = []
+    for context, ids in zip(contexts, [task.input_ids, task.counterfactual_ids] * len(contexts), strict=False):
+        row = ids[context.row][task.attention_mask[context.row].bool()][None]
+        found.append(replace(context, readings=encoder_readings(pair, node, row, Bar())[0].tolist()))
+    return found
 
 
 def _with_readings(context: Context, readings: Float[Tensor, "rows seq"]) -> Context:

@@ -122,5 +122,5 @@ def resolve_task(
         return task
     tokenizer = resolve_tokenizer(dense, tokenizer)
     if tokenizer is None:
-        raise ValueError(f"task={task!r} needs tokenizer=: no tokenizer is saved with the dense model")
+        raise ValueError(f"task={task!r} needs tokenizer=: no tokenizer is saved with the model")
     return task_pairs(task, tokenizer, n, seed)

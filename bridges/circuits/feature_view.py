@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -106,6 +106,9 @@ class Feature:
     """What it is in the dense model; None if none was given, or if the node is a channel of no bridged stream."""
     no_dense_side: str = ""
     """Why a dense model that was given has no part in it; else empty."""
+    task: str | None = None
+    prompts: list[Context] = field(default_factory=list)
+    """Both prompts of the task's first pairs, one after the other, each at the token where the node is largest."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -114,9 +117,9 @@ class Feature:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Feature:
         """The inverse of `to_dict`; entries that are no fields are left out."""
-        own = {one.name: values[one.name] for one in fields(cls)}
-        for kind in ("positive", "negative", "random"):
-            own[kind] = [Context(**context) for context in own[kind]]
+        own = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        for kind in ("positive", "negative", "random", "prompts"):
+            own[kind] = [Context(**context) for context in own.get(kind, ())]
         for side in ("weights_in", "weights_out"):
             own[side] = [(name, weight) for name, weight in own[side]]
         if own["dense"] is not None:
@@ -141,6 +144,8 @@ class Feature:
             ("random", self.random),
         ):
             lines += [f"{title}:", *(f"  {context}" for context in contexts)] if contexts else [f"{title}: none"]
+        if self.prompts:
+            lines += [f"on prompts of {self.task}, both of a pair:", *(f"  {context}" for context in self.prompts)]
         for title, weights in (("weights in", self.weights_in), ("weights out", self.weights_out)):
             lines.append(f"{title}: " + (", ".join(f"{name} {weight:+.3f}" for name, weight in weights) or "none"))
         if self.dense is not None:

@@ -15,11 +15,14 @@ from bridges.circuits.pruning import frozen_and_fast
 from bridges.models.loading import as_residual
 from bridges.models.residual import ResidualModel
 from bridges.models.sparse.model import SparseTransformer
+from bridges.tasks.pairs import TaskPairs
 
 ROWS = 32
 """Rows of a forward pass."""
 BEFORE, AFTER = 12, 4
 """Tokens of a context before and after the one that is shown."""
+PROMPT_PAIRS = 2
+"""Pairs of a task whose prompts are shown."""
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -42,6 +45,25 @@ def node_activations(
             model(ids.to(model.device), use_cache=False)
             found.append(values[place][..., index].cpu())
     return torch.cat(found)
+
+
+@torch.no_grad()
+def prompt_contexts(model: SparseTransformer, node: str, pairs: TaskPairs, names: list[str]) -> list[Context]:
+    """A node's values on both prompts of a task's first pairs, each marked where the node is largest.
+
+    `names`: the text of every token. A context's `row` is the pair's index.
+    """
+    parsed, contexts = Node.parse(node), []
+    for i in range(min(PROMPT_PAIRS, len(pairs))):
+        for ids in (pairs.input_ids, pairs.counterfactual_ids):
+            row = ids[i][pairs.attention_mask[i].bool()][None]
+            with recorded_nodes(model, [parsed.place]) as recorded:
+                model(row.to(model.device), use_cache=False)
+                values = recorded[parsed.place][0, :, parsed.index].cpu()
+            at = int(values.abs().argmax())
+            tokens = [names[token] for token in row[0].tolist()]
+            contexts.append(Context(i, at, values[at].item(), tokens, values.tolist(), at))
+    return contexts
 
 
 def describe_node(

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.channels.dense_side import BridgedNode, encoder_readings, find_bridged
-from bridges.channels.feature import dense_side_tokens, with_dense_side
-from bridges.circuits.feature_view import Context
-from bridges.circuits.features import describe_node
+from bridges.channels.dense_side import BridgedNode, find_bridged
+from bridges.channels.feature import dense_side_tokens, with_dense_side, with_readings_of_prompts
+from bridges.circuits.features import describe_node, prompt_contexts
 from bridges.circuits.nodes import Node, recorded_nodes
 from bridges.circuits.pruning import frozen_and_fast
 from bridges.io.progress import Bar
@@ -25,8 +24,6 @@ CONTEXTS, WEIGHTS = 6, 12
 """Contexts of each kind, and weights of each side."""
 BINS, COLUMN_ENTRIES = 32, 12
 """Bars of a histogram, and entries of the decoder's column, the largest."""
-TASK_PAIRS = 2
-"""Pairs of a task whose prompts are shown with a node's values."""
 ROWS = 32
 """Rows of a forward pass."""
 
@@ -93,7 +90,9 @@ def _view(
         found = with_dense_side(found, pair, rows, values, names, shown[0] if shown else None, 0, bar)
         bridged = find_bridged(Node.parse(node), pair)
     site = bridged if isinstance(bridged, BridgedNode) else None
-    contexts = {pairs.task: _task_contexts(model, node, pairs, names, pair, site) for pairs in shown}
+    contexts = {pairs.task: prompt_contexts(model, node, pairs, names) for pairs in shown}
+    if pair is not None and site is not None:
+        contexts = {pairs.task: with_readings_of_prompts(contexts[pairs.task], pair, site, pairs) for pairs in shown}
     return {
         **found.to_dict(),
         "histogram": histogram(values[values != 0]),
@@ -112,31 +111,6 @@ def histogram(values: Float[Tensor, " n"], bins: int = BINS) -> dict[str, list[f
         return None
     counts, edges = torch.histogram(values.double(), bins)
     return {"edges": edges.tolist(), "counts": counts.long().tolist()}
-
-
-def _task_contexts(
-    model: SparseTransformer,
-    node: str,
-    pairs: TaskPairs,
-    names: list[str],
-    pair: ModelPair | None,
-    site: BridgedNode | None,
-) -> list[Context]:
-    """A node's values on both prompts of some pairs of a task, each marked where it is largest."""
-    parsed, contexts = Node.parse(node), []
-    for i in range(min(TASK_PAIRS, len(pairs))):
-        for ids in (pairs.input_ids, pairs.counterfactual_ids):
-            row = ids[i][pairs.attention_mask[i].bool()][None]
-            with recorded_nodes(model, [parsed.place]) as recorded:
-                model(row.to(model.device), use_cache=False)
-                values = recorded[parsed.place][0, :, parsed.index].cpu()
-            readings = None
-            if pair is not None and site is not None:
-                readings = encoder_readings(pair, site, row, Bar())[0].tolist()
-            at = int(values.abs().argmax())
-            tokens = [names[token] for token in row[0].tolist()]
-            contexts.append(Context(i, at, values[at].item(), tokens, values.tolist(), at, readings))
-    return contexts
 
 
 def _largest_of_column(pair: ModelPair, node: BridgedNode) -> list[tuple[int, float]]:

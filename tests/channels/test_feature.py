@@ -9,9 +9,12 @@ from planted import ANSWER_A, ANSWER_B, planted_model, planted_pairs, planted_te
 
 import bridges
 from bridges.bridge import Bridge, BridgeSet
-from bridges.channels.dense_side import N_RANDOM, effect_rows
+from bridges.channels.dense_side import N_RANDOM, effect_rows, encoder_readings, find_bridged
 from bridges.channels.feature import feature
+from bridges.circuits.feature_view import Feature
 from bridges.circuits.features import node_activations
+from bridges.circuits.nodes import Node
+from bridges.io.progress import Bar
 from bridges.objective.pair import ModelPair
 
 TEXT = tokens(6, 7, seed=11)
@@ -222,6 +225,23 @@ def test_it_prints_both_values_and_is_json(pair):
     assert values["positive"][0]["readings"] == found.positive[0].readings
 
 
+def test_it_shows_what_the_node_does_on_prompts_of_the_task_with_and_without_a_dense_model(pair):
+    task, node = toy_task(), "1.attn.read.10"
+    alone = feature(pair.sparse, node, TEXT, task=task, progress=False)
+    beside = look(pair, node, task=task)
+    given = [ids[i] for i in range(2) for ids in (task.input_ids, task.counterfactual_ids)]
+    assert len(alone.prompts) == len(beside.prompts) == 4 and alone.task == beside.task == "toy"
+    for ids, shown, read in zip(given, alone.prompts, beside.prompts, strict=True):
+        values = node_activations(pair.sparse, node, ids[None])[0]
+        assert shown.values == pytest.approx(values.tolist()) and shown.value == shown.values[shown.at]
+        assert shown.at == int(values.abs().argmax()) and shown.readings is None
+        encoded = encoder_readings(pair, find_bridged(Node.parse(node), pair), ids[None], Bar())[0]
+        assert read.readings == pytest.approx(encoded.tolist()) and read.values == shown.values
+    assert "on prompts of toy, both of a pair:" in str(alone)
+    assert Feature.from_dict(json.loads(json.dumps(beside.to_dict()))) == beside
+    assert Feature.from_dict({k: v for k, v in look(pair, node).to_dict().items() if k not in ("task", "prompts")})
+
+
 def test_logits_are_measured_on_a_part_of_the_text():
     assert effect_rows(torch.zeros(100, 64, dtype=torch.long)).shape == (32, 64)
     assert effect_rows(torch.zeros(3, 5000, dtype=torch.long)).shape == (1, 5000)
@@ -233,7 +253,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pair):
     refused = [
         ({"dense": dense}, "bridge_set=None, but dense is given"),
         ({"bridge_set": bridge_set}, "dense=None, but bridge_set is given"),
-        ({"task": "for_while"}, "task='for_while' is for the dense side; pass dense and bridge_set"),
+        ({"task": "for_while"}, "task='for_while' needs tokenizer="),
         ({"dense": dense, "bridge_set": unmeasured.bridge_set}, "site='1.attn': rms and gain .* use bridges that fit"),
         ({"dense": dense, "bridge_set": bridge_set, "task": "for_while"}, "task='for_while' needs tokenizer="),
         ({"dense": gpt2(context=10), "bridge_set": bridge_set, "text": tokens(2, 11)}, "text has rows of 11 tokens"),
