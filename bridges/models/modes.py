@@ -89,6 +89,22 @@ def not_recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def refuse_recomputation() -> None:
+    """ValueError if this is the forward pass of a `torch.utils.checkpoint` of the user's own.
+
+    Its backward pass, which may come after the context, would run the model again as it is then. The variant with
+    `use_reentrant=True` leaves no trace by which it could be told here.
+    """
+    autograd = getattr(torch._C, "_autograd", None)
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)  # torch has no public way to ask
+    hooks = None if top is None else top(True)
+    if hooks and hooks[0].__qualname__.startswith("_checkpoint_hook"):
+        raise ValueError(
+            "an edited model runs inside torch.utils.checkpoint, whose backward pass would run it again without the "
+            "edits; use model.gradient_checkpointing_enable(), which is followed, or call the model without checkpoint"
+        )
+
+
 class _Uncompiled:
     """Counts those inside `uncompiled`; the first one forces the eager mode, the last one ends it."""
 

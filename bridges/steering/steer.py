@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.models.loading import as_residual
-from bridges.models.modes import uncompiled
+from bridges.models.modes import refuse_recomputation, uncompiled
 from bridges.models.residual import HookFunction, ResidualModel
 from bridges.models.wrapped import inner_model
 from bridges.steering.call_state import change_hook, encode_hook
@@ -61,7 +61,8 @@ def steer(
     belong to the model, not to a thread: another thread that runs the same dense model meanwhile runs it with them, and
     unless they add one number everywhere its calls must not overlap. Two threads may steer two dense models, which may
     share a sparse one. Gradient checkpointing leaves out the layers that are edited: the backward pass, which may come
-    after the context, does not run them again.
+    after the context, does not run them again. Inside a `torch.utils.checkpoint` of your own a call raises ValueError;
+    with its `use_reentrant=True` no call can tell, so keep the backward pass inside the context there.
 
     Edits that add one number everywhere go with any call. Others raise ValueError, naming the argument, for calls whose
     tokens cannot be told: static caches and those without a length (Mamba), packed rows, `inputs_embeds`, continuous
@@ -124,7 +125,13 @@ def _hooks(
     """The hooks of one site: they add its edits to the stream, or to what each module reads of it."""
 
     def unless_paused(hook: HookFunction) -> HookFunction:
-        return lambda h: None if active.paused else hook(h)
+        def run(h: Tensor) -> Tensor | None:
+            if active.paused:
+                return None
+            refuse_recomputation()
+            return hook(h)
+
+        return run
 
     def add(unit: Tensor) -> HookFunction:
         if site_edit.constant or not isinstance(tracker, PlanTracker):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pairs import join, tokens, with_units
 from steered import CHANNEL, DENSE, EDITS, SITE, in_turn, sparse_model, steered
+from torch.utils.checkpoint import checkpoint
 
 from bridges.steering.edits import Edit
 
@@ -52,6 +53,17 @@ def test_gradients_are_those_without_checkpointing(kind, at, dense):
             for found, wanted in zip(gradients(pair, edits, inside, options), expected, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
         assert [getattr(m, "gradient_checkpointing", None) for m in pair.dense.model.modules()] == flags
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_a_checkpoint_of_the_users_own_around_the_call_is_refused(pair, at):
+    """Its backward pass would run the model without the edits: gradients were off by up to 16 %."""
+    model, ids = pair.dense.model.train(), tokens()
+    with steered(pair, EDITS["add"], sparse=None, at=at):
+        with pytest.raises(ValueError, match=r"inside torch\.utils\.checkpoint.*gradient_checkpointing_enable"):
+            checkpoint(lambda i: model(i).logits, ids, use_reentrant=False)
+        assert model(ids).logits.requires_grad  # as ever without it
+    assert checkpoint(lambda i: model(i).logits, ids, use_reentrant=False).requires_grad
 
 
 def test_layers_without_an_edit_stay_checkpointed(pair):
