@@ -235,6 +235,8 @@ class _Run:
         work = Work(
             *(len(rows), rows.seq_len, *self._heldout_rows(), start_rows, evaluations, self.processes.world_size),
             real_share=rows.real_tokens.sum().item() / rows.input_ids.numel(),
+            standardization_tokens=STANDARDIZATION_TOKENS,
+            read_scale_tokens=READ_SCALE_TOKENS,
             steps_done=steps_done,
         )
         seconds = estimate_seconds(self.pair, config, work, rows.batch(0, config.batch_size), self.processes.autocast)
@@ -298,7 +300,9 @@ class _Run:
         for bridge in self.pair.bridge_set:
             bridge.randomize(generator)
         batches = self._train_batches(STANDARDIZATION_TOKENS)
-        found = standardize(self.pair, batches, self.config.moments_bytes, self.processes.all_reduce)
+        memory, groups = self.config.moments_bytes, len(list(site_groups(self.pair, self.config.moments_bytes)))
+        with progress_bar("scales of the streams, batches", groups * len(batches), self._shown) as bar:
+            found = standardize(self.pair, batches, memory, self.processes.all_reduce, bar.advance)
         StandardizedBridges(self.pair.bridge_set, found, standardized=True).fold()
         return StartState(standardizations=found)
 
@@ -356,7 +360,9 @@ class _Run:
             if self.config.train_sparse:
                 self._set_norm_limits(SIDES)
             if self.config.train_sparse or not self.config.closed_form:
-                measure_read_scales(self.pair, self._train_batches(READ_SCALE_TOKENS), processes.all_reduce)
+                batches = self._train_batches(READ_SCALE_TOKENS)
+                with progress_bar("scales of the reads, batches", len(batches), self._shown) as bar:
+                    measure_read_scales(self.pair, batches, processes.all_reduce, bar.advance)
             bridge_set.report = self._evaluate()
         if processes.is_main:
             warn_of_poor_sites(bridge_set.report)

@@ -104,13 +104,20 @@ def _ridges(
 
 @torch.no_grad()
 def standardize(
-    pair: ModelPair, batches: Sequence[Batch], memory_bytes: float, reduce: Reduce = no_reduce
+    pair: ModelPair,
+    batches: Sequence[Batch],
+    memory_bytes: float,
+    reduce: Reduce = no_reduce,
+    advance: Callable[[], Any] = lambda: None,
 ) -> list[tuple[Standardization, Standardization]]:
-    """Mean and standard deviation of every channel of both streams, per bridge; as `solve_bridges` finds them."""
+    """Mean and standard deviation of every channel of both streams, per bridge; as `solve_bridges` finds them.
+
+    `advance` is called after every batch, once for each group of sites that memory holds.
+    """
     return [
         moments.standardization()
         for sites in site_groups(pair, memory_bytes)
-        for moments in gather(_chunks(pair, batches, sites, lambda: None), reduce)
+        for moments in gather(_chunks(pair, batches, sites, advance), reduce)
     ]
 
 

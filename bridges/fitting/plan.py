@@ -41,6 +41,10 @@ class Work(NamedTuple):
     world_size: int = 1
     real_share: float = 1.0
     """Part of the training rows' tokens that is not padding."""
+    standardization_tokens: int = 0
+    """Tokens that a random start takes means and deviations from."""
+    read_scale_tokens: int = 0
+    """Tokens that R is measured on where the closed form does not do so."""
     steps_done: int | None = None
     """Steps that a resumed run has behind it; None for a run that starts."""
 
@@ -118,6 +122,8 @@ def estimate_seconds(
     found: dict[str, float] = {}
     if config.closed_form and not work.resumed:
         found["closed form"] = _closed_form_seconds(pair, config, work, part, per_token)
+    if scales := _scales_seconds(pair, config, work, part, per_token):
+        found["scales of the streams"] = scales
     left = config.steps - (work.steps_done or 0)
     if left:
         sites = sampled_sites(config, n)
@@ -149,6 +155,24 @@ def _closed_form_seconds(pair: ModelPair, config: FitConfig, work: Work, part: T
     for_effects = min(EFFECT_TOKENS / work.real_share, work.train_rows * work.seq_len) / work.world_size
     seconds += for_effects * per_token * part.effects
     return seconds + counted * per_token * n * part.moments + n * part.solve
+
+
+def _scales_seconds(pair: ModelPair, config: FitConfig, work: Work, part: Timings, per_token: float) -> float:
+    """What a random start is standardised by, and what is measured again where the closed form's scales do not hold."""
+
+    def run(tokens: int) -> float:
+        """Tokens of this process, padding included, that hold so many real ones of all."""
+        return min(tokens / work.real_share, work.train_rows * work.seq_len) / work.world_size
+
+    seconds, for_medians = 0.0, SAMPLED_TOKENS / work.real_share
+    if not config.closed_form and not work.resumed:
+        tokens, groups = run(work.standardization_tokens), len(list(site_groups(pair, config.moments_bytes)))
+        counted = tokens * work.real_share * len(pair.bridge_set)
+        seconds += per_token * ((groups * tokens + for_medians) * part.streams + counted * part.moments)
+    if config.train_sparse or not config.closed_form:
+        tokens = run(work.read_scale_tokens) + (for_medians if config.train_sparse else 0)
+        seconds += per_token * tokens * part.streams
+    return seconds
 
 
 def sampled_sites(config: FitConfig, n_sites: int) -> int:

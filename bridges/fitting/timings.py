@@ -62,7 +62,7 @@ class Timings(NamedTuple):
             traces = trace_pair(pair, *batch, logits=("dense",))
             h_dense, h_sparse = (h.flatten(0, 1) for h in residuals_at(pair, traces, middle))
             found = Moments(h_dense.double().mean(0), h_sparse.double().mean(0))
-            moments = _time(lambda: found.update(h_dense, h_sparse), pair) if config.closed_form else 0.0
+            moments = _time(lambda: found.update(h_dense, h_sparse), pair)
             solve = _solve_seconds(pair, config) if config.closed_form else 0.0
             effects = _time(lambda: decoder_freedoms(pair, [batch]), pair) if _asks_for_effects(config) else 0.0
             reconstruction = _time(lambda: Reconstruction(one_site).add(traces), pair)

@@ -85,9 +85,10 @@ def test_every_part_that_will_run_has_its_seconds_and_nothing_changes():
     found = estimate_seconds(pair, FitConfig(**SETTINGS), WORK, batch)
     assert set(found) == {"closed form", "steps", "choosing the best state", "evaluation"}
     assert all(value > 0 for value in found.values())
-    assert set(estimate_seconds(pair, FitConfig(steps=0, closed_form=False), WORK, batch)) == {"evaluation"}
+    random_start = estimate_seconds(pair, FitConfig(steps=0, closed_form=False), WORK, batch)
+    assert set(random_start) == {"scales of the streams", "evaluation"}
     trained = estimate_seconds(pair, FitConfig(**SETTINGS, train_sparse=True), WORK, batch)
-    assert set(trained) == {"closed form", "steps", "evaluation"}
+    assert set(trained) == {"closed form", "scales of the streams", "steps", "evaluation"}
     for name, tensor in pair.bridge_set.tensors().items():
         assert torch.equal(tensor, before[name]) or (tensor.isnan() & before[name].isnan()).all()
     assert all(p.grad is None for model in (pair.bridge_set, pair.sparse.model) for p in model.parameters())
@@ -111,6 +112,22 @@ def test_a_resumed_run_takes_the_time_of_what_is_left(a_second_each):
     assert left["steps"] == pytest.approx(0.6 * whole["steps"])
     assert left["choosing the best state"] == pytest.approx(6 / 11 * whole["choosing the best state"])
     assert set(seconds(WORK._replace(steps_done=100))) == {"evaluation"}
+
+
+def test_scales_that_the_closed_form_does_not_give_are_planned(a_second_each):
+    work, padded = (
+        WORK._replace(standardization_tokens=8000, read_scale_tokens=16_000, real_share=share) for share in (1.0, 0.5)
+    )
+    assert "scales of the streams" not in seconds(work)
+    # Of each of two processes, on 80 tokens a second: run once for all sites, and multiplied at each of five.
+    random_start = (4000 + 2048 + 5 * 4000) / 80 + 8000 / 80
+    assert seconds(work, closed_form=False)["scales of the streams"] == pytest.approx(random_start)
+    halved = (8000 + 2 * 2048 + 5 * 4000) / 80 + 16_000 / 80
+    assert seconds(padded, closed_form=False)["scales of the streams"] == pytest.approx(halved)
+    trained = seconds(work, train_sparse=True)["scales of the streams"]
+    assert trained == pytest.approx((8000 + 2048) / 80)
+    left = seconds(work._replace(steps_done=40), closed_form=False)["scales of the streams"]
+    assert left == pytest.approx(8000 / 80)
 
 
 def test_several_micro_batches_run_forward_twice(a_second_each):
