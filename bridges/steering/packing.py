@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from bridges.data.packing import BOUNDARIES, DOCUMENTS, LENGTHS, refuse_other_meanings
@@ -12,15 +16,24 @@ from bridges.steering.model_call import ModelCall
 
 def refuse_packing(call: ModelCall) -> None:
     """ValueError naming the argument of a model call that says that a row holds several documents."""
-    ids, n_past = call.input_ids, call.n_past
-    mask = call.attention_mask
+    _refuse(call.input_ids, call.attention_mask, call.n_past, call.arguments)
+
+
+def refuse_packed_prompt(input_ids: Int[Tensor, "b s"], arguments: Mapping[str, Any]) -> None:
+    """The same of the arguments that `generate` is given beside its prompt."""
+    mask = arguments.get("attention_mask")
+    same_width = isinstance(mask, Tensor) and mask.shape == input_ids.shape
+    _refuse(input_ids, mask if same_width else None, 0, arguments)
+
+
+def _refuse(ids: Tensor, mask: Tensor | None, n_past: int, arguments: Mapping[str, Any]) -> None:
     mask = ids.new_ones(len(ids), n_past + ids.shape[1]) if mask is None else mask
     columns = (*(name for name in DOCUMENTS if name != "token_type_ids"), *BOUNDARIES, *LENGTHS)
-    given = {name: call.arguments[name] for name in columns if call.arguments.get(name) is not None}
+    given = {name: arguments[name] for name in columns if arguments.get(name) is not None}
     if given:
         rows = list(zip(ids, mask[:, n_past:], strict=True))
         refuse_other_meanings(given, rows, "a call of the steered model")
-    positions = call.arguments.get("position_ids")
+    positions = arguments.get("position_ids")
     if positions is not None:
         _check_positions(positions, mask[:, n_past:].bool(), position_ids(mask)[:, n_past:])
 

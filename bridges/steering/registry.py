@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial, update_wrapper
@@ -27,6 +27,10 @@ class CallTracker(ABC):
     @abstractmethod
     def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
         """Inside, a `generate` with these prompts runs: its own, None where it was given no tokens; then guidance's."""
+
+    @abstractmethod
+    def check_generate(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Called before a `generate` with these tokens and named arguments; ValueError if it cannot be followed."""
 
     @abstractmethod
     def generating_batch(self) -> None:
@@ -104,6 +108,8 @@ def wrap_generate(
         prompts = _prompts(model, args, kwargs)
         with ExitStack() as stack:
             for tracker in trackers:
+                if (ids := _input_ids(args, kwargs)) is not None:
+                    tracker.check_generate(ids, kwargs)
                 stack.enter_context(tracker.generating(prompts))
             return generate(*args, **kwargs)
 
@@ -121,10 +127,15 @@ def wrap_batching(method: Callable[..., Any], trackers: Sequence[CallTracker]) -
     return tracked
 
 
+def _input_ids(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tokens that `generate` is given, None where it is given none."""
+    inputs = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    return next((one for one in inputs if isinstance(one, Tensor)), None)
+
+
 def _prompts(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Prompt | None]:
     """The prompt that `generate` is given, None where it is given no tokens; then that of its guidance, if any."""
-    inputs = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    ids = next((one for one in inputs if isinstance(one, Tensor)), None)
+    ids = _input_ids(args, kwargs)
     prompts = [None if ids is None else _prompt(ids, kwargs.get("attention_mask"))]
     negative = kwargs.get("negative_prompt_ids")
     if negative is None and ids is not None:

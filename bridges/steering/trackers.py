@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from bridges.models.modes import not_recomputed
 from bridges.steering.call_state import CallState, CurrentCall
 from bridges.steering.edits import Edit, SiteEdit
 from bridges.steering.model_call import ModelCall, check_counts_tokens, parse_call, returned_caches
-from bridges.steering.packing import refuse_packing
+from bridges.steering.packing import refuse_packed_prompt, refuse_packing
 from bridges.steering.plan import ActivePlans, Plan, unedited
 from bridges.steering.positions import Prompt, PromptTracker
 from bridges.steering.readings import CompanionReader, Readings
@@ -36,6 +36,9 @@ class ConstantTracker(CallTracker):
     def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
         """Inside, a `generate` with these prompts runs; it needs nothing."""
         return nullcontext()
+
+    def check_generate(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> None:
+        """One vector at every token is right whatever a row holds."""
 
     def generating_batch(self) -> None:
         """One vector at every token is right in packed rows too."""
@@ -65,6 +68,10 @@ class PlanTracker(ConstantTracker):
     def generating(self, prompts: Sequence[Prompt | None]) -> AbstractContextManager[None]:
         """Inside, a `generate` with these prompts runs."""
         return self.prompts.generating(prompts)
+
+    def check_generate(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Refuse prompts of several documents; `generate` makes the positions of its own calls."""
+        refuse_packed_prompt(input_ids, arguments)
 
     def generating_batch(self) -> None:
         """Refused: it packs prompts into one row, and its errors are lost in a thread."""

@@ -44,6 +44,22 @@ def test_packed_rows_are_refused_by_the_argument_that_says_so(pair, edits, optio
         pair.dense.model(ROW, **arguments)
 
 
+@pytest.mark.parametrize("name", ["positions", "documents", "bounds"])
+def test_a_generate_from_packed_rows_is_refused_too(pair, name):
+    arguments, message = PACKED[name]
+    with steered(pair, EVERY_KIND["positions"][0]), pytest.raises(ValueError, match=message):
+        pair.dense.model.generate(ROW, **arguments, max_new_tokens=1, do_sample=False)
+
+
+def test_a_generate_that_is_given_the_positions_of_padded_prompts_goes_on(pair):
+    ids = tokens()[:2]
+    options = {"attention_mask": LEFT[:2], "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    positions = (LEFT[:2].cumsum(1) - 1).clamp(min=0)
+    with steered(pair, EVERY_KIND["positions"][0]):
+        found = pair.dense.model.generate(ids, position_ids=positions, **options)
+        assert torch.equal(found, pair.dense.model.generate(ids, **options))
+
+
 def test_what_a_flattening_collator_gives_is_refused(pair):
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collate([{"input_ids": part.tolist()} for part in ROW[0].split(LENGTHS)])

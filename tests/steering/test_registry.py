@@ -21,6 +21,9 @@ class Recording(CallTracker):
         self.calls.append((args, [prompt.input_ids for prompt in self.prompts]))
         return forward(*args, **kwargs)
 
+    def check_generate(self, input_ids, arguments):
+        pass
+
     def generating_batch(self):
         self.calls.append("batch")
 
