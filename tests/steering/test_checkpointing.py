@@ -1,13 +1,20 @@
 """Gradient checkpointing runs layers again in the backward pass: the gradients are those without it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from pairs import join, tokens, with_units
 from steered import CHANNEL, DENSE, EDITS, SITE, in_turn, sparse_model, steered
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 
+from bridges.models.loading import as_residual
 from bridges.steering.edits import Edit
 
 EVERY_KIND = {
@@ -64,6 +71,24 @@ def test_a_checkpoint_of_the_users_own_around_the_call_is_refused(pair, at):
             checkpoint(lambda i: model(i).logits, ids, use_reentrant=False)
         assert model(ids).logits.requires_grad  # as ever without it
     assert checkpoint(lambda i: model(i).logits, ids, use_reentrant=False).requires_grad
+
+
+@pytest.mark.parametrize("at", ["read", "residual"])
+def test_pytorchs_own_wrapper_for_checkpointing_is_looked_through(pair, at):
+    """Its layers are split as the model's own; with gradients they are refused, as a checkpoint of the user's is."""
+    model, ids = copy.deepcopy(pair.dense.model).eval(), tokens()
+    with steered(pair, EDITS["add"], sparse=None, at=at), torch.no_grad():
+        expected = pair.dense.model.eval()(ids).logits
+    block = type(pair.dense.layers[0])
+    wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda m: isinstance(m, block))
+    wrapped = pair._replace(dense=as_residual(model))
+    assert wrapped.dense.sites == pair.dense.sites
+    with steered(wrapped, EDITS["add"], sparse=None, at=at):
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+        with pytest.raises(ValueError, match=r"inside torch\.utils\.checkpoint"):
+            model(ids)
 
 
 def test_layers_without_an_edit_stay_checkpointed(pair):

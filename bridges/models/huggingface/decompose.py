@@ -96,6 +96,13 @@ def check_language_model(model: nn.Module) -> None:
         )
 
 
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer that torch.compile, or PyTorch's own wrapper for checkpointing, holds inside."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        layer = getattr(layer, name, layer)
+    return layer
+
+
 def decoder_layers(model: nn.Module, batch: Batch) -> list[nn.Module]:
     """The outermost ModuleList as long as the configuration's number of layers; ValueError without one.
 
@@ -106,8 +113,7 @@ def decoder_layers(model: nn.Module, batch: Batch) -> list[nn.Module]:
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
         raise ValueError(f"model={model.config.model_type!r} has no list of its {n_layers} decoder layers")  # pyright: ignore
-    # A layer that torch.compile wraps is the one inside.
-    lists = [[getattr(layer, "_orig_mod", layer) for layer in one] for one in lists]
+    lists = [[_unwrapped(layer) for layer in one] for one in lists]
     if len(lists) == 1:
         return lists[0]
     with record_calls({layer: None for one in lists for layer in one}) as calls, without_autocast(model):
