@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -215,7 +216,9 @@ def _one_line(error: ValidationError, verb: str, known: list[str]) -> str:
     # The setting and indices in it; pydantic also names the member of a union that it tried.
     name = ".".join(str(part) for i, part in enumerate(first["loc"]) if i == 0 or isinstance(part, int))
     if first["type"] == "extra_forbidden":
-        return f"{name}={first['input']!r} is not a setting of {verb}; the settings are {', '.join(known)}"
+        meant = get_close_matches(name, known, 1, cutoff=0.75)
+        remedy = f"did you mean {meant[0]}? The" if meant else "the"
+        return f"{name}={first['input']!r} is not a setting of {verb}; {remedy} settings are {', '.join(known)}"
     if not name:
         return str(first["msg"]).removeprefix("Value error, ")
     of_setting = (other for other in error.errors() if other["loc"][:1] == first["loc"][:1])

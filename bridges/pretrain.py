@@ -28,7 +28,7 @@ from bridges.fitting.guards import interruptible
 from bridges.fitting.identity import RunIdentity, architecture, refuse_other_run, refuse_used_folder
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.tracking import Tracker
-from bridges.io.amounts import count, duration
+from bridges.io.amounts import about, count
 from bridges.io.fingerprint import fingerprint
 from bridges.io.progress import announce, progress_bar
 from bridges.models.loading import as_residual
@@ -237,7 +237,7 @@ class _Run:
         lines = (
             f"pretraining: {_parameters(self.model)}, {guide}",
             f"{c.steps} steps of {rows} rows{resumed}: {count(left * rows * fitted.seq_len)} tokens, "
-            f"about {duration(left * self._step_seconds(trainer))} on this machine at the present density",
+            f"{about(left * self._step_seconds(trainer))} on this machine at the present density",
             f"density: {start:.4g} to {target:.4g} over the first {c.anneal:.0%} of the steps; {c.support} support",
             f"data: {len(fitted)} rows of {fitted.seq_len} tokens, {len(self.data.heldout)} more held out",
         )

@@ -79,7 +79,9 @@ def test_every_fixed_name_has_a_description_and_every_loss_weight_is_1():
 
 
 def test_an_unknown_setting_is_refused_and_the_known_ones_are_named():
-    with pytest.raises(ValueError, match=r"stepz=3 is not a setting of fit; the settings are steps, batch_size, "):
+    with pytest.raises(
+        ValueError, match=r"stepz=3 is not a setting of fit; did you mean steps\? The settings are steps, "
+    ):
         FitConfig.from_values({"stepz": 3})
 
 

@@ -15,7 +15,7 @@ from bridges.fitting.massive import SAMPLED_TOKENS
 from bridges.fitting.selection import KL_SITES, interval
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
 from bridges.fitting.timings import Timings
-from bridges.io.amounts import count, duration, memory
+from bridges.io.amounts import about, count, duration, memory
 from bridges.models.tokens import Batch
 from bridges.objective.pair import ModelPair
 
@@ -85,7 +85,7 @@ def describe(pair: ModelPair, config: FitConfig, work: Work, seconds: dict[str, 
         f"{sampled} of {n} sites a step",
         f"memory: about {memory(state)} for parameters, gradients and optimiser, {memory(streams)} for streams and "
         f"logits, {memory(moments)} for moments",
-        f"time: about {duration(sum(seconds.values()))} on this machine ("
+        f"time: {about(sum(seconds.values()))} on this machine ("
         + ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
         + ")",
     ]

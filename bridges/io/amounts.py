@@ -14,6 +14,15 @@ def duration(seconds: int | float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def about(seconds: int | float) -> str:
+    """An estimate of a time.
+
+    >>> about(0.2), about(42)
+    ('under 1 s', 'about 42 s')
+    """
+    return duration(seconds) if seconds < 1 else f"about {duration(seconds)}"
+
+
 def count(value: int | float) -> str:
     """A count to three digits.
 

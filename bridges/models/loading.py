@@ -51,6 +51,12 @@ def load_model(source: ModelSource, device: torch.device | str | None = None, **
         _require_gguf(source)
         kwargs = {**kwargs, "gguf_file": gguf}
     released = isinstance(path, Path) and (path / RELEASE_CONFIG).is_file()
+    given = released or not kwargs.keys().isdisjoint(("gguf_file", "config", "subfolder"))
+    if isinstance(path, Path) and not given and not (path / "config.json").is_file():
+        raise ValueError(
+            f"path={str(source)!r} holds no model: it has no config.json; give a folder that save_pretrained wrote, or "
+            "a hub id"
+        )
     loader = SparseTransformer if released else AutoModelForCausalLM
     model = loader.from_pretrained(str(path), **kwargs)
     if isinstance(path, Path) and "gguf_file" in kwargs:  # the name that is recorded, and where its tokenizer is

@@ -93,6 +93,12 @@ def test_a_model_that_is_not_there_or_of_another_kind_is_refused(tmp_path, unche
         loading.load_model(None)
 
 
+def test_a_folder_without_a_model_is_refused_with_what_it_lacks(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(ValueError, match=f"path='{tmp_path}' holds no model: it has no config.json; give a folder"):
+        loading.load_model(tmp_path)
+
+
 def test_a_tokenizer_is_found_in_the_models_folder(tiny, monkeypatch):
     folder = Path(bridges.__file__).parent / "assets" / "tokenizer"
     model = tiny("gpt2")
