@@ -41,6 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # rich's own markup would take [dense] for a style
 )
 
 RunDir = Annotated[Path, typer.Argument(help="A bridge folder, as `bridges fit` writes it.")]

@@ -258,3 +258,8 @@ def test_steer_hands_on_how_to_search(monkeypatch, capsys, bundled_run):
     )
     status, _, err = run(monkeypatch, capsys, "steer", bundled_run, *arguments)
     assert (status, "for_while, 3 channels, by both, (0.0, 1.0), n=7, 0.2" in err) == (2, True)
+
+
+def test_help_keeps_the_names_of_tables(monkeypatch, capsys):
+    status, printed, _ = run(monkeypatch, capsys, "fit", "--help")
+    assert status == 0 and "TOML with the tables [dense], [sparse], [data]" in " ".join(printed.replace("│", "").split())
