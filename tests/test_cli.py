@@ -262,4 +262,5 @@ def test_steer_hands_on_how_to_search(monkeypatch, capsys, bundled_run):
 
 def test_help_keeps_the_names_of_tables(monkeypatch, capsys):
     status, printed, _ = run(monkeypatch, capsys, "fit", "--help")
-    assert status == 0 and "TOML with the tables [dense], [sparse], [data]" in " ".join(printed.replace("│", "").split())
+    words = " ".join(printed.replace("│", "").split())
+    assert status == 0 and "TOML with the tables [dense], [sparse], [data]" in words
