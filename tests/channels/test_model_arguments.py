@@ -56,5 +56,5 @@ def test_sweep_takes_folders(saved):
 
 def test_a_folder_without_a_tokenizer_asks_for_one(saved):
     folder, bridge_set = saved
-    with pytest.raises(ValueError, match="task='for_while' needs tokenizer=: no tokenizer is saved with the dense"):
+    with pytest.raises(ValueError, match="task='for_while' needs tokenizer=: no tokenizer is saved with the model"):
         bridges.find_channels(folder / "sparse", folder / "sparse", bridge_set, "for_while", check_models=False)
