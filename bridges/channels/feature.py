@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def with_readings_of_prompts(
 ) -> list[Context]:
     """The contexts that `prompt_contexts` gave, with what the encoder reads in the dense model at their tokens."""
     found = []
-    for context, ids in zip(contexts, [task.input_ids, task.counterfactual_ids] * len(contexts), strict=False):
+    for context, ids in zip(contexts, cycle((task.input_ids, task.counterfactual_ids)), strict=False):
         row = ids[context.row][task.attention_mask[context.row].bool()][None]
         found.append(replace(context, readings=encoder_readings(pair, node, row, Bar())[0].tolist()))
     return found

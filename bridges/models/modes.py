@@ -98,7 +98,8 @@ def refuse_recomputation() -> None:
     autograd = getattr(torch._C, "_autograd", None)
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)  # torch has no public way to ask
     hooks = None if top is None else top(True)
-    if hooks and hooks[0].__qualname__.startswith("_checkpoint_hook"):
+    # A user's own hooks may be anything that can be called.
+    if hooks and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
         raise ValueError(
             "an edited model runs inside torch.utils.checkpoint, whose backward pass would run it again without the "
             "edits; use model.gradient_checkpointing_enable(), which is followed, or call the model without checkpoint"

@@ -70,6 +70,8 @@ def test_a_checkpoint_of_the_users_own_around_the_call_is_refused(pair, at):
         with pytest.raises(ValueError, match=r"inside torch\.utils\.checkpoint.*gradient_checkpointing_enable"):
             checkpoint(lambda i: model(i).logits, ids, use_reentrant=False)
         assert model(ids).logits.requires_grad  # as ever without it
+        with torch.autograd.graph.saved_tensors_hooks(partial(torch.clone), lambda t: t):  # the user's own
+            assert model(ids).logits.requires_grad
     assert checkpoint(lambda i: model(i).logits, ids, use_reentrant=False).requires_grad
 
 
