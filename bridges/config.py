@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +32,14 @@ class Settings(BaseModel):
     UNRECORDED: ClassVar[frozenset[str]] = frozenset({"output_dir", "resume", "report_to", "progress"})
     """Settings that no result depends on."""
 
+    if not TYPE_CHECKING:  # so that editors still see the fields as the arguments
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ValueError(_one_line(error, self.verb, list(type(self).model_fields))) from None
+
     def recorded(self) -> dict[str, Any]:
         """Plain values of the settings that a result depends on: all but folder, `resume`, `report_to`, `progress`."""
         return self.model_dump(mode="json", exclude=set(self.UNRECORDED))
@@ -39,10 +47,7 @@ class Settings(BaseModel):
     @classmethod
     def from_values(cls: type[S], values: dict[str, Any]) -> S:
         """Build from plain values; raises ValueError with one line that names the setting, its value and the remedy."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ValueError(_one_line(error, cls.verb, list(cls.model_fields))) from None
+        return cls(**values)
 
     @classmethod
     def from_file(cls: type[S], path: str | Path) -> S:
@@ -221,6 +226,8 @@ def _one_line(error: ValidationError, verb: str, known: list[str]) -> str:
         return f"{name}={first['input']!r} is not a setting of {verb}; {remedy} settings are {', '.join(known)}"
     if not name:
         return str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "tuple_type" and isinstance(first["input"], str):
+        return f"{name}={first['input']!r} is invalid: it must be a sequence, as {name}=({first['input']!r},)"
     of_setting = (other for other in error.errors() if other["loc"][:1] == first["loc"][:1])
     words = "".join(
         f", or {other.get('ctx', {})['expected']}" for other in of_setting if other["type"] == "literal_error"

@@ -36,6 +36,7 @@ from bridges.report.plots import quality_plot, steering_plot
 from bridges.tasks.pairs import TASKS, TaskPairs, task_pairs
 from bridges.views.channels import channel_steps, channel_views
 from bridges.views.collect import Results, page_data, page_pairs
+from bridges.views.run_folder import RunFolder
 
 SETTINGS = FitConfig(
     steps=400,
@@ -119,7 +120,8 @@ def demo(
     console.print(f"\n{one}\n\n{few}", highlight=False, soft_wrap=True, markup=False)
     found = Results(report, {TASK: circuit}, {TASK: {"one": one.to_dict(), "few": few.to_dict()}})
     write_demo_page(pair, bridge_set, found, read, heldout, out, progress)
-    console.print(f"\nWritten to {out}: index.html shows it all; `bridges report {out} --tasks all` adds other tasks.")
+    written = f"\nWritten to {out}: index.html shows it all; `bridges report {out} --tasks all` adds other tasks."
+    console.print(written, soft_wrap=True)
     return steering
 
 
@@ -137,15 +139,9 @@ def write_demo_page(
     found = replace(found, circuits_missing=missing, steering_missing=missing)
     with frozen_pair(pair.dense, pair.sparse, bridge_set, check_models=False) as models:
         rows = text[: FEATURE_TOKENS // text.shape[1]]
-        options = {
-            "text": rows,
-            "text_source": "held-out bundled corpus",
-            "channels": read,
-            "headline": TASK,
-            "title": "The bundled pair",
-            "progress": progress,
-        }
-        data = page_data(models, found, TASKS, pair.tokenizer, **options)
+        options = {"text_source": "held-out bundled corpus", "headline": TASK, "title": "The bundled pair"}
+        RunFolder(out).save_page_options(rows, **options)
+        data = page_data(models, found, TASKS, pair.tokenizer, text=rows, channels=read, progress=progress, **options)
     write_page(data, out / "index.html")
 
 

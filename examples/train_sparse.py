@@ -19,7 +19,10 @@ parser.add_argument("--config", default="configs/bundled_pair_1_dense.toml", hel
 parser.add_argument("--run", default="runs/pair", help="the run folder; sparse/ in it is the trained model")
 parser.add_argument("--dense", default="bridges/assets/dense", help="the dense model's folder")
 parser.add_argument("--tokenizer", default="bridges/assets/tokenizer", help="its tokenizer's folder")
-parser.add_argument("--start", help="weights to start from: sparse.safetensors of a checkpoint; default: random")
+parser.add_argument(
+    "--start",
+    help="what to start from: a sparse model's folder, or sparse.safetensors of a checkpoint; default: random",
+)
 parser.add_argument("--split", default="train", help='"heldout" is a twentieth of the text, for a quick try')
 parser.add_argument("--rows", type=int, default=0, help="train on this many rows only; 0: on all")
 parser.add_argument("--report-to", default="none", help="none or wandb")
@@ -33,11 +36,14 @@ config = bridges.FitConfig.from_file(args.config).with_settings(overrides)
 tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
 dense = GPT2LMHeadModel.from_pretrained(args.dense)
 torch.manual_seed(config.seed)
-sparse = bridges.SparseTransformer(
-    bridges.SparseConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **tables["sparse"])
-)
-if args.start:
-    sparse.load_state_dict(load_file(args.start))
+if args.start and Path(args.start).is_dir():
+    sparse = bridges.SparseTransformer.from_pretrained(args.start)
+else:
+    sparse = bridges.SparseTransformer(
+        bridges.SparseConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **tables["sparse"])
+    )
+    if args.start:
+        sparse.load_state_dict(load_file(args.start))
 rows = bundled_corpus(tokenizer, config.seq_len or 128, args.split, config.seed)
 heldout = bundled_corpus(tokenizer, config.seq_len or 128, "heldout", config.seed)
 bridge_set = bridges.fit(

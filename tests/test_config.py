@@ -114,6 +114,20 @@ def test_a_setting_that_needs_another_is_refused_without_it(settings, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("settings", [{"lrr": 1}, {"steps": -1}, {"sites": "1.mlp"}, {"resume": True}])
+def test_the_class_itself_refuses_in_the_same_line(settings):
+    with pytest.raises(ValueError) as expected:
+        FitConfig.from_values(settings)
+    with pytest.raises(ValueError) as caught:
+        FitConfig(**settings)
+    assert str(caught.value) == str(expected.value) and "\n" not in str(caught.value)
+
+
+def test_one_site_without_a_list_is_told_how_to_be_written():
+    with pytest.raises(ValueError, match=r"sites='1.mlp' is invalid: it must be a sequence, as sites=\('1.mlp',\)"):
+        FitConfig(sites="1.mlp")  # pyright: ignore[reportArgumentType]
+
+
 def test_every_bound_is_itself_valid():
     FitConfig.from_values(
         {"steps": 0, "ridge": 0, "nmse_weight": 0, "seq_len": 2, "k": 1, "anneal": 1, "sites_per_step": 1}

@@ -111,3 +111,6 @@ def check_files(folder, n_prompts):
     assert nodes | steered | {f"{steering['site']}.read.{steering['channel']}"} == set(data["channels"])
     for picture in ("quality.png", "steering.png"):
         assert (folder / picture).stat().st_size > 10_000
+    again = data_of(bridges.report(folder, out=folder / "again.html", progress=False))
+    shown = ("title", "headline", "text", "bridges", "circuits", "channels")
+    assert {name: again[name] for name in shown} == {name: data[name] for name in shown}

@@ -58,8 +58,10 @@ class Node(NamedTuple):
             )
         if model is not None:
             sizes = place_sizes(model)
-            if place not in sizes or int(index) >= sizes[place]:
-                raise ValueError(f"node={text!r} is not in the model; its places have {sizes} nodes")
+            if place not in sizes:
+                raise ValueError(f"node={text!r} is not in the model, which has {len(model.blocks)} layers, from 0 on")
+            if int(index) >= sizes[place]:
+                raise ValueError(f"node={text!r} is not in the model; {place} has {sizes[place]} nodes, from 0 on")
         return cls(place, int(index))
 
     def __str__(self) -> str:

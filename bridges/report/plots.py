@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from bridges.bridge_report import BridgeReport
 from bridges.io.files import replacing
-from bridges.report.curves import CURVES
+from bridges.report.curves import CURVES, DENSE_COLOR, SPARSE_COLOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENCODE_COLOR, DECODE_COLOR, CONTROL_COLOR = "#1f6f8b", "#d1603d", "#555555"
+CONTROL_COLOR = "#555555"
 MOST_SIDE_BY_SIDE = 12
 """Sites that have room beside one another in half a figure."""
 BAR_OFFSETS, BAR_WIDTH = (-0.2, 0.2), 0.38
@@ -58,7 +58,7 @@ def quality_figure(report: BridgeReport) -> Figure:
 def _draw_sites(axes: Axes, report: BridgeReport, names: Sequence[str], controls: Sequence[str | None]) -> None:
     """Two bars per site, and a mark at the height of each one's control."""
     sites = range(len(report.sites))
-    colors = (ENCODE_COLOR, DECODE_COLOR)
+    colors = (DENSE_COLOR, SPARSE_COLOR)
     for name, control, color, offset in zip(names, controls, colors, BAR_OFFSETS, strict=True):
         x = [site + offset for site in sites]
         axes.bar(x, [getattr(site, name) for site in report.sites], BAR_WIDTH, color=color, label=name)

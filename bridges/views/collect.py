@@ -30,8 +30,8 @@ PAIRS, PAIRS_SEED = 64, 2
 """Prompts of each task that the page's own figures are measured on: not those that its circuit was found on."""
 TEXT_TOKENS = 16_384
 """Tokens of text that channels are shown on."""
-DIGITS = 5
-"""Significant digits of every number in the page."""
+DIGITS = 7
+"""Significant digits of every number in the page's data: more than it shows, since a second rounding adds error."""
 SEVERAL_TASKS = 3
 """Tasks whose prompts a channel is shown on, at most: a channel may be in the circuits of many."""
 
@@ -181,7 +181,7 @@ def rounded(value: Any, digits: int = DIGITS) -> Any:
     """The same with every number at so many significant digits, and None for those that JSON does not have.
 
     >>> rounded({"p": [0.123456789, float("nan")], "n": 1234567})
-    {'p': [0.12346, None], 'n': 1234567}
+    {'p': [0.1234568, None], 'n': 1234567}
     """
     if isinstance(value, Mapping):
         return {key: rounded(item, digits) for key, item in value.items()}

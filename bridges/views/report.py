@@ -89,10 +89,10 @@ def report(
         if wanted:
             measure(folder, pair, wanted, known, progress)
         results = _results(folder, pair)
-        text = run.heldout_rows(models).input_ids if "fit" in run.tables else None
-        options = {"text": text, "text_source": "held-out rows of the run", "progress": progress}
-        title = f"Bridges of {folder.path.resolve().name}"
-        data = page_data(pair, results, TASKS if known is not None else (), known, title=title, **options)
+        options: dict[str, Any] = {"title": f"Bridges of {folder.path.resolve().name}"} | folder.page_options()
+        if "fit" in run.tables:
+            options |= {"text": run.heldout_rows(models).input_ids, "text_source": "held-out rows of the run"}
+        data = page_data(pair, results, TASKS if known is not None else (), known, progress=progress, **options)
     write_page(data, path)
     if json:
         write_json(path.with_suffix(".data.json"), data)

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from bridges.bridge import BridgeSet
 from bridges.bridge_report import BridgeReport
 from bridges.circuits.circuit import FILE as CIRCUIT_FILE
@@ -17,6 +21,8 @@ from bridges.objective.pair import ModelPair
 from bridges.tasks.pairs import TASKS
 
 CONFIG, REPORT = "config.json", "report.json"
+PAGE_OPTIONS = "page.json"
+"""What the demo gave `page_data` beside its results, so that the page can be drawn anew with the same."""
 CIRCUITS, SWEEPS = "circuits", "sweeps"
 """Folders of what `report` measures: a circuit's folder per task, and a JSON of sweeps per task."""
 OWN_TASK = "a task of your own: its prompts are not in the folder"
@@ -106,6 +112,18 @@ class RunFolder:
     def save_sweeps(self, task: str, found: Mapping[str, Any], bridge_set: BridgeSet) -> None:
         """Write `sweeps/TASK.json`: `one` and `few`, or `missing`, why there are none; and whose bridges they are."""
         write_json(self.path / SWEEPS / f"{task}.json", {**found, "bridges": fingerprint(bridge_set)})
+
+    def save_page_options(self, text: Int[Tensor, "rows seq"], **options: str) -> None:
+        """Write the token rows that channels are shown on, and other options of `page_data`."""
+        write_json(self.path / PAGE_OPTIONS, {**options, "text": text.tolist()})
+
+    def page_options(self) -> dict[str, Any]:
+        """What `save_page_options` has written, as arguments of `page_data`; nothing where it has not."""
+        path = self.path / PAGE_OPTIONS
+        if not path.is_file():
+            return {}
+        options = read_json(path)
+        return {**options, "text": torch.tensor(options["text"], dtype=torch.long)}
 
     def left_out(self, pair: ModelPair) -> dict[str, str]:
         """The user's own tasks that there are results of."""

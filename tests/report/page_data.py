@@ -78,7 +78,7 @@ EXAMPLE = {
 }
 TASK = {
     "name": "quotes",
-    "description": "A string is closed by the quote that opened it.",
+    "description": "A string is closed by the quote that opened it, `'` or `\"`.",
     "pairs": 64,
     "solved": {"dense": 1.0, "sparse": 0.95},
     "examples": [EXAMPLE],

@@ -5,6 +5,8 @@ from report.chromium import needs_chromium
 from report.page_data import crowded_circuit
 
 pytestmark = [pytest.mark.slow, needs_chromium]
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
 
 STEPS, DASHED = 400, 600
 PICTURE = """() => {
@@ -88,6 +90,6 @@ def test_the_pointer_near_a_line_tells_its_weight(visit, scale):
         x, y = page.locator(f".under .{sign}").first.evaluate(place)
         page.mouse.move(x, y + 2)
         assert words in page.locator(".tooltip").text_content()
-        assert page.locator(".front-edges path").count() == 1
+        expect(page.locator(".front-edges path")).to_have_count(1)
         page.mouse.move(x, y + 300)
         assert page.locator(".front-edges path").count() == 0 and page.locator(".tooltip").is_hidden()

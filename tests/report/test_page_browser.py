@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report.chromium import needs_chromium
+from report.chromium import ends_with, needs_chromium
 from report.page_data import CURVES, page_data
 
 MINUS = "\N{MINUS SIGN}"
@@ -15,6 +15,11 @@ WEB = Path(__file__).parents[2] / "web"
 ASSETS = Path(__file__).parents[2] / "bridges/report/assets"
 VIEWS = ["overview", "bridges", "tasks", "task/quotes", "task/a_hard_one", "circuit", "circuit/quotes", "channel"]
 VIEWS += ["channel/0.mlp.read.3", "channel/0.mlp.neuron.7", "nowhere"]
+OPEN_AND_WAIT = """hash => new Promise(done => {
+    if (location.hash === hash) return done();
+    addEventListener("hashchange", done, { once: true });
+    location.hash = hash;
+})"""
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -24,7 +29,7 @@ expect = sync_api.expect
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_opens_and_fits_a_phone(visit, view):
     page = visit(view, width=360)
-    assert page.locator("h1").count() == 1
+    expect(page.locator("h1")).to_have_count(1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -47,26 +52,36 @@ def test_every_link_of_every_view_leads_to_a_view(visit):
     while todo:
         address = todo.pop()
         seen.add(address)
-        page.evaluate("hash => { location.hash = hash }", address)
-        page.wait_for_function("() => document.querySelector('main h1')")
-        assert page.locator("h1", has_text="No such view").count() == 0
+        page.evaluate(OPEN_AND_WAIT, address)
+        expect(page.locator("h1", has_text="No such view")).to_have_count(0)
         links = page.eval_on_selector_all("a[href]", "all => all.map(a => a.getAttribute('href'))")
         todo += [link for link in set(links) - seen - set(todo) if link != "#main"]
         assert all(link.startswith("#") for link in links)
     assert {"#/bridges", "#/task/quotes", "#/circuit/quotes", "#/channel/0.mlp.read.3"} <= seen
 
 
+@pytest.mark.parametrize(("typed", "view"), [("circuits", "circuit"), ("channels", "channel"), ("bridge", "bridges")])
+def test_a_list_is_found_by_its_singular_and_its_plural(visit, typed, view):
+    assert visit(typed).locator("main").inner_html() == visit(view).locator("main").inner_html()
+
+
+def test_what_stands_between_backticks_is_code(visit):
+    page = visit("task/quotes")
+    expect(page.locator(".lead code")).to_have_text(["'", '"'])
+    assert "`" not in page.locator(".heading").text_content()
+
+
 def test_the_menu_marks_the_view_and_names_the_page(visit):
     page = visit()
     page.click("nav >> text=Tasks")
-    assert page.url.endswith("#/tasks")
+    expect(page).to_have_url(ends_with("#/tasks"))
     expect(page.locator("nav a[aria-current]")).to_have_text("Tasks")
     expect(page).to_have_title("What both models solve, and what an edit turns · A pair made by hand")
     page.click("tr:has-text('quotes') td >> nth=1")
     expect(page.locator("h1")).to_have_text("quotes")
     expect(page.locator("nav a[aria-current]")).to_have_text("Tasks")
     page.go_back()
-    assert page.url.endswith("#/tasks")
+    expect(page).to_have_url(ends_with("#/tasks"))
 
 
 def test_the_overview_shows_the_headline_and_the_bridges(visit):
@@ -160,12 +175,12 @@ def test_a_curve_tells_its_values_and_can_be_hidden(visit):
     assert values.all_text_contents() == shown(0)
     assert plot.locator(".hit").get_attribute("aria-valuenow") == "0"
     curve = plot.locator("[data-curve=p_target_probe]")
-    assert curve.count() == 1
+    expect(curve).to_have_count(1)
     plot.locator("button", has_text="linear probe").click()
-    assert curve.count() == 0
+    expect(curve).to_have_count(0)
     plot.locator("button", has_text="logarithmic").click()
     assert "0.01" in plot.locator(".axis text").all_text_contents()
-    assert curve.count() == 0
+    expect(curve).to_have_count(0)
     plot.locator("summary").click()
     cells = plot.locator("details tr", has_text="all channels").locator("td")
     expect(cells).to_have_text(["0.012", "0.543", "0.944"])
@@ -179,13 +194,13 @@ def test_the_threshold_hides_weights_and_says_how_many(visit):
     expect(page.locator("a.node")).to_have_count(5)  # the graph is drawn once its width is known
     for value, shown in ((100, 2), (300, 1), (400, 1), (0, 3)):
         slider.fill(str(value))
-        assert edges.count() == shown
+        expect(edges).to_have_count(shown)
         expect(told).to_contain_text(f"{shown} weight{'s' if shown > 1 else ''} shown, {3 - shown} hidden")
     slider.fill("100")
     assert page.locator(".node.lone").get_attribute("aria-label").startswith("0.mlp.read.5")
     slider.focus()
     page.keyboard.press("Home")
-    assert edges.count() == 3
+    expect(edges).to_have_count(3)
 
 
 def test_signs_differ_in_colour_and_in_dash(visit):
@@ -203,10 +218,10 @@ def test_a_node_shows_figures_and_neighbours_and_opens_its_channel(visit):
     node.hover()
     for shown in (f"{MINUS}0.040", "+0.662", "0, 1", "'zebra' +0.50"):
         expect(page.locator(".tooltip")).to_contain_text(shown)
-    assert page.locator(".front-edges path").count() == 1
-    assert page.locator(".node.near").count() == 2
+    expect(page.locator(".front-edges path")).to_have_count(1)
+    expect(page.locator(".node.near")).to_have_count(2)
     page.mouse.move(0, 0)
-    assert page.locator(".faded").count() == 0
+    expect(page.locator(".faded")).to_have_count(0)
     node.focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.getAttribute('href')") == "#/channel/0.mlp.neuron.7"
@@ -280,7 +295,7 @@ def test_search_from_the_keyboard(visit, query, opens):
     page.keyboard.type(query)
     expect(page.locator("#found li[aria-selected=true]")).to_have_count(1)
     page.keyboard.press("Enter")
-    assert page.url.endswith(opens)
+    expect(page).to_have_url(ends_with(opens))
     expect(page.locator("#found")).to_be_hidden()
 
 
@@ -292,7 +307,7 @@ def test_search_with_arrows_and_with_nothing_found(visit):
     assert kinds[:2] == ["task", "circuit"]
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    assert page.url.endswith("#/circuit/quotes")
+    expect(page).to_have_url(ends_with("#/circuit/quotes"))
     page.fill("#search", "qqqq")
     expect(page.locator("#found")).to_have_text("Nothing is called so.")
     page.keyboard.press("Escape")

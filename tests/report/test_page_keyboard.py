@@ -1,7 +1,7 @@
 """Every view of the report page can be reached and left by the keyboard alone."""
 
 import pytest
-from report.chromium import needs_chromium
+from report.chromium import ends_with, needs_chromium
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -44,4 +44,4 @@ def test_what_a_view_leads_to_by_tab_and_enter(visit, start, link, address):
     page = visit(start)
     tab_to(page, link)
     page.keyboard.press("Enter")
-    assert page.url.endswith(address)
+    expect(page).to_have_url(ends_with(address))

@@ -207,6 +207,6 @@ def test_prompts_that_a_circuit_was_searched_on_are_not_on_the_page():
 
 def test_numbers_are_rounded_to_significant_digits_and_keep_their_kinds():
     assert rounded({"a": (1.23456789e-8, True, 7, "x", None), "b": math.inf}) == {
-        "a": [1.2346e-8, True, 7, "x", None],
+        "a": [1.234568e-8, True, 7, "x", None],
         "b": None,
     }

@@ -6,6 +6,9 @@
  * @property {string} name "" if the address has none
  */
 
+/** Views by the names that readers type, too: the lists are called as the menu calls them. @type {Record<string, string>} */
+const ALIASES = { bridge: "bridges", circuits: "circuit", channels: "channel" };
+
 /**
  * The address that a location's hash names; the overview if it names none.
  * @param {string} hash
@@ -14,7 +17,7 @@
 export function parseAddress(hash) {
   if (!hash.startsWith("#/")) return { view: "overview", name: "" };
   const [view, ...rest] = hash.slice(2).split("/");
-  return { view: view || "overview", name: decode(rest.join("/")) };
+  return { view: ALIASES[view] ?? (view || "overview"), name: decode(rest.join("/")) };
 }
 
 /** @param {string} text */

@@ -43,6 +43,14 @@ export function solvedMark(share) {
 }
 
 /**
+ * Text with what stands between backticks as code.
+ * @param {string} text
+ */
+export function withCode(text) {
+  return text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
+}
+
+/**
  * Text in the quieter tone of controls.
  * @param {...import("./dom.js").Child} text
  */

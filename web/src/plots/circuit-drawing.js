@@ -147,7 +147,7 @@ function drawNode(circuit, layout, i, most) {
         "text",
         { class: "node-label", x, y: y + radius + 14, "text-anchor": "middle" },
         number,
-        ...tokenLines(node.tokens).map((line) => s("tspan", { class: "quiet", x, dy: "1.25em" }, line)),
+        ...tokenLines(node.tokens).map((line) => s("tspan", { class: "tokens", x, dy: "1.3em" }, line)),
       );
   return s(
     "a",

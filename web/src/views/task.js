@@ -20,6 +20,7 @@ import {
   solvedMark,
   stat,
   stats,
+  withCode,
 } from "../ui.js";
 
 /** @typedef {import("../types.js").Task} Task */
@@ -43,7 +44,7 @@ export function taskView(page, name) {
     ].filter(([, sweep]) => sweep)
   );
   return [
-    heading("Task", breakable(task.name), task.description, ` ${many(task.pairs, "pair")} of prompts that differ in a cue.`),
+    heading("Task", breakable(task.name), ...withCode(task.description), ` ${many(task.pairs, "pair")} of prompts that differ in a cue.`),
     taskStats(page, task),
     section(
       "Prompts",
