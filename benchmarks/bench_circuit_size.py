@@ -1,7 +1,8 @@
 """Circuit sizes in the sparse model and its dense-weight twin: python benchmarks/bench_circuit_size.py
 
 Per task and target loss: nodes and edges of the circuit in both models, by masks and by attribution. Beside them what
-masks find in the sparse model for shuffled labels, and in a copy of it with permuted weights. The twin is trained by
+masks find in the sparse model for shuffled labels, judged on the pairs that train them, and in a copy of it with
+permuted weights. The twin is trained by
 `python examples/pretrain_sparse.py --config configs/dense_twin.toml --run runs/dense_twin`.
 
 Means are geometric, over the tasks on which both models reach the target by both methods; an edgeless circuit counts as
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 SOLVED, SOLVED_PAIRS = 0.9, 64
 """Part of its prompts that both models must answer for a task to be measured, unless it is named."""
 N_TASKS = 6
+JUDGE_SHARE = 0.25
+"""Part of the pairs that chooses a circuit's size; of shuffled labels, which nothing predicts, the training pairs do."""
 
 
 class Series(NamedTuple):
@@ -132,6 +135,7 @@ class Bench:
                                 text=text,
                                 method=series.method,
                                 target_loss=target,
+                                judge_share=0 if series.shuffled else JUDGE_SHARE,
                                 progress=False,
                                 **self.settings,
                             )

@@ -66,8 +66,8 @@ def controls(
         pairs: pairs that the circuit was not found on; by default drawn anew for its task, by another seed.
         tokenizer: makes prompts; by default the one saved with the model.
         text: token rows for means and side effects; by default as in `prune`.
-        searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels, of a cue that
-            means nothing, of permuted weights, of another seed, and without the nodes of this circuit.
+        searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels (whose size is
+            chosen on the pairs that train masks: it may know them by heart), of a cue that means nothing, of permuted weights, of another seed, and without the nodes of this circuit.
         dense_twin: a `SparseTransformer` with dense weights, the same tokens and about the same loss on text, in which
             the task's circuit is searched for too, also with `searches=False`; by default there is none.
         progress: whether to show a progress bar.
@@ -195,17 +195,24 @@ def _searches(
     means = {place: mean.to(model.device) for place, mean in circuit.means.items()}
 
     def pruned(
-        other: SparseTransformer, of: TaskPairs, seeds: Sequence[int] = (0,), **options: Any
+        other: SparseTransformer,
+        of: TaskPairs,
+        seeds: Sequence[int] = (0,),
+        settings: PruneConfig | None = None,
+        **options: Any,
     ) -> list[Callable[[Bar], Circuit]]:
         def search(bar: Bar, seed: int) -> Circuit:
             with frozen_and_fast(other):
                 own = means if other is model else node_means(other, text)
-                return Search(other, of, own, config, **options).run(seed, bar)
+                return Search(other, of, own, settings or config, **options).run(seed, bar)
 
         return [partial(search, seed=seed) for seed in seeds]
 
     return {
-        "shuffled_labels": pruned(model, shuffled_labels(pairs, config.seed)),
+        # A coin says nothing about other pairs, so it is judged on those that masks are trained on.
+        "shuffled_labels": pruned(
+            model, shuffled_labels(pairs, config.seed), settings=config.with_settings({"judge_share": 0})
+        ),
         "meaningless_cue": pruned(model, meaningless_cue(pairs, config.seed)),
         "permuted_weights": pruned(permuted_weights(model, config.seed), pairs),
         "other_seed": pruned(model, pairs, range(1, max(2, config.seeds))),

@@ -57,7 +57,8 @@ class Ranking(NamedTuple):
 class Search:
     """The search for one task's circuit in one model, whose nodes that are `forbidden` stay off.
 
-    `means` are what nodes that are off are frozen at. The last quarter of the pairs chooses the size.
+    `means` are what nodes that are off are frozen at. The last of the pairs choose the size, all where no part is set
+    aside for it.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Search:
         self.model, self.config, self.task = model, config, pairs.task
         self.masked_pass = MaskedPass(model)
         self.means = {place: mean.to(model.device) for place, mean in means.items()}
-        n_judge = max(1, n // 4)
+        n_judge = max(1, int(config.judge_share * n)) if config.judge_share else 0
         self.prompts = Presented.of(pairs, model.device)
         self.prefixes = Prefixes.of(self.prompts.input_ids, self.prompts.attention_mask)
         pair = torch.arange(n, device=model.device)
-        self.train, self.judge = pair[: n - n_judge], pair[n - n_judge :]
+        self.train = pair[: n - n_judge]
+        self.judge = pair[n - n_judge :] if n_judge else pair
         self.calibration = self.train[:CALIBRATION_PAIRS]
         self.tokens = torch.cat([pairs.input_ids, pairs.counterfactual_ids]).unique().tolist()
         answers = torch.cat([sets.distinct.flatten() for sets in (pairs.answer_sets, pairs.target_sets)]).unique()

@@ -26,6 +26,9 @@ class PruneConfig(Settings):
     pass over the training pairs; settings of the masks do nothing then, and every seed gives the same."""
     n: int = Field(default=256, ge=4)
     """Pairs of prompts: three quarters train masks, one quarter chooses the size."""
+    judge_share: float = Field(default=0.25, ge=0, lt=1)
+    """The part of the pairs that is set aside to choose the size. 0: the pairs that train masks choose it, too, so that a
+    circuit may know their answers by heart; the control of shuffled labels allows it that."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the prompts, of their order and of the masks' first values."""
     seeds: int = Field(default=1, ge=1)

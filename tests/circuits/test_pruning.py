@@ -150,3 +150,17 @@ def test_what_does_not_fit_is_refused_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             prune(*arguments, progress=False, **settings)
         assert "\n" not in str(error.value)
+
+
+def test_without_pairs_set_aside_the_size_is_chosen_on_those_that_train():
+    """The last quarter of the pairs has the wrong answers: alone they refuse what all pairs together accept."""
+    pairs = planted_pairs(32)
+    last = (torch.arange(32) >= 24)[:, None]
+    wrong = pairs.replaced(
+        answers=torch.where(last, pairs.targets, pairs.answers), targets=torch.where(last, pairs.answers, pairs.targets)
+    )
+    settings = {"text": planted_text(), "steps": 40, "target_loss": 0.6, "progress": False}
+    circuit = prune(planted_model(), wrong, judge_share=0, **settings)
+    assert circuit.n_nodes == 4 and 0.5 < circuit.loss < 0.6  # of a right answer in three of four, 0.562 at best
+    with pytest.raises(ValueError, match=r"does not come under target_loss=0\.6"):
+        prune(planted_model(), wrong, **settings)
