@@ -40,7 +40,7 @@ SOLVED, SOLVED_PAIRS = 0.9, 64
 """Part of its prompts that both models must answer for a task to be measured, unless it is named."""
 N_TASKS = 6
 JUDGE_SHARE = 0.25
-"""Part of the pairs that chooses a circuit's size; of shuffled labels, which nothing predicts, the training pairs do."""
+"""Part of the pairs that chooses a circuit's size; for shuffled labels the training pairs do."""
 
 
 class Series(NamedTuple):

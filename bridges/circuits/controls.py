@@ -66,8 +66,9 @@ def controls(
         pairs: pairs that the circuit was not found on; by default drawn anew for its task, by another seed.
         tokenizer: makes prompts; by default the one saved with the model.
         text: token rows for means and side effects; by default as in `prune`.
-        searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels (whose size is
-            chosen on the pairs that train masks: it may know them by heart), of a cue that means nothing, of permuted weights, of another seed, and without the nodes of this circuit.
+        searches: whether to search for circuits too, at the cost of one pruning each: of shuffled labels (its size is
+            chosen on the pairs that train masks, whose answers it may know by heart), of a cue that means nothing, of
+            permuted weights, of another seed, and without the nodes of this circuit.
         dense_twin: a `SparseTransformer` with dense weights, the same tokens and about the same loss on text, in which
             the task's circuit is searched for too, also with `searches=False`; by default there is none.
         progress: whether to show a progress bar.

@@ -27,8 +27,8 @@ class PruneConfig(Settings):
     n: int = Field(default=256, ge=4)
     """Pairs of prompts: three quarters train masks, one quarter chooses the size."""
     judge_share: float = Field(default=0.25, ge=0, lt=1)
-    """The part of the pairs that is set aside to choose the size. 0: the pairs that train masks choose it, too, so that a
-    circuit may know their answers by heart; the control of shuffled labels allows it that."""
+    """The part of the pairs that is set aside to choose the size. 0: the pairs that train masks choose it, too, so a
+    circuit may know their answers by heart, as the control of shuffled labels allows it."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the prompts, of their order and of the masks' first values."""
     seeds: int = Field(default=1, ge=1)

@@ -115,6 +115,43 @@ def test_what_the_circuit_does_elsewhere_is_told_for_text_and_other_tasks():
         assert elsewhere(pair.sparse, much, text)["text_kl"] > 0.1
 
 
+def test_what_ablating_a_planted_circuit_costs_on_text_is_the_kl_worked_out_by_hand(redundant):
+    """One of two paths is frozen: text with the cue changes, and by as much as freezing its modules by hand says."""
+    model, circuit = redundant
+    text = planted_text(16, seed=4)
+    block, means = model.blocks[0], circuit.means
+    modules = {"0.attn.read": block.attn.attn_in, "0.attn.v": block.attn.attn_v, "0.attn.write": block.attn.attn_out}
+    modules |= {"final.read": model.transformer.ln_f}
+
+    def freeze(place):
+        at = torch.tensor(circuit.nodes[place])
+        return lambda module, args, output: output.index_copy(-1, at, means[place][at].expand(*output.shape[:-1], -1))
+
+    assert {place for place, indices in circuit.nodes.items() if indices} <= modules.keys()
+    with torch.no_grad():
+        whole = model(text).logits.double().log_softmax(-1)
+        handles = [modules[p].register_forward_hook(freeze(p)) for p, at in circuit.nodes.items() if at]
+        frozen = model(text).logits.double().log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    by_hand = (whole.exp() * (whole - frozen)).sum(-1).mean().item()
+    assert elsewhere(model, circuit, text)["text_kl"] == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.1
+
+
+@pytest.mark.slow(20)
+def test_without_any_stream_at_the_end_every_other_task_is_guessed():
+    pair = bridges.load_pair()
+    sizes = sizes_of(pair.sparse)
+    everything = Circuit(
+        "for_while", {"final.read": tuple(range(2048))}, [], {p: torch.zeros(n) for p, n in sizes.items()}
+    )
+    text = torch.randint(1024, (2, 8), generator=torch.Generator().manual_seed(0))
+    found = elsewhere(pair.sparse, everything, text, pair.tokenizer)["tasks"]
+    assert len(found) == 19 and "for_while" not in found
+    assert all(one["ablated"] == 0.5 for one in found.values())
+    assert found["single_double_quote"]["whole"] == 1 and found["var_swap"]["whole"] < 0.9
+
+
 def sizes_of(model):
     from bridges.circuits.nodes import place_sizes
 
