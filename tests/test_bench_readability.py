@@ -91,7 +91,9 @@ def test_a_task_without_channels_is_zeros_with_the_reason(pair):
 
 def made_up(p_sparse, p_dense, worst, alone=0.0, changed=5):
     one = {"channels": [1], "site": "0.mlp", "at": "read", "p_sparse": p_sparse, "p_dense": p_dense, "worst": worst}
-    one |= {"p_random": 0.1, "ablation_kl": 0.02, "r_squared": 0.5, "r_squared_shuffled": None}
+    # Of the tasks that turn both, and of those that are solved, other figures than of all.
+    one |= {"p_random": 0.2 if p_dense == 0.8 else 0.1, "ablation_kl": 0.03 if p_dense == 0.8 else 0.02}
+    one |= {"r_squared": 0.4 if p_dense == 0.4 else 0.5, "r_squared_shuffled": None}
     return {
         "solved": {"dense": 1.0, "sparse": p_sparse},
         "sparse_alone": {"p_sparse": alone},
@@ -117,6 +119,8 @@ def test_the_summary_counts_turned_tasks_and_takes_means_and_medians():
     assert found["one"]["turned_sparse"] == 3 and found["one"]["turned_both"] == 2
     assert found["one"]["turned_both_either_way"] == 1 and found["four"]["turned_both_either_way"] == 2
     assert found["one"]["p_dense"] == pytest.approx(2.9 / 4) and found["four"]["p_dense"] == pytest.approx(0.9)
+    assert found["one"]["over_solved"] == {"r_squared": pytest.approx(1.4 / 3), "r_squared_shuffled": 0.0}
+    assert found["one"]["over_turned"] == {"p_random": pytest.approx(0.2), "ablation_kl": pytest.approx(0.03)}
     assert found["changed"] == {"0.attn": 5} and found["changed_per_pair"] == {"0.attn": 2.5}
     told = "\n".join(bench.lines(found, {"nmse_decode": 0.25}))
     assert "nmse_decode 0.250" in told and "in both on 2, in both and each way round over 0.3 on 1" in told
