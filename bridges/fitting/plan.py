@@ -126,7 +126,8 @@ def estimate_seconds(
         found["scales of the streams"] = scales
     left = config.steps - (work.steps_done or 0)
     if left:
-        sites = sampled_sites(config, n)
+        # A path through both models costs about what the two hybrid passes of a site do.
+        sites = sampled_sites(config, n) + int(config.path_weight > 0 and n > 1)
         batch_tokens = config.batch_size * config.gradient_accumulation_steps * work.seq_len
         # What several micro-batches are divided by takes a forward pass of its own over each.
         forward = part.forward if config.gradient_accumulation_steps > 1 else 0.0

@@ -137,6 +137,11 @@ def test_several_micro_batches_run_forward_twice(a_second_each):
     assert seconds(gradient_accumulation_steps=2, batch_size=4)["steps"] - one == pytest.approx(100 * 80 / 80)
 
 
+def test_a_path_through_both_models_is_planned_as_one_more_site(a_second_each):
+    more = seconds(sites_per_step=3)["steps"]
+    assert seconds(sites_per_step=2, path_weight=1.0)["steps"] == more > seconds(sites_per_step=2)["steps"]
+
+
 def test_padding_is_run_but_not_counted(a_second_each):
     """A quarter of the tokens is real: what medians and the best state are found on takes four times the rows."""
     whole, padded = seconds(), seconds(WORK._replace(real_share=0.25))
