@@ -132,8 +132,8 @@ class FitConfig(Settings):
 
     path_weight: float = Field(default=0.0, ge=0)
     """Weight of the KL of hybrid passes that change sides several times: one pass in every step, its number of changes
-    (two or more), its bridges and its first side drawn anew. It costs about what one more of `sites_per_step` does. The best
-    state is chosen without it, by the passes that change sides once."""
+    (two or more), its bridges and its first side drawn anew. It costs about what one more of `sites_per_step` does. The
+    best state is chosen without it, by the passes that change sides once."""
 
     train_sparse: bool = False
     """Train the sparse model together with the bridges."""
