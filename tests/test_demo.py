@@ -77,6 +77,8 @@ def test_the_bundled_circuit_is_what_it_says():
     assert without["accuracy"] < 0.6 and without["loss"] > 0.6
     for name in ("shuffled_labels", "meaningless_cue", "permuted_weights", "forbidden"):
         assert circuit.controls[name]["nodes"] is None, name
+    twin = circuit.controls["dense_twin"]
+    assert twin["masks"]["edges"] > 16 * circuit.n_edges and abs(twin["text_ce"] - twin["text_ce_own"]) < 0.1
 
 
 def check_files(folder, n_prompts):
