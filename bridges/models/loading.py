@@ -130,6 +130,7 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
 
     Raises:
         ValueError: the model is not a plain sequence of decoder layers; the message names the layer and the difference.
+            Or its weights are sharded over processes, or are those of a `SparseTransformer` and offloaded.
         OSError: nothing is found at the folder or hub id.
 
     >>> import bridges, torch
@@ -144,10 +145,44 @@ def as_residual(model: ModelSource, device: torch.device | str | None = None, **
     >>> torch.equal(residual_model.run_from("1.attn", residuals[2], input_ids), dense(input_ids).logits)
     True
     """
+    loaded = load_model(model, device, **kwargs)
+    _refuse_sharded(loaded)
     if isinstance(model, ResidualModel):
         return model
-    loaded = load_model(model, device, **kwargs)
     module = inner_model(loaded)
     if isinstance(module, SparseTransformer):
+        _refuse_offloaded(module)
         return SparseResidual(module)
     return HuggingFaceResidual(module)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """ValueError if this process holds parts of weights: DTensors, or the flat parameters of FSDP's wrapper."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        found = "its parameters are DTensors, of fully_shard or tensor parallelism"
+    elif any(
+        isinstance(part, FullyShardedDataParallel) and part.sharding_strategy != ShardingStrategy.NO_SHARD
+        for part in model.modules()
+    ):
+        found = "FullyShardedDataParallel holds its parameters"
+    else:
+        return
+    raise ValueError(
+        f"model={type(model).__name__} is sharded over processes ({found}), while sublayers run and norms are copied "
+        "one by one; load it unsharded, with device_map='auto' over several devices where it does not fit on one"
+    )
+
+
+def _refuse_offloaded(model: SparseTransformer) -> None:
+    """ValueError if accelerate brings weights for modules' calls: a chain of sublayers calls the model's functions."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError(
+                f"parameter {name!r} of a SparseTransformer is offloaded, which works for Hugging Face models alone; "
+                "load it onto one device, without a device_map that offloads"
+            )

@@ -26,14 +26,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, evaluation mode and no parameter that requires a gradient; afterwards both as before."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.requires_grad]
     with eval_mode(model):
         try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            for module, name in trainable:
+                module._parameters[name].requires_grad_(False)  # pyright: ignore[reportOptionalMemberAccess]
             yield
         finally:
-            for parameter in trainable:
+            for module, name in trainable:
+                # Not the parameter of before: every call of an offloaded module leaves a new one.
+                parameter: nn.Parameter = module._parameters[name]  # pyright: ignore[reportAssignmentType]
                 # torch sets it back there alone, on a tensor that was made there
                 with torch.inference_mode() if parameter.is_inference() else nullcontext():
                     parameter.requires_grad_(True)

@@ -233,7 +233,9 @@ class ResidualModel(ABC):
 
     def check_differentiable(self) -> None:
         """ValueError if no gradient can pass through the model, since its weights are inference tensors."""
-        if torch.is_inference_mode_enabled() or not next(self.model.parameters()).is_inference():
+        # A pass under inference_mode leaves inference placeholders of offloaded weights, which are made anew.
+        first = next((p for p in self.model.parameters() if not p.is_meta), None)
+        if torch.is_inference_mode_enabled() or first is None or not first.is_inference():
             return
         name = getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__)
         raise ValueError(

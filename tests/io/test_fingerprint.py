@@ -1,7 +1,9 @@
 import copy
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from bridges.io.fingerprint import checked_fingerprint, fingerprint, same_model
@@ -52,7 +54,7 @@ def test_names_and_shapes_count_and_the_sign_of_zero_does_not():
 
 
 def test_a_parameter_without_values_is_named():
-    with pytest.raises(ValueError, match=r"parameter '0.weight' holds no values"):
+    with pytest.raises(ValueError, match=r"parameter '0.weight' holds no values.*; load the model's weights"):
         fingerprint(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta")))
 
 
@@ -82,3 +84,25 @@ def test_a_model_made_in_inference_mode_can_be_checked(tiny):
     with torch.inference_mode():
         model = nn.Linear(3, 2)
     assert checked_fingerprint(model) == fingerprint(model)
+
+
+def test_a_check_hashes_an_offloaded_model_once_until_it_is_offloaded_anew(tiny, tokens, monkeypatch):
+    calls = []
+    monkeypatch.setattr("bridges.io.fingerprint.fingerprint", lambda model: calls.append(model) or fingerprint(model))
+    model = accelerate.cpu_offload(tiny("llama"), execution_device="cpu")
+    mark = checked_fingerprint(model)
+    model(tokens)
+    assert checked_fingerprint(model) == mark and len(calls) == 1
+    remove_hook_from_submodules(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert checked_fingerprint(model) == fingerprint(model) != mark and len(calls) == 2
+
+
+def test_a_module_with_parameters_of_its_own_may_have_several_hooks():
+    """accelerate gives the whole model a second hook where it holds parameters itself."""
+    model = nn.Linear(3, 2)
+    mark = fingerprint(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert len(model._hf_hook.hooks) == 2 and model.weight.is_meta and fingerprint(model) == mark

@@ -1,12 +1,18 @@
 """Models whose weights accelerate keeps elsewhere and brings for each call."""
 
+from functools import cache
+
 import accelerate
 import pytest
 import torch
+from fits import DATA, run, same
 from pairs import join, sparse_model, with_units
 from pairs import tokens as ids
 from steered import EDITS, llama, steered
+from transformers import AutoModelForCausalLM
 
+from bridges.evaluate import evaluate
+from bridges.io.fingerprint import fingerprint
 from bridges.models.loading import as_residual
 from bridges.steering.steer import steer
 
@@ -114,3 +120,79 @@ def test_a_dispatched_model_is_steered_as_the_plain_one(dispatch, tmp_path):
             found.append((model(ids()).logits, model.generate(ids(), **how)))
         assert {name: id(vars(part).get("forward")) for name, part in model.named_modules()} == before
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def plain_llama():
+    return llama().float()
+
+
+@cache
+def plain_fit(steps):
+    return run(dense=plain_llama(), sparse=sparse_model(dtype=torch.float32), steps=steps)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_dispatched_model_is_fitted_as_the_plain_one(dispatch, steps, tmp_path):
+    """On a CPU bit for bit; and what required gradients does so afterwards."""
+    model = dispatch(plain_llama(), tmp_path)
+    next(model.parameters()).requires_grad_(False)
+    trainable = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    found = run(dense=model, sparse=sparse_model(dtype=torch.float32), steps=steps)
+    assert same(found, plain_fit(steps)) and found.provenance == plain_fit(steps).provenance
+    assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trainable
+
+
+def test_an_offloaded_model_that_has_run_in_inference_mode_can_be_fitted():
+    chain = as_residual(offload_all(plain_llama(), None))
+    with torch.inference_mode():
+        chain.model(ids())
+    assert same(run(dense=chain, sparse=sparse_model(dtype=torch.float32), steps=2), plain_fit(2))
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_dispatched_model_passes_the_check_of_models(dispatch, tmp_path):
+    sparse, changed = sparse_model(dtype=torch.float32), plain_llama()
+    with torch.no_grad():
+        changed.lm_head.weight[3, 4] += 0.5
+    bridge_set = plain_fit(0)
+    model, other = dispatch(plain_llama(), tmp_path / "one"), dispatch(changed, tmp_path / "other")
+    figures = evaluate(model, sparse, bridge_set, DATA, progress=False).flat()
+    assert figures == evaluate(plain_llama(), sparse, bridge_set, DATA, progress=False).flat()
+    with steer(model, bridge_set, EDITS["several"], sparse=sparse):
+        pass
+    with pytest.raises(ValueError, match="is not the model that these bridges were fitted to"):
+        evaluate(other, sparse, bridge_set, DATA, progress=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "dispatch"), [("gpt2", offload_all), *[("llama", dispatch) for dispatch in DISPATCHES]]
+)
+def test_a_dispatched_model_has_the_fingerprint_of_the_plain_one(family, dispatch, tied, tiny, tokens, tmp_path):
+    """Before a pass and after one, which leaves separate placeholders of tied embeddings."""
+    model = dispatch(tiny(family, tie_word_embeddings=tied), tmp_path)
+    mark = fingerprint(tiny(family, tie_word_embeddings=tied))
+    assert fingerprint(model) == mark
+    model(tokens)
+    assert fingerprint(model) == mark
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_loaded_onto_disk_has_the_fingerprint_of_the_loaded_one(dtype, tied, tiny, tokens, tmp_path):
+    """Its weights stay in float32 in the file, and become `dtype` where they are brought."""
+    tiny("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    mark = fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    on_cpu = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    for devices in ({"": "disk"}, {**on_cpu, "model.layers": "disk"}):
+        options = {"device_map": devices, "offload_folder": tmp_path / "offloaded"}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **options)
+        assert fingerprint(model) == mark
+        model(tokens)
+        assert fingerprint(model) == mark
+
+
+def test_an_offloaded_sparse_transformer_is_refused():
+    with pytest.raises(ValueError, match=r"parameter '.*' of a SparseTransformer is offloaded.* without a"):
+        as_residual(accelerate.cpu_offload(sparse_model(), execution_device="cpu"))
