@@ -11,7 +11,7 @@ times longer a step takes than in the table's first row.
 import argparse
 
 import torch
-from measure_step import Case, Figures, measure
+from measure_step import Case, Figures, caption, measure
 
 BASE = {"layers": 2, "d_sparse": 512, "vocab": 2048, "density": 1 / 64}
 BATCH, SEQ = 4, 64
@@ -52,6 +52,7 @@ def main(arguments=None):
             found = measure(Case(args.kind, BASE | {name: value}, BATCH, SEQ), args.rounds, args.device)
             first = first or found
             print(row(name, value, found, first), flush=True)
+    print(f"\n{caption([Case(args.kind, BASE)], args.device)}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@
 
 Each row is one run in which both steps and one large dense product alternate: the fastest of --rounds steps, and the
 ratio of tokens in the same time. All sites, exact KL, 8 rows of 128 tokens; on a CPU processor time on one thread,
-float32.
+float32. Where the support moves, one step in `move_every` (25) ends in a move: such a step is timed apart, and what it
+takes beyond a usual one is added to it in that proportion.
 
 GFLOP are those of a step's matrix products, two for every multiplication, attention by its whole square of scores;
 AbsTopK, softmaxes, KLs, norms and optimisers count none. The ceiling is the rate of the large product in the same run,
-on as many threads and in the dtype of the step. "Products at the ceiling / step" is the time that the step's products
-would take at that rate, over the time of the step: 100 % is a step that does nothing but products of the most
-favourable shape. Products with nonzeros are added in the last column; for them the rate of dense products is no bound
-that one could reach, since every nonzero is fetched by its index.
+on as many threads, in the dtype and at the float32 precision of the step; a lower precision may have a higher one
+(bench_kernels.py). "Products at the ceiling / step" is the time that the step's products would take at that rate, over
+the time of the step: 100 % is a step that does nothing but products of the most favourable shape. Products with
+nonzeros are added in the last column; for them the rate of dense products is no bound that one could reach, since every
+nonzero is fetched by its index.
 
 Peak memory on a CPU is that of a process of its own for each step, over what it held before its first, of 2 rows. On a
 GPU it is what is allocated over what was before, and a batch that does not fit is halved until it does
@@ -28,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measure_step import Case, cells, measure
+from measure_step import Case, caption, cells, measure
 from step_pair import KINDS, models, steps
 
 SMALL = {"layers": 2, "d_sparse": 512, "density": 1 / 64}
@@ -65,13 +67,14 @@ def peak_mib(name, case):
 
 
 def table_of_times(cases: Sequence[Case], rounds: int, device: str) -> None:
-    """Measure and print each case."""
+    """Measure and print each case; all are of one dtype."""
     what = "one step" if device == "cpu" else "one step on the GPU"
     for i, case in enumerate(cases):
         found = {what: str(case), **cells(measure(case, rounds, device))}
         if i == 0:
             print(f"| {' | '.join(found)} |\n|{'---|' * len(found)}")
         print(f"| {' | '.join(found.values())} |", flush=True)
+    print(f"\n{caption(cases, device)}", flush=True)
 
 
 def table_of_memory(cases: Sequence[Case]) -> None:

@@ -98,3 +98,15 @@ def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32, size:
     size = size or SIZE[torch.device(device).type]
     left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return lambda: left @ right, 2 * size**3
+
+
+def ceiling_caption(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """Of which product, and at which precision, the ceiling is.
+
+    >>> ceiling_caption()
+    'Ceiling: one product of 2048 x 2048 matrices in float32 at the precision "highest", as in the steps.'
+    """
+    size, name = SIZE[torch.device(device).type], str(dtype).removeprefix("torch.")
+    # torch's setting is of float32 alone.
+    precision = f' at the precision "{torch.get_float32_matmul_precision()}"' if dtype == torch.float32 else ""
+    return f"Ceiling: one product of {size} x {size} matrices in {name}{precision}, as in the steps."

@@ -5,6 +5,8 @@ other sections stay. Several benchmarks may be named, each followed by its own a
 `make bench` is run, with --gpu that of `make bench-gpu`. Where a benchmark fails its section stays as it was, the rest
 are run, and the exit status is 1.
 
+The comment has a checksum of its section's text, so that a figure changed by hand shows (tests/test_record.py).
+
 A section gives the date, the machine (its processor and its numbers of cores and threads, its GPU if one was used;
 never its name), the versions that ran and how long it took. A commit is "with changes" where a file under `SOURCES`
 differed from it.
@@ -13,6 +15,7 @@ differed from it.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import platform
@@ -26,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,14 +60,16 @@ BENCH_GPU = (
     "profile_step.py --device cuda",
     "profile_step.py --device cuda --kind frozen --layers 4",
 )
-"""`make bench-gpu`: under 8 minutes."""
+"""`make bench-gpu`: meant to take under 8 minutes; not yet measured on a GPU."""
 HEAD = """# What the benchmarks measured
 
 `python benchmarks/record.py BENCHMARK.py ARGUMENTS` runs a benchmark and writes its section, `make bench` those of its
-list: no figure here is typed by hand. Ratios are of two candidates in one run; compare those, not milliseconds of two
-machines. What was measured before by hand stands in [docs/measurements.md](../docs/measurements.md).
+list: no figure here is typed by hand, and the comment above each section has a checksum of its text. Ratios are of two
+candidates in one run; compare those, not milliseconds of two machines. What was measured before by hand stands in
+[docs/measurements.md](../docs/measurements.md).
 """
-MARKER = re.compile(r"^<!-- command: (.*) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- command: (?P<command>.*?)(?:; sha256: (?P<checksum>[0-9a-f]{12}))? -->$", re.MULTILINE)
+"""The comment above a section; older ones have no checksum."""
 WITH_FACTS = """
 import json, runpy, sys
 facts, *sys.argv = sys.argv[1:]
@@ -143,16 +148,44 @@ def section(script: Path, arguments: Sequence[str]) -> tuple[str, str]:
         f"`python benchmarks/{command}`, {date.today().isoformat()}, {seconds:.0f} s. {machine(facts)}; torch "
         f"{version('torch')}; {at}."
     )
-    return command, f"<!-- command: {command} -->\n## {title(script)}\n\n{caption}\n\n{printed}\n"
+    text = f"## {title(script)}\n\n{caption}\n\n{printed}\n"
+    return command, f"<!-- command: {command}; sha256: {checksum(text)} -->\n{text}"
+
+
+def checksum(text: str) -> str:
+    """The first 12 digits of the SHA-256 of a section's text, without the blank lines about it.
+
+    >>> checksum("## Two figures\\n") == checksum("## Two figures")
+    True
+    """
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+
+
+class Section(NamedTuple):
+    """One benchmark's part of RESULTS.md."""
+
+    whole: str
+    """With its comment."""
+    text: str
+    """Without."""
+    checksum: str | None
+    """What the comment gives; None where it gives none."""
+
+
+def sections(text: str) -> dict[str, Section]:
+    """The sections of RESULTS.md by command, in their order."""
+    found = list(MARKER.finditer(text))
+    ends = [*(one.start() for one in found), len(text)][1:]
+    return {
+        one["command"]: Section(text[one.start() : end], text[one.end() : end], one["checksum"])
+        for one, end in zip(found, ends, strict=True)
+    }
 
 
 def with_section(text: str, command: str, new: str) -> str:
     """The text of RESULTS.md with a section put in the place of the command's old one, or added at the end."""
-    _, *found = MARKER.split(text)
-    starts = [match.start() for match in MARKER.finditer(text)] + [len(text)]
-    sections = {name: text[start:end] for name, start, end in zip(found[::2], starts[:-1], starts[1:], strict=True)}
-    sections[command] = new
-    return "\n".join([HEAD, *(one.rstrip() + "\n" for one in sections.values())])
+    whole = {name: one.whole for name, one in sections(text).items()} | {command: new}
+    return "\n".join([HEAD, *(one.rstrip() + "\n" for one in whole.values())])
 
 
 def record(commands: Sequence[Sequence[str]], folder: Path = FOLDER, results: Path = RESULTS) -> int:

@@ -41,14 +41,17 @@ KINDS = {
     "frozen": {},
 }
 """What trains of the sparse model: all weights, of which all but the largest are then zeroed; its nonzeros, which move
-every 25 steps; its nonzeros; nothing."""
+every `move_every` steps; its nonzeros; nothing."""
+WITH_A_MOVE = "ours, with a move"
+"""The step of ours after which the support moves, which `steps` gives beside the usual one where a support moves."""
 
 
 @contextmanager
 def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
     """Inside, {name: function that does one step and returns the loss}, of the written-out step and of ours.
 
-    A function's `rows` are those of the batch that it takes; all by default.
+    A function's `rows` are those of the batch that it takes; all by default. Where the support moves, a third one,
+    `WITH_A_MOVE`, does the next step of ours that ends in a move, as if the steps up to it had been done.
 
     Both compute the same losses of the same models. The written-out step trains and projects all weights of the sparse
     model where its support moves in ours; where that is fixed it masks gradients.
@@ -75,7 +78,13 @@ def steps(dense, sparse, density, kind, batch=8, seq=128, **settings):
         options = {"kept": density if joint else None, "fixed": kind == "fixed support", "autocast": processes.autocast}
         written = WrittenOut(dense, theirs, deepcopy(list(pair.bridge_set)), **options)
         trainer = Trainer(pair, config, processes)
-        yield {
-            "written out": lambda rows=None: written.step(next_batch("written out", rows)),
-            "ours": lambda rows=None: trainer.train_step([(next_batch("ours", rows), None)]).loss,
-        }
+
+        def our_step(rows=None):
+            return trainer.train_step([(next_batch("ours", rows), None)]).loss
+
+        def our_step_with_a_move(rows=None):
+            trainer.step += -(trainer.step + 1) % config.move_every
+            return our_step(rows)
+
+        functions = {"written out": lambda rows=None: written.step(next_batch("written out", rows)), "ours": our_step}
+        yield functions | ({WITH_A_MOVE: our_step_with_a_move} if kind == "moving support" else {})

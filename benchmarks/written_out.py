@@ -1,8 +1,8 @@
 """One training step on the paper's objective (A.3), written out as one would first write it: what fit is compared with.
 
-PyTorch alone: the modules of both models called in order, AbsTopK and the weight projection by `torch.topk`, attention
-with a sink by its matrix of weights, the logits of every hybrid pass in memory, the sum of all losses, one `backward`,
-AdamW.
+PyTorch alone: the modules of both models called in order, AbsTopK and the weight projection by `torch.topk` (unsorted,
+as a careful person would have it), attention with a sink by its matrix of weights, the logits of every hybrid pass in
+memory, the sum of all losses, one `backward`, AdamW.
 """
 
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 def topk(x: Tensor, k: int) -> Tensor:
     """The k entries of largest magnitude of every row."""
-    kept = x.abs().topk(k, dim=-1).indices
+    kept = x.abs().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
 
@@ -143,7 +143,7 @@ class WrittenOut:
         """Zero all but the largest entries of every matrix and bias of the sparse model."""
         for _, weight in pruned(self.sparse):
             flat = weight.view(-1)
-            kept = flat.abs().topk(max(1, round(self.kept * flat.numel()))).indices
+            kept = flat.abs().topk(max(1, round(self.kept * flat.numel())), sorted=False).indices
             flat.copy_(torch.zeros_like(flat).index_copy_(0, kept, flat[kept]))
 
 

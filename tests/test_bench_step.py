@@ -1,9 +1,10 @@
 import pytest
 import torch
 from pairs import join, tokens
-from step_pair import KINDS, models, steps
+from step_pair import KINDS, WITH_A_MOVE, models, steps
 from written_out import WrittenOut
 
+from bridges.fitting.sparse_training import SparseTraining
 from bridges.objective.hybrid import hybrid_losses
 
 
@@ -33,3 +34,20 @@ def test_both_steps_start_from_the_same_loss_and_frozen_ones_go_the_same_way(kin
     assert abs(ours[0] / written[0] - 1) < 1e-5
     if kind == "frozen":
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(written), rtol=1e-4, atol=0)
+
+
+def test_a_step_with_a_move_ends_in_one_and_the_steps_about_it_do_not(monkeypatch):
+    moved, move = [], SparseTraining._move
+
+    def noted(training, support, schedule, step):
+        moved.append(step)
+        move(training, support, schedule, step)
+
+    monkeypatch.setattr(SparseTraining, "_move", noted)
+    dense, sparse = small()
+    with steps(dense, sparse, 1 / 4, "moving support", batch=2, seq=16, move_every=10) as functions:
+        for name in ("ours", WITH_A_MOVE, "ours", WITH_A_MOVE, WITH_A_MOVE, "ours"):
+            functions[name]()
+    assert moved == [10, 20, 30]
+    with steps(dense, sparse, 1 / 4, "fixed support", batch=2, seq=16) as functions:
+        assert WITH_A_MOVE not in functions

@@ -1,5 +1,8 @@
 """What the benchmarks of a step count and print: operations by hand, shares, batches that do not fit."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import bench_growth
 import bench_step
 import measure_step
@@ -7,6 +10,7 @@ import pytest
 import torch
 from flop import Flop, count_flop, large_product
 from measure_step import Case, Figures, affordable_rows, cells, measure
+from step_pair import WITH_A_MOVE
 
 from bridges.ops.causal_attention import causal_attention, causal_attention_eager
 from bridges.ops.sparse_linear import NonzeroPattern, sparse_linear
@@ -47,6 +51,30 @@ def test_the_written_out_step_counts_its_products_and_ours_fewer_on_a_frozen_mod
     assert found.ceiling > 0 and found.peak == {} and found.rows == {"written out": 2, "ours": 2}
     run, operations = large_product(size=5)
     assert run().shape == (5, 5) and operations == 250
+
+
+def test_a_step_whose_support_moves_has_its_share_of_the_step_with_a_move(monkeypatch):
+    ones = torch.ones(10, 10)
+    found = {"written out": 100.0, "ours": 50.0, WITH_A_MOVE: 300.0}
+    products = {"written out": 3, "ours": 1, WITH_A_MOVE: 11}
+
+    @contextmanager
+    def fake_steps(*args, **settings):
+        yield {name: lambda rows, name=name: (name, *(ones @ ones for _ in range(products[name]))) for name in found}
+
+    def fake_milliseconds(run, device):
+        return found.get(run()[0], 1.0) if isinstance(run, partial) else 1.0
+
+    monkeypatch.setattr(measure_step, "steps", fake_steps)
+    monkeypatch.setattr(measure_step, "milliseconds", fake_milliseconds)
+    case = Case("moving support", SHAPE, batch=2, seq=16)
+    figures = measure(case, rounds=1)
+    assert figures.ms == {"written out": 100, "ours": 50 + 250 / 25}
+    assert figures.flop == {"written out": Flop(6000, 0), "ours": Flop(2000 + 20_000 // 25, 0)}
+    often = case._replace(settings={"move_every": 10})
+    assert measure(often, rounds=1).ms["ours"] == 50 + 250 / 10
+    assert "one step in 10 ends in a move" in measure_step.caption([often], "cpu")
+    assert "move" not in measure_step.caption([Case("frozen", SHAPE)], "cpu")
 
 
 def figures(peak=None):
@@ -98,7 +126,8 @@ def test_the_path_for_gpus_runs_on_a_cpu_where_its_memory_is_made_up(precision, 
     assert found.peak == {"written out": 4.0, "ours": 4.0} and found.rows == {"written out": 4, "ours": 4}
     bench_step.table_of_times([case], 1, "cpu")
     lines = capsys.readouterr().out.splitlines()
-    assert "tokens/s" in lines[0] and len(lines) == 3 and "| 4, 4 |" in lines[2]
+    assert "tokens/s" in lines[0] and len(lines) == 5 and "| 4, 4 |" in lines[2]
+    assert ("bfloat16, as" if precision == "bf16" else 'float32 at the precision "highest", as') in lines[4]
 
 
 def test_the_case_of_gpt2_is_of_its_size():

@@ -27,20 +27,27 @@ def recorded(folder, *arguments):
     return status, (folder / "RESULTS.md").read_text()
 
 
+def changed_by_hand(text):
+    """The commands of sections whose checksum is not that of their text, or is missing."""
+    return [name for name, one in record.sections(text).items() if one.checksum != record.checksum(one.text)]
+
+
 def test_a_section_names_command_machine_and_commit_and_has_what_was_printed(folder):
     with (folder / "bench_good.py").open("a") as file:
         file.write(WITH_TORCH)
     status, text = recorded(folder, "bench_good.py", "--rounds", "3", "bench_other.py")
     assert status == 0 and text.startswith(record.HEAD)
     lines = text.splitlines()
-    start = lines.index("<!-- command: bench_good.py --rounds 3 -->")
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith("<!-- command: bench_good.py --rounds 3; sha256: ")
+    )
     assert lines[start + 1] == "## Two figures beside each other"
     caption = lines[start + 3]
     assert caption.startswith("`python benchmarks/bench_good.py --rounds 3`, 20")
     assert ", 1 thread; torch " in caption and f"{os.cpu_count()} core" in caption and record.commit() in caption
     assert platform.node() not in text
     assert lines[start + 5 : start + 8] == ["| figure |", "|---|", "| ['--rounds', '3'] |"]
-    other = text.partition("<!-- command: bench_other.py -->")[2]
+    other = record.sections(text)["bench_other.py"].text
     assert other.startswith("\n## Another, without torch\n") and "thread" not in other
     assert other.endswith("\n\nother figures\n")
 
@@ -61,11 +68,28 @@ def test_the_same_command_replaces_its_section_and_other_sections_stay(folder):
     before = (folder / "RESULTS.md").read_text()
     _, text = recorded(folder, "bench_good.py")
     assert text.count("<!-- command:") == 2 and "new figures" in text and "| figure |" not in text
-    cut = "<!-- command: bench_other.py -->"
-    assert text.partition(cut)[2] == before.partition(cut)[2]
+    assert record.sections(text)["bench_other.py"] == record.sections(before)["bench_other.py"]
     _, text = recorded(folder, "bench_good.py", "--quick")  # another command
     assert text.count("<!-- command:") == 3 and text.count("new figures") == 2
-    assert record.MARKER.findall(text) == ["bench_good.py", "bench_other.py", "bench_good.py --quick"]
+    assert list(record.sections(text)) == ["bench_good.py", "bench_other.py", "bench_good.py --quick"]
+
+
+def test_a_section_has_a_checksum_that_another_digit_does_not_fit(folder):
+    _, text = recorded(folder, "bench_good.py", "bench_other.py", "bench_good.py", "--quick")
+    assert len(record.sections(text)) == 3 and changed_by_hand(text) == []
+    assert changed_by_hand(text.replace("other figures", "other figure5")) == ["bench_other.py"]
+    assert changed_by_hand(text.rstrip() + "\n\n") == []
+
+
+def test_sections_without_a_checksum_stay_until_they_are_recorded_anew(folder):
+    old = "<!-- command: bench_{}.py -->\n## Old\n\nold {} figures\n"
+    (folder / "RESULTS.md").write_text(
+        "\n".join(["# Old head\n", old.format("good", "good"), old.format("bad", "bad")])
+    )
+    _, text = recorded(folder, "bench_good.py")
+    assert text.startswith(record.HEAD) and "old good figures" not in text
+    assert text.endswith(old.format("bad", "bad")) and list(record.sections(text)) == ["bench_good.py", "bench_bad.py"]
+    assert changed_by_hand(text) == ["bench_bad.py"]
 
 
 def test_a_benchmark_that_fails_changes_nothing_and_the_rest_are_recorded(folder, capfd):
@@ -91,9 +115,11 @@ def test_without_a_gpu_its_list_is_skipped_in_one_line(folder, monkeypatch, caps
     assert capsys.readouterr().out == "no GPU: nothing is measured\n"
 
 
-def test_the_lists_name_benchmarks_with_headings_and_results_are_all_generated():
+def test_the_lists_name_benchmarks_with_headings_and_the_results_of_all_are_as_they_were_written():
     for command in (*record.BENCH, *record.BENCH_GPU):
         assert 10 < len(record.title(record.FOLDER / command.split()[0])) < 120
     text = record.RESULTS.read_text()
-    assert text.startswith(record.HEAD)
-    assert text.count("\n## ") == len(record.MARKER.findall(text))
+    found = record.sections(text)
+    assert text.startswith(record.HEAD) and text.count("\n## ") == len(found)
+    assert set(record.BENCH) <= set(found)
+    assert changed_by_hand(text) == []
