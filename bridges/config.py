@@ -159,7 +159,7 @@ class FitConfig(Settings):
     """AdamW's epsilon for the sparse model (the paper uses 0.1 at its scale)."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of both models' forward passes, by accelerate."""
+    """Autocast of both models' forward passes, by accelerate. It counts: a launcher may not name another one."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. None: one, at the end."""
     eval_tokens: Auto[Annotated[int, Field(ge=1)]] = "auto"

@@ -101,6 +101,14 @@ def test_without_output_dir_nothing_is_written_and_the_model_is_left_in_its_mode
     assert not list(tmp_path.iterdir())
 
 
+def test_another_mixed_precision_by_a_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"='bf16'.* mixed_precision='no' of pretrain"):
+        run(output_dir=tmp_path / "run")
+    run(mixed_precision="bf16", sparse=sparse_model(layers=1, dtype=torch.float32))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_global_random_state_is_left_as_it_was():
     model = sparse_model(layers=1)
     torch.manual_seed(3)
