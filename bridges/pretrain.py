@@ -26,7 +26,7 @@ from bridges.fitting.checkpoint import (
 )
 from bridges.fitting.guards import interruptible
 from bridges.fitting.identity import RunIdentity, architecture, refuse_other_run, refuse_used_folder
-from bridges.fitting.precision import refuse_other_mixed_precision
+from bridges.fitting.precision import float32_products, refuse_other_mixed_precision
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.tracking import Tracker
 from bridges.io.amounts import about, count
@@ -95,7 +95,8 @@ def pretrain(
     if not config.resume:
         refuse_used_folder(config.output_dir)
     refuse_other_mixed_precision(config)
-    with ProcessGroup(config.mixed_precision) as processes:
+    with float32_products(config.float32_precision) as used, ProcessGroup(config.mixed_precision) as processes:
+        config = config.with_settings({"float32_precision": used})
         residual = as_residual(sparse, processes.device)
         model = _trainable(residual.model)
         if config.cuda_graph and (processes.world_size > 1 or model.config.dropout > 0):

@@ -1,9 +1,13 @@
-"""The mixed precision of a run: a launcher may not name another one than its settings."""
+"""The precision of a run's products: no launcher may name another one, and torch's setting is put back afterwards."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
+
+import torch
 
 from bridges.config import FitConfig
 from bridges.sparsity.settings import PretrainConfig
@@ -27,3 +31,35 @@ def refuse_other_mixed_precision(config: FitConfig | PretrainConfig) -> None:
         f"{config.mixed_precision!r} of {config.verb}, which counts; {setting}start the launcher with "
         "--mixed_precision no"
     )
+
+
+@contextmanager
+def float32_products(precision: str | None) -> Iterator[str | None]:
+    """Inside, torch multiplies float32 matrices in this precision; None leaves torch's own setting alone.
+
+    Yields the precision that is in use; None where torch's newer settings, one for each library, give it no name.
+    """
+    before = _float32_precision()
+    if precision is None:
+        yield before
+        return
+    # Torch 2.9 and later have a setting for each library, which `set_float32_matmul_precision` overwrites.
+    modules = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    libraries = [(module, module.fp32_precision) for module in modules if hasattr(module, "fp32_precision")]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield precision
+    finally:
+        # Without a name it is torch's default: torch refuses to tell it once a library has a setting of its own.
+        torch.set_float32_matmul_precision(before or "highest")
+        for module, value in libraries:
+            module.fp32_precision = "none"  # as the setting of the library or of all
+            if module.fp32_precision != value:
+                module.fp32_precision = value
+
+
+def _float32_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the only way to learn that settings of single libraries contradict it
+        return None
