@@ -26,6 +26,7 @@ from bridges.demo import SETTINGS, demo
 from bridges.evaluate import evaluate
 from bridges.fit import fit
 from bridges.fitting.identity import refuse_used_folder
+from bridges.fitting.precision import refuse_other_mixed_precision
 from bridges.fitting.processes import is_main_process
 from bridges.fitting.run_file import PRETRAIN_TABLES, TABLES, RunFile
 from bridges.fitting.watch import ProcessLost
@@ -95,6 +96,7 @@ def fit_command(
     settings = run.settings()
     if not settings.resume:
         refuse_used_folder(settings.output_dir)
+    refuse_other_mixed_precision(settings)
     dense, sparse = run.model("dense"), run.model("sparse")
     data = run.data_arguments()
     try:
@@ -121,6 +123,7 @@ def pretrain_command(
         raise ValueError("[pretrain] output_dir is missing; give the folder to write the model to")
     if not settings.resume:
         refuse_used_folder(settings.output_dir)
+    refuse_other_mixed_precision(settings)
     torch.manual_seed(settings.seed)  # of a new model's weights
     teacher = run.model("teacher") if "teacher" in run.tables else None
     try:

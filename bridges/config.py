@@ -160,7 +160,13 @@ class FitConfig(Settings):
     """AdamW's epsilon for the sparse model (the paper uses 0.1 at its scale)."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of both models' forward passes, by accelerate."""
+    """Autocast of both models' forward passes, by accelerate. It counts: a launcher may not name another one."""
+    float32_precision: Literal["highest", "high", "medium"] | None = None
+    """Precision of products of dense float32 matrices, by `torch.set_float32_matmul_precision`, in this call alone.
+    "highest": float32. "high": TF32 on NVIDIA GPUs from Ampere on, which is faster and rounds factors to 11 bits, by up
+    to 5e-4. "medium": the same there; on CPUs products by oneDNN, which may round factors to bfloat16, by up to 4e-3,
+    where the processor has matrix units for it, and gives float32 elsewhere. The moments of the closed form are in
+    float64 in any case. None: torch's own setting, which is what is recorded."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations. None: one, at the end."""
     eval_tokens: Auto[Annotated[int, Field(ge=1)]] = "auto"

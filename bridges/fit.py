@@ -24,6 +24,7 @@ from bridges.fitting.guards import warn_of_poor_sites
 from bridges.fitting.identity import RunIdentity, refuse_other_run, refuse_used_folder
 from bridges.fitting.massive import SAMPLED_TOKENS, set_norm_limits
 from bridges.fitting.plan import Work, describe, estimate_seconds
+from bridges.fitting.precision import float32_products, refuse_other_mixed_precision
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.progress import summary
 from bridges.fitting.selection import TOKENS as SELECTION_TOKENS
@@ -100,7 +101,9 @@ def fit(
     config = (config or FitConfig()).with_settings(settings)
     if not config.resume:
         refuse_used_folder(config.output_dir)
-    with ProcessGroup(config.mixed_precision) as processes:
+    refuse_other_mixed_precision(config)
+    with float32_products(config.float32_precision) as used, ProcessGroup(config.mixed_precision) as processes:
+        config = config.with_settings({"float32_precision": used})
         models = as_residual(dense, processes.device), as_residual(sparse, processes.device)
         _refuse_untrainable(models[1].model, config)
         for model in models if config.steps else ():

@@ -26,6 +26,7 @@ from bridges.fitting.checkpoint import (
 )
 from bridges.fitting.guards import interruptible
 from bridges.fitting.identity import RunIdentity, architecture, refuse_other_run, refuse_used_folder
+from bridges.fitting.precision import float32_products, refuse_other_mixed_precision
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.tracking import Tracker
 from bridges.io.amounts import about, count
@@ -93,7 +94,9 @@ def pretrain(
         raise ValueError("data=None needs a teacher to sample from; pass token rows or a path to text files")
     if not config.resume:
         refuse_used_folder(config.output_dir)
-    with ProcessGroup(config.mixed_precision) as processes:
+    refuse_other_mixed_precision(config)
+    with float32_products(config.float32_precision) as used, ProcessGroup(config.mixed_precision) as processes:
+        config = config.with_settings({"float32_precision": used})
         residual = as_residual(sparse, processes.device)
         model = _trainable(residual.model)
         if config.cuda_graph and (processes.world_size > 1 or model.config.dropout > 0):

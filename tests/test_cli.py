@@ -83,6 +83,16 @@ def test_a_users_error_is_one_line_and_status_2(monkeypatch, capsys, config, arg
     assert len(err.strip().splitlines()) == 1
 
 
+def test_another_mixed_precision_by_a_launcher_is_refused_before_a_model_is_read(monkeypatch, capsys, config):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    status, _, err = run(monkeypatch, capsys, "fit", config, "--dense.path", "missing/folder/here")
+    assert status == 2 and len(err.strip().splitlines()) == 1
+    assert 'set mixed_precision="bf16" in the settings of fit' in err
+    arguments = ("--dense.path", "missing/folder/here", "--fit.mixed_precision", "bf16")
+    status, _, err = run(monkeypatch, capsys, "fit", config, *arguments)
+    assert status == 2 and "missing/folder/here" in err
+
+
 def test_a_process_that_is_not_the_main_one_prints_and_writes_nothing(monkeypatch, capsys, config, tmp_path):
     monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
     arguments = ("--fit.steps", "0", f"--fit.output_dir={tmp_path / 'run'}")

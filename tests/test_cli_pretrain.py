@@ -62,6 +62,12 @@ def test_a_run_without_a_folder_or_with_a_used_one_is_refused(monkeypatch, capsy
     assert status == 2 and "[pretrain] output_dir is missing" in err
 
 
+def test_another_mixed_precision_by_a_launcher_is_refused_before_a_model_is_read(monkeypatch, capsys, config):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    status, _, err = run(monkeypatch, capsys, "pretrain", config, "--teacher.path", "missing/folder/here")
+    assert status == 2 and 'set mixed_precision="bf16" in the settings of pretrain' in err
+
+
 def test_a_model_saved_as_another_kind_is_refused(monkeypatch, capsys, config, tmp_path):
     sparse_model().save_pretrained(tmp_path / "sparse")
     arguments = ("--sparse.path", tmp_path / "teacher", "--sparse.d_model", "16")

@@ -56,6 +56,7 @@ INVALID = {
     "sparse_weight_decay": [-0.1],
     "sparse_eps": [0.0],
     "mixed_precision": ["fp8"],
+    "float32_precision": ["low", 32],
     "eval_every": [0],
     "eval_tokens": [0],
     "checkpoint_every": [0],

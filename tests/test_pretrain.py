@@ -62,6 +62,7 @@ RESULT_DEPENDS_ON = {
 """Another value of each setting that the weights depend on, and the settings that both runs have beside it."""
 
 TESTED_BY = {
+    "float32_precision": "test_the_precision_of_float32_products_holds_inside_and_the_users_own_is_back_afterwards",
     "cuda_graph": "test_a_graph_is_refused_where_it_would_go_wrong",
     "eval_every": "test_rows_hold_mean_losses_and_held_out_ones_where_they_are_due",
     "eval_tokens": "test_rows_hold_mean_losses_and_held_out_ones_where_they_are_due",
@@ -99,6 +100,39 @@ def test_without_output_dir_nothing_is_written_and_the_model_is_left_in_its_mode
     assert all(p.grad is None for p in [*model.parameters(), *teacher.parameters()])
     assert all(p.requires_grad for p in teacher.parameters())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", [None, "highest", "medium"])
+def test_the_precision_of_float32_products_holds_inside_and_the_users_own_is_back_afterwards(tmp_path, precision):
+    model, seen = sparse_model(layers=1, dtype=torch.float32), set()
+    model.lm_head.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(sparse=model, output_dir=tmp_path, float32_precision=precision)
+        with pytest.raises(ValueError, match=r"lr=0\.5, but the run was started"):
+            run(sparse=model, output_dir=tmp_path, float32_precision=precision, resume=True, lr=0.5)
+        assert torch.get_float32_matmul_precision() == "high" and seen == {precision or "high"}
+        torch.set_float32_matmul_precision("highest")
+        if precision != "highest":
+            with pytest.raises(ValueError, match=f"float32_precision='highest', but .*='{precision or 'high'}'"):
+                run(output_dir=tmp_path, resume=True, float32_precision="highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_highest_gives_the_weights_of_the_default_bit_for_bit():
+    models = [sparse_model(layers=1, dtype=torch.float32) for _ in range(2)]
+    run(sparse=models[0])
+    run(sparse=models[1], float32_precision="highest")
+    assert torch.equal(*map(weights, models))
+
+
+def test_another_mixed_precision_by_a_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"='bf16'.* mixed_precision='no' of pretrain"):
+        run(output_dir=tmp_path / "run")
+    run(mixed_precision="bf16", sparse=sparse_model(layers=1, dtype=torch.float32))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_global_random_state_is_left_as_it_was():

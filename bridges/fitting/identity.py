@@ -69,6 +69,8 @@ def refuse_other_run(stored: dict[str, Any], here: RunIdentity) -> None:
         # A setting that was added after the run had started had its default value.
         known = FitConfig.model_fields.get(name)
         started = stored["settings"].get(name, None if known is None else known.default)
+        if name == "float32_precision" and None in (started, value):
+            continue  # an earlier version did not record it, or torch's newer settings have no name for it
         if started != value:
             raise ValueError(
                 f"resume=True with {name}={value!r}, but the run was started with {name}={started!r}; "

@@ -76,7 +76,11 @@ class PretrainConfig(Settings):
     """AdamW's epsilon (the paper uses 0.1 at its scale)."""
 
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of both models' forward passes, by accelerate; weights and moments stay as they are."""
+    """Autocast of both models' forward passes, by accelerate; weights and moments stay as they are. It counts: a
+    launcher may not name another one."""
+    float32_precision: Literal["highest", "high", "medium"] | None = None
+    """Precision of products of dense float32 matrices in this call, as in `FitConfig`: "high" is TF32 on NVIDIA GPUs
+    from Ampere on, "medium" also products by oneDNN on CPUs. None: torch's own setting, which is what is recorded."""
     cuda_graph: bool = False
     """On a GPU, run the steps between two moves of the support as one CUDA graph, for models whose kernels take less
     time than their launch. For rows without padding, models without dropout, one process."""

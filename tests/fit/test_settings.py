@@ -48,6 +48,7 @@ RESULT_DEPENDS_ON = {
 
 
 TESTED_BY = {
+    "float32_precision": "test_float32_precision.py::test_the_precision_holds_inside_and_the_users_own_is_back_after",
     "moments_gib": "test_settings.py::test_sites_solved_in_groups_for_lack_of_memory_give_the_same_bridges",
     "eval_every": "test_settings.py::test_held_out_figures_come_every_so_many_steps",
     "checkpoint_every": "test_settings.py::test_checkpoints_come_every_so_many_steps_and_two_are_kept",
