@@ -52,6 +52,8 @@ class StepLosses:
     loss: float = 0.0
     """The objective."""
     tokens: int = 0
+    largest_gradient: float = 0.0
+    """The largest magnitude of a gradient's entry; 0 before the trainer has looked."""
 
     def row(self) -> dict[str, float]:
         """The losses under their metric names."""
@@ -81,7 +83,7 @@ class Objective(NamedTuple):
 class StepSums(Sums):
     """The losses of some micro-batches, each already divided by the step's normalizers.
 
-    In float64, on the bridges' device, from which all are read together.
+    In float64, on the bridges' device.
     """
 
     nmse_encode: Float[Tensor, " n_sites"]
@@ -100,15 +102,38 @@ class StepSums(Sums):
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
+@dataclass
+class StepFigures(StepSums):
+    """All that the host reads of a step, by one transfer; the losses are of all micro-batches and processes."""
+
+    variance_dense: Float[Tensor, " n_sites"]
+    variance_sparse: Float[Tensor, " n_sites"]
+    tokens: Float[Tensor, ""]
+    largest_gradient: Float[Tensor, ""]
+    """As in `StepLosses`."""
+
+    @classmethod
+    def of(cls, losses: StepSums, normalizers: Normalizers) -> StepFigures:
+        """The figures before the gradients are complete."""
+        return cls(
+            **vars(losses),
+            variance_dense=normalizers.variance_dense.to(losses.device),
+            variance_sparse=normalizers.variance_sparse.to(losses.device),
+            tokens=normalizers.tokens.to(losses.device),
+            largest_gradient=torch.zeros_like(losses.ce),
+        )
+
+
 def step_gradients(
     pair: ModelPair,
     batches: Sequence[Batch],
     sampled: Sequence[int],
     objective: Objective,
     path: Sequence[Side] | None = None,
-) -> StepLosses:
+) -> StepFigures:
     """Add the objective's gradients to the bridges, and to the sparse model if it trains; returns the losses.
 
+    The host does not wait for any of it; `step_losses` reads the losses.
     The reconstruction losses run at every site, the KLs at the `sampled` ones: drawn evenly, these give an unbiased
     gradient. `path`: a hybrid pass that changes sides several times, whose KL counts with the weight `path`. `batches`
     are micro-batches. What the sums are divided by is gathered over all of them and over all processes first, since
@@ -121,7 +146,7 @@ def step_gradients(
         _micro_batch(sums, pair, forward(), normalizers, sampled, objective, path)
     if objective.loss_scale != 1:
         _unscale(pair, objective)
-    return step_losses(pair, sums.reduced(objective.reduce), normalizers, sampled, objective, path)
+    return StepFigures.of(sums.reduced(objective.reduce), normalizers)
 
 
 def _forward_passes(
@@ -228,18 +253,17 @@ def trained_parameters(pair: ModelPair, train_sparse: bool) -> list[torch.nn.Par
 
 def step_losses(
     pair: ModelPair,
-    sums: StepSums,
-    normalizers: Normalizers,
+    figures: StepFigures,
     sampled: Sequence[int],
     objective: Objective,
     path: Sequence[Side] | None = None,
 ) -> StepLosses:
-    """The losses by site and the objective, from the losses of all batches and processes, KLs at the `sampled` sites.
+    """The losses by site and the objective, from the figures of a step whose KLs are at the `sampled` sites.
 
-    A site whose target does not vary counts as 0.
+    Waits for the figures. A site whose target does not vary counts as 0.
     """
     sites, weights = pair.bridge_set.sites, objective.weights
-    n, sums = len(sites), sums.cpu()
+    n, figures = len(sites), figures.cpu()
 
     def by_site(values: Tensor, kept: Iterable[int]) -> dict[str, float]:
         return {sites[i]: values[i].item() for i in kept}
@@ -249,13 +273,14 @@ def step_losses(
         return [i for i, value in enumerate(variance.tolist()) if value != 0]
 
     losses = StepLosses(
-        nmse_encode=by_site(sums.nmse_encode, varying(normalizers.variance_sparse)),
-        nmse_decode=by_site(sums.nmse_decode, varying(normalizers.variance_dense)),
-        kl_dense_to_sparse=by_site(sums.kl_dense_to_sparse, sampled),
-        kl_sparse_to_dense=by_site(sums.kl_sparse_to_dense, sampled),
-        ce=sums.ce.item() if objective.train_sparse else None,
-        kl_path=None if path is None else sums.kl_path.item(),
-        tokens=int(normalizers.tokens),
+        nmse_encode=by_site(figures.nmse_encode, varying(figures.variance_sparse)),
+        nmse_decode=by_site(figures.nmse_decode, varying(figures.variance_dense)),
+        kl_dense_to_sparse=by_site(figures.kl_dense_to_sparse, sampled),
+        kl_sparse_to_dense=by_site(figures.kl_sparse_to_dense, sampled),
+        ce=figures.ce.item() if objective.train_sparse else None,
+        kl_path=None if path is None else figures.kl_path.item(),
+        tokens=int(figures.tokens),
+        largest_gradient=figures.largest_gradient.item(),
     )
     # Means over all sites, or all sampled ones.
     losses.loss = weights.nmse * (sum(losses.nmse_encode.values()) + sum(losses.nmse_decode.values())) / n

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bridges.bridge_report import BridgeReport, SiteFigures
@@ -18,7 +19,10 @@ from bridges.fitting.gradients import SITE_LOSSES, StepLosses
 
 
 def refuse_not_finite(losses: StepLosses, step: int) -> None:
-    """FloatingPointError, naming step, loss and site, if a loss is not finite."""
+    """FloatingPointError, naming step, loss and site, if a loss is not finite, or a gradient.
+
+    A gradient may overflow in float16 where the losses do not.
+    """
     for name in SITE_LOSSES:
         for site, value in getattr(losses, name).items():
             if not math.isfinite(value):
@@ -30,17 +34,18 @@ def refuse_not_finite(losses: StepLosses, step: int) -> None:
         raise FloatingPointError(f"step {step}: the sparse model's cross-entropy is {losses.ce}; lower sparse_lr")
     if losses.kl_path is not None and not math.isfinite(losses.kl_path):
         raise FloatingPointError(f"step {step}: the KL of a path with several changes is {losses.kl_path}; lower lr")
-
-
-def refuse_not_finite_gradients(parameters: Iterable[Tensor], step: int) -> None:
-    """FloatingPointError if a gradient is not finite; in float16 it may overflow where the losses do not."""
-    # A tensor whose every entry is zero has an empty support, so an empty gradient.
-    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
-    if grads and not torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
+    if not math.isfinite(losses.largest_gradient):
         raise FloatingPointError(
             f"step {step}: a gradient is not finite though the losses are; the last checkpoint is kept. "
             "Lower lr (or sparse_lr), or use mixed_precision='bf16' in place of 'fp16'"
         )
+
+
+def largest_gradient(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
+    """The largest magnitude of an entry of any gradient, not finite if one is not; 0 where there is no gradient."""
+    # A tensor whose every entry is zero has an empty support, so an empty gradient.
+    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    return torch.nn.utils.get_total_norm(grads, math.inf)
 
 
 def warn_of_poor_sites(report: BridgeReport) -> None:

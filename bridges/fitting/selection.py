@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bridges.fitting.gradients import Objective, StepSums, figure, step_losses
+from bridges.fitting.gradients import Objective, StepFigures, StepSums, figure, step_losses
 from bridges.models.modes import eval_mode
 from bridges.models.tokens import Batch
 from bridges.objective.hybrid import path_kl, single_switch_path, squared_errors
@@ -75,7 +75,7 @@ class Selection:
             kl_dense_to_sparse=sums.kl_dense_to_sparse / tokens,
             kl_sparse_to_dense=sums.kl_sparse_to_dense / tokens,
         )
-        return step_losses(pair, losses, normalizers, self.kl_sites, self.objective).loss
+        return step_losses(pair, StepFigures.of(losses, normalizers), self.kl_sites, self.objective).loss
 
     def _add(self, sums: StepSums, traces: Traces) -> None:
         """Add a batch's squared errors and KLs, not yet divided by anything."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from bridges.bridge_report import BridgeReport
 from bridges.config import FitConfig
 from bridges.data.random_state import preserve_random_state
 from bridges.fitting.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
-from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients
-from bridges.fitting.guards import interruptible, refuse_not_finite, refuse_not_finite_gradients
+from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, step_losses
+from bridges.fitting.guards import interruptible, largest_gradient, refuse_not_finite
 from bridges.fitting.processes import ProcessGroup
 from bridges.fitting.selection import Selection, interval
 from bridges.fitting.sparse_training import SparseTraining
@@ -71,18 +72,19 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch]) -> StepLosses:
         """One step on this process's micro-batches; FloatingPointError, nothing changed, if figures are not finite."""
         step = self.step + 1
+        sampled, path = self.sampled_sites(step), self.sampled_path(step)
         # Dropout is the only other user of randomness; seeded by the step, a resumed run draws what the first one did.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.processes.rank)
         self._zero_grad()
         with nullcontext() if self.sparse is None else self.sparse.kernels(step):
-            losses = step_gradients(
-                self.pair, batches, self.sampled_sites(step), self.objective, self.sampled_path(step)
-            )
-        refuse_not_finite(losses, step)
+            figures = step_gradients(self.pair, batches, sampled, self.objective, path)
         self.processes.sum_gradients(self.pair.bridge_set.parameters())
         if self.sparse is not None:
             self.sparse.gather_gradients(step, self.processes.sum_gradients)
-        refuse_not_finite_gradients(self._parameters(), step)
+        largest = largest_gradient(self._parameters()).to(figures.ce)
+        # The one place in a step where the host waits for a GPU. Weights have not changed yet, if the step is refused.
+        losses = step_losses(self.pair, replace(figures, largest_gradient=largest), sampled, self.objective, path)
+        refuse_not_finite(losses, step)
         for group, rate in zip(self.bridge_optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.lr(step) / self.config.lr
         self.maps.pull_gradients()

@@ -38,6 +38,8 @@ from bridges.objective.pair import SIDES, ModelPair, Side, Traces, batch_moments
 from bridges.ops.kl import kl_divergence
 
 ALL_POSITIONS = slice(None)
+NO_LABEL = -100
+"""What torch's cross-entropy ignores."""
 
 
 class HybridLosses(NamedTuple):
@@ -103,7 +105,9 @@ def sparse_ce(
         logits = common_logits(traces, logits)
         predicting, labels = (whole[:, positions].to(logits.device) for whole in next_of_rows)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits[predicting].to(wide), labels[predicting], reduction="sum")
+        # Zeros at the others, since logits of padding that are NaN would give a gradient of NaN.
+        kept = torch.where(predicting[..., None], logits, 0).flatten(0, 1).to(wide)
+        return F.cross_entropy(kept, labels.masked_fill(~predicting, NO_LABEL).flatten(), reduction="sum")
 
     path = single_side_path(len(pair.bridge_set), "sparse")
     return _from_logits(pair, traces, path, ce_sum, gradient_weight, divisor)
@@ -158,8 +162,10 @@ def random_path(n_sites: int, changes: int, generator: torch.Generator) -> tuple
 
 def squared_errors(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The numerators of nmse_encode and nmse_decode at one site: sum |p - t|^2 over counted tokens and channels."""
-    h_dense, h_sparse = residuals_at(pair, traces, bridge)
-    counted = counted_at(pair, traces, bridge)
+    counted = counted_at(pair, traces, bridge)[..., None]
+    # Padding may hold anything, NaN included, so it is set to zero: the gradient of a weight is a sum of products with
+    # the streams, where zero times NaN is NaN. To take padding out would make the host wait for a GPU.
+    h_dense, h_sparse = (torch.where(counted, h, 0) for h in residuals_at(pair, traces, bridge))
     maps = pair.bridge_set[bridge]
     # The encoder's target gets no gradient: the sparse model would learn to be easy to predict.
     return (
@@ -189,10 +195,8 @@ def kl_from_dense(
     target = traces.dense.logits.detach()[:, positions].to(logits.device)
     logits = common_logits(traces, logits)
     mask = traces.dense.context.attention_mask
-    if mask is None:
-        return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1))
-    real = mask[:, positions].bool().to(logits.device)
-    return kl_divergence(target[real], logits[real])
+    real = None if mask is None else mask[:, positions].bool().to(logits.device).flatten()
+    return kl_divergence(target.flatten(0, 1), logits.flatten(0, 1), real)
 
 
 def next_tokens(traces: Traces) -> tuple[Bool[Tensor, "b s"], Int[Tensor, "b s"]]:
@@ -271,7 +275,6 @@ def _losses(pair: ModelPair, traces: Traces, bridges: Sequence[int]) -> HybridLo
 
 
 def _squared_error(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    # Padding may hold anything, NaN included, so it is left out rather than multiplied by zero. Under autocast the
-    # prediction may be float16, in which squares over 65504 overflow.
+    # Under autocast the prediction may be float16, in which squares over 65504 overflow.
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.to(wide))[counted.to(prediction.device)].square().sum()
+    return torch.where(counted, prediction.to(wide) - target.to(wide), 0).square().sum()

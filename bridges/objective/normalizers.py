@@ -43,8 +43,8 @@ class Normalizers(NamedTuple):
 class BatchMoments(NamedTuple):
     """One batch's part of `Normalizers`, in float64."""
 
-    tokens: int
-    predictions: int
+    tokens: Float[Tensor, ""]
+    predictions: Float[Tensor, ""]
     counted: Float[Tensor, " n_sites"]
     """Tokens that each site's means and squares are over."""
     mean_dense: Float[Tensor, "n_sites d_dense"]
@@ -56,8 +56,8 @@ class BatchMoments(NamedTuple):
     @classmethod
     def empty(cls, n_sites: int, d_dense: int, d_sparse: int, device: torch.device) -> BatchMoments:
         """The moments of no tokens, for a process that has no batch."""
-        shapes = ((n_sites,), (n_sites, d_dense), (n_sites, d_sparse), (n_sites,), (n_sites,))
-        return cls(0, 0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        shapes = ((), (), (n_sites,), (n_sites, d_dense), (n_sites, d_sparse), (n_sites,), (n_sites,))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 def counted_tokens(
@@ -100,9 +100,10 @@ def stream_moments(
     (mean_dense, squares_dense), (mean_sparse, squares_sparse) = (
         _means_and_squares(side, counted) for side in zip(*streams, strict=True)
     )
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return BatchMoments(
-        tokens=input_ids.numel() if attention_mask is None else int(attention_mask.sum()),
-        predictions=int(predicting_tokens(input_ids, attention_mask).sum()),
+        tokens=real.sum().to(mean_dense),
+        predictions=predicting_tokens(input_ids, attention_mask).sum().to(mean_dense),
         counted=torch.stack([tokens.sum().to(mean_dense) for tokens in counted]),
         mean_dense=mean_dense,
         mean_sparse=mean_sparse,
@@ -130,9 +131,8 @@ class _TokenSums(Sums):
 
     @classmethod
     def of(cls, one: BatchMoments) -> _TokenSums:
-        tokens, predictions = torch.tensor([one.tokens, one.predictions]).to(one.mean_dense)
         weight = one.counted[:, None]
-        return cls(tokens, predictions, one.counted, weight * one.mean_dense, weight * one.mean_sparse)
+        return cls(one.tokens, one.predictions, one.counted, weight * one.mean_dense, weight * one.mean_sparse)
 
 
 @dataclass
@@ -154,11 +154,15 @@ class _Squares(Sums):
 
 
 def _means_and_squares(streams: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean [n_sites, d_model] and sum of squares about it [n_sites] over each site's counted tokens."""
+    """Mean [n_sites, d_model] and sum of squares about it [n_sites] over each site's counted tokens.
+
+    The other tokens add zeros, whatever they hold; to take them out would make the host wait for a GPU.
+    """
     means, squares = [], []
     for h, tokens in zip(streams, counted, strict=True):
-        rows = h.detach()[tokens.to(h.device)].double()
-        mean = rows.sum(0) / max(len(rows), 1)  # a batch whose rows have one real token each counts none
+        kept = tokens.to(h.device)[..., None]
+        # A batch whose rows have one real token each counts none.
+        mean = torch.where(kept, h.detach().double(), 0).flatten(0, -2).sum(0) / kept.sum().clamp(min=1)
         means.append(mean.to(streams[0].device))
-        squares.append((rows - mean).square().sum().to(streams[0].device))
+        squares.append(torch.where(kept, h.detach() - mean, 0).square().sum().to(streams[0].device))
     return torch.stack(means), torch.stack(squares)

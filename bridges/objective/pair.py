@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -67,13 +68,17 @@ def trace_pair(
 
     def on(side: Side) -> Trace:
         model = pair.model(side)
-        mask = attention_mask if attention_mask is None else attention_mask.to(model.device)
-        trace = model.trace(
-            input_ids.to(model.device), mask, with_logits=side in logits, last_site=pair.site(side, last)
-        )
+        mask = attention_mask if attention_mask is None else _queued_copy(attention_mask, model.device)
+        ids = _queued_copy(input_ids, model.device)
+        trace = model.trace(ids, mask, with_logits=side in logits, last_site=pair.site(side, last))
         return trace._replace(logits=trace.logits[..., :width])
 
     return Traces(*(on(side) for side in SIDES))
+
+
+def _queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the host does not wait until a GPU has it."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # a CPU could read it before it is there
 
 
 def residuals_at(pair: ModelPair, traces: Traces, bridge: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,15 +18,20 @@ _GPU_CHUNK_ENTRIES = 2**24
 """Logits converted at a time on a GPU, 64 MiB of float32: enough rows to keep it busy."""
 
 
-def kl_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> Float[Tensor, ""]:
+def kl_divergence(
+    target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"], counted: Bool[Tensor, " n"] | None = None
+) -> Float[Tensor, ""]:
     """Sum over rows of KL(softmax(target_logits) || softmax(logits)) in nats, exact over the whole vocabulary.
+
+    `counted`: the rows that the sum is over, by default all. The others add nothing to it and get a gradient of zero,
+    whatever they hold; to take them out first would make the host wait for a GPU.
 
     Computed and returned in the widest of both dtypes and float32 (method.md section 2). A token to which the target
     gives probability 0 (a logit of -inf) adds 0; one to which `logits` alone gives 0 makes the divergence infinite. No
     gradient reaches the target, and the gradient cannot be differentiated again.
     """
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
-    return _KLDivergence.apply(target_logits.detach(), logits, wants_grad)  # pyright: ignore[reportReturnType]
+    return _KLDivergence.apply(target_logits.detach(), logits, counted, wants_grad)  # pyright: ignore[reportReturnType]
 
 
 def kl_divergence_eager(target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> Float[Tensor, ""]:
@@ -80,28 +85,54 @@ def _chunk_divergence(target_logits: Float[Tensor, "n v"], logits: Float[Tensor,
 
 
 def _kl_and_gradient(
-    target_logits: Float[Tensor, "n v"], logits: Float[Tensor, "n v"], gradient: Float[Tensor, "n v"]
+    target_logits: Float[Tensor, "n v"],
+    logits: Float[Tensor, "n v"],
+    gradient: Float[Tensor, "n v"],
+    counted: Bool[Tensor, " n"] | None,
 ) -> Float[Tensor, ""]:
     """The divergence summed over rows; `gradient` is set to softmax(logits) - softmax(target), its derivative.
 
     The sum has the dtype of `_promote(target_logits, logits)`.
     """
+    total = _fill_gradient(target_logits, logits, gradient, counted)
+    if counted is not None:
+        gradient.masked_fill_(~counted[:, None], 0)
+    return total
+
+
+def _fill_gradient(
+    target_logits: Float[Tensor, "n v"],
+    logits: Float[Tensor, "n v"],
+    gradient: Float[Tensor, "n v"],
+    counted: Bool[Tensor, " n"] | None,
+) -> Float[Tensor, ""]:
+    """`_kl_and_gradient`, but for the gradient of the rows that are not counted."""
     if has_triton_kernel(logits):
         from bridges.ops.triton_kl import kl_and_gradient
 
-        return kl_and_gradient(target_logits, logits, gradient)[0].sum()
+        return _sum_of_counted(kl_and_gradient(target_logits, logits, gradient)[0], counted)
     target, predicted = _promote(target_logits, logits)
     log_p, log_q = target.log_softmax(-1), predicted.log_softmax(-1)
     p = log_p.exp()
-    # Without a `where` on every entry; a CPU can look at the sum at no cost.
-    total = (p * (log_p - log_q)).sum() if p.device.type == "cpu" else None
+    # Without a `where` on every entry, where the host can look at the sum at no cost.
+    total = _sum_of_counted((p * (log_p - log_q)).sum(-1), counted) if _read_at_no_cost(p) else None
     if total is None or total.isnan():
-        total = _summands(p, log_p, log_q).sum()
+        total = _sum_of_counted(_summands(p, log_p, log_q).sum(-1), counted)
     if gradient.dtype == log_q.dtype:
         torch.exp(log_q, out=gradient).sub_(p)
     else:
         gradient.copy_(log_q.exp_().sub_(p))
     return total
+
+
+def _read_at_no_cost(tensor: Tensor) -> bool:
+    """Whether the host has a tensor's values already; for those of a GPU it would wait."""
+    return tensor.device.type == "cpu"
+
+
+def _sum_of_counted(kl: Float[Tensor, " n"], counted: Bool[Tensor, " n"] | None) -> Float[Tensor, ""]:
+    """The sum of the rows that count, whatever the others hold."""
+    return kl.sum() if counted is None else torch.where(counted, kl, 0).sum()
 
 
 def _summands(
@@ -115,21 +146,22 @@ class _KLDivergence(torch.autograd.Function):
     """Computes the gradient in the forward pass, from each chunk's probabilities, and saves nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, target: Tensor, logits: Tensor, wants_grad: bool) -> Tensor:
+    def forward(ctx: Any, target: Tensor, logits: Tensor, counted: Tensor | None, wants_grad: bool) -> Tensor:
         # Rows in order also where those of the logits are not: a kernel writes one after the other.
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if wants_grad else None
         totals = _promote(target.new_zeros(()), logits.new_zeros(()))[:1]
         for rows in _chunks(logits):
+            of_rows = None if counted is None else counted[rows]
             if gradient is None:
-                totals.append(_chunk_divergence(target[rows], logits[rows]).kl.sum())
+                totals.append(_sum_of_counted(_chunk_divergence(target[rows], logits[rows]).kl, of_rows))
             else:
-                totals.append(_kl_and_gradient(target[rows], logits[rows], gradient[rows]))
+                totals.append(_kl_and_gradient(target[rows], logits[rows], gradient[rows], of_rows))
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return torch.stack(totals).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * grads[0], None
+        return None, gradient * grads[0], None, None

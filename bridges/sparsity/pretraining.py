@@ -285,7 +285,4 @@ def _kl_sum(
     """The summed KL over real tokens and the vocabulary that both models have."""
     width = min(target.shape[-1], logits.shape[-1])
     target, logits = target[..., :width].flatten(0, 1), logits[..., :width].flatten(0, 1)
-    if mask is None:
-        return kl_divergence(target, logits)
-    real = mask.flatten().bool()
-    return kl_divergence(target[real], logits[real])
+    return kl_divergence(target, logits, None if mask is None else mask.flatten().bool())

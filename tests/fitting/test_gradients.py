@@ -19,7 +19,7 @@ from pairs import (
 from torch.autograd.graph import saved_tensors_hooks
 
 from bridges.fit import fit
-from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, trained_parameters
+from bridges.fitting.gradients import Objective, StepLosses, Weights, step_gradients, step_losses, trained_parameters
 from bridges.fitting.guards import refuse_not_finite
 from bridges.objective import head
 from bridges.objective.head import logits_of
@@ -33,8 +33,8 @@ PAIRS = {
 }
 
 
-def stepped(pair, batches, sampled, objective):
-    losses = step_gradients(pair, batches, sampled, objective)
+def stepped(pair, batches, sampled, objective, path=None):
+    losses = step_losses(pair, step_gradients(pair, batches, sampled, objective, path), sampled, objective, path)
     return losses, gradients(trained_parameters(pair, objective.train_sparse))
 
 
@@ -105,8 +105,7 @@ def test_a_model_that_computes_all_logits_anyway_gives_them_at_once(monkeypatch)
 def test_a_path_that_changes_sides_several_times(path, train_sparse):
     pair, ids = PAIRS["equal depth"](), tokens()
     weights, sides = WEIGHTS._replace(path=0.4), ["sparse" if letter == "s" else "dense" for letter in path]
-    losses = step_gradients(pair, [(ids, MASK)], [1], Objective(weights, train_sparse), sides)
-    found = gradients(trained_parameters(pair, train_sparse))
+    losses, found = stepped(pair, [(ids, MASK)], [1], Objective(weights, train_sparse), sides)
     loss, ce = naive_objective(pair, weights, ids, MASK, [1])
     kl = naive_path_kl(pair, path, ids, MASK)
     loss = loss + 0.4 * kl + (weights.ce * ce if train_sparse else 0)
@@ -297,7 +296,7 @@ def test_with_dropout_micro_batches_are_divided_by_the_variance_of_the_streams_t
 
     monkeypatch.setattr(pair.sparse, "trace", recorded)
     torch.manual_seed(0)
-    losses = step_gradients(pair, batches, [1], Objective(WEIGHTS, True))
+    losses, _ = stepped(pair, batches, [1], Objective(WEIGHTS, True))
     summed = runs[-2:]  # the passes that gradients came from, one for each micro-batch
     dense = pair.dense.residuals(ids, MASK)[0]
     counted = counted_tokens(ids, MASK)

@@ -14,8 +14,8 @@ from bridges.bridge_report import BridgeReport, SiteFigures
 from bridges.fitting.gradients import SITE_LOSSES, StepLosses
 from bridges.fitting.guards import (
     interruptible,
+    largest_gradient,
     refuse_not_finite,
-    refuse_not_finite_gradients,
     warn_of_poor_sites,
 )
 
@@ -36,12 +36,21 @@ def test_a_cross_entropy_that_is_not_finite_is_refused_and_large_losses_are_not(
 
 
 def test_a_gradient_that_is_not_finite_is_refused():
-    fine, bad = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    fine.grad, bad.grad = torch.ones(2), torch.tensor([1.0, math.inf])
-    refuse_not_finite_gradients([fine, torch.zeros(2)], 5)
-    refuse_not_finite_gradients([], 5)
-    with pytest.raises(FloatingPointError, match="step 5: a gradient is not finite though the losses are"):
-        refuse_not_finite_gradients([fine, bad], 5)
+    refuse_not_finite(StepLosses(largest_gradient=1e30), 5)
+    for value in (math.inf, math.nan):
+        with pytest.raises(FloatingPointError, match="step 5: a gradient is not finite though the losses are"):
+            refuse_not_finite(StepLosses(largest_gradient=value), 5)
+    with pytest.raises(FloatingPointError, match="step 5: nmse_encode at site final is nan"):
+        refuse_not_finite(StepLosses(nmse_encode={"final": math.nan}, largest_gradient=math.nan), 5)
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_the_largest_gradient_is_not_finite_where_one_is_not(bad):
+    one, other = torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True, dtype=torch.float64)
+    one.grad, other.grad = torch.tensor([1.0, -4.0]), torch.tensor([3.0, 2.0, 0.0]).double()
+    assert largest_gradient([one, torch.zeros(2), other]) == 4 and largest_gradient([]) == 0
+    other.grad[1] = bad
+    assert not largest_gradient([one, other]).isfinite()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -72,12 +81,11 @@ def test_handlers_are_restored_after_an_error_and_other_threads_set_none():
     assert found == [(False, True)]
 
 
-def test_an_empty_gradient_is_finite():
+def test_an_empty_gradient_is_left_out():
     """That of a tensor whose every entry is zero, where zeros stay zero."""
     empty, one = (torch.nn.Parameter(torch.zeros(n)) for n in (0, 2))
     empty.grad, one.grad = torch.zeros(0), torch.ones(2)
-    refuse_not_finite_gradients([empty, one], 1)
-    refuse_not_finite_gradients([empty], 1)
+    assert largest_gradient([empty, one]) == 1 and largest_gradient([empty]) == 0
 
 
 def figures(name, encode, decode, floor=0.1):

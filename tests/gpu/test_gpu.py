@@ -4,10 +4,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from pairs import gpt2, sparse_model, tokens, toy_task
+from pairs import MASK, gpt2, join, sparse_model, tokens, toy_task
 from planted import PATH, planted_model, planted_pairs, planted_text
 
 import bridges
+from bridges.config import FitConfig
+from bridges.fitting import gradients
+from bridges.fitting import trainer as trainer_module
+from bridges.fitting.processes import ProcessGroup
+from bridges.fitting.trainer import Trainer
 from bridges.models.loading import as_residual
 from bridges.ops import compiled
 from bridges.ops.abs_topk import _BITS, abs_topk, abs_topk_eager
@@ -111,6 +116,39 @@ def test_a_pretraining_step_waits_for_nothing_and_is_that_of_the_cpu(support):
                 losses.append(trainer.train_step([(tokens(seed=step), None)]))
         trained.append((model.cpu(), losses))
     assert_trained_alike(*trained)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_sparse": True}, {"train_sparse": True, "target_density": 0.5}])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_a_step_of_fit_waits_for_its_figures_alone_and_is_that_of_the_cpu(settings, mask, monkeypatch):
+    """Between two sparse models, as above."""
+
+    def step_losses(*args):
+        with refuses_waiting(False):
+            losses = gradients.step_losses(*args)
+        reads.append(losses)
+        torch.cuda.set_sync_debug_mode("error")
+        return losses
+
+    trained, reads = [], []
+    config = FitConfig(steps=4, sites_per_step=2, lr=1e-3, **settings)
+    for device in ("cpu", DEVICE):
+        pair = join(sparse_model(width=8, seed=9).to(device), sparse_model().to(device))
+        pair.bridge_set.to(device)
+        trainer = Trainer(pair, config, ProcessGroup())
+        losses = [trainer.train_step([(tokens(), mask)])]
+        with monkeypatch.context() as patch, refuses_waiting(device == DEVICE):
+            if device == DEVICE:
+                patch.setattr(trainer_module, "step_losses", step_losses)
+            losses += [trainer.train_step([(tokens(seed=step), mask)]) for step in range(2)]
+        trained.append(
+            (losses, [p.detach().cpu() for p in (*pair.bridge_set.parameters(), *pair.sparse.model.parameters())])
+        )
+    assert len(reads) == 2
+    for one, two in zip(trained[0][0], trained[1][0], strict=True):
+        assert two.row() == pytest.approx(one.row(), rel=1e-9)
+    for one, two in zip(trained[0][1], trained[1][1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("support", ["moving", "projected"])

@@ -14,8 +14,16 @@ from pairs import (
     tokens,
 )
 
-from bridges.objective.hybrid import HybridLosses, hybrid_losses, run_path, single_switch_path
-from bridges.objective.pair import trace_pair
+from bridges.objective.hybrid import (
+    HybridLosses,
+    hybrid_losses,
+    kl_sum,
+    run_path,
+    single_switch_path,
+    sparse_ce,
+    squared_errors,
+)
+from bridges.objective.pair import Traces, trace_pair
 
 PAIRS = {
     "equal depth": lambda: join(gpt2(), sparse_model()),
@@ -78,6 +86,26 @@ def test_padding_may_hold_any_token_and_a_mask_of_ones_changes_nothing(ids):
     ones = hybrid_losses(*pair, ids, torch.ones_like(ids))
     for one, two in zip(hybrid_losses(*pair, ids), ones, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+
+
+def test_streams_of_padding_that_are_nan_change_neither_a_loss_nor_a_gradient(ids):
+    """In the losses that no sublayer stands between: attention would carry a NaN on."""
+    pair = PAIRS["equal depth"]()
+    traces, padding = trace_pair(pair, ids, MASK), ~MASK.bool()[..., None]
+    last, found = len(pair.bridge_set) - 1, []
+    for spoiled in (0.0, float("nan")):
+        leaves = [h.detach().masked_fill(padding, spoiled).requires_grad_() for h in traces.sparse.residuals]
+        dense = [h.detach().masked_fill(padding, spoiled) for h in traces.dense.residuals]
+        both = Traces(traces.dense._replace(residuals=dense), traces.sparse._replace(residuals=leaves))
+        losses = torch.stack([*squared_errors(pair, both, 1), kl_sum(pair, both, last, "dense")])
+        losses.sum().backward()
+        ce = sparse_ce(pair, both, gradient_weight=1.0)  # adds its own gradient
+        at_real = [leaf.grad[MASK.bool()] for leaf in (leaves[1], leaves[-1])]
+        found.append([losses.detach(), ce, *at_real, *gradients(pair.bridge_set[1].parameters())])
+        assert not leaves[1].grad[~MASK.bool()].any()
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-13, atol=0)
+        assert one.isfinite().all() and one.any()
 
 
 def test_models_are_given_as_objects_residual_models_or_folders(ids, tmp_path):

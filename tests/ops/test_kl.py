@@ -1,8 +1,10 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from bridges.ops import kl
 from bridges.ops.kl import kl_divergence, kl_divergence_eager
 
 TWINS = [kl_divergence, kl_divergence_eager]
@@ -101,6 +103,30 @@ def test_nan_propagates(function, bad):
     pair = list(random_pair(3, 4))
     pair[bad][1, 2] = float("nan")
     assert function(*pair).isnan()
+
+
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize("n", [6, 300])
+def test_rows_that_are_not_counted_add_nothing_whatever_they_hold(n, look, monkeypatch):
+    monkeypatch.setattr(kl, "_read_at_no_cost", lambda tensor: look)
+    target, logits = random_pair(n, 5)
+    counted = torch.arange(n) % 3 != 1
+    expected, gradient = value_and_gradient(kl_divergence, target[counted], logits[counted], upstream=0.3)
+    target[1], target[4], logits[1, 2], logits[4] = float("nan"), INF, float("nan"), -INF
+    value, found = value_and_gradient(partial(kl_divergence, counted=counted), target, logits, upstream=0.3)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found[counted], gradient, rtol=0, atol=0)
+    assert not found[~counted].any()
+    with torch.no_grad():
+        torch.testing.assert_close(kl_divergence(target, logits, counted), expected, rtol=1e-13, atol=0)
+    logits[0, 0] = float("nan")
+    assert kl_divergence(target, logits.requires_grad_(), counted).isnan()
+
+
+def test_no_row_that_is_counted():
+    target, logits = random_pair(4, 5)
+    value, gradient = value_and_gradient(partial(kl_divergence, counted=torch.zeros(4).bool()), target, logits)
+    assert value == 0 and not gradient.any()
 
 
 def test_no_rows():
