@@ -285,7 +285,9 @@ class BridgeSet(nn.Module):
         """
         folder = fetch_folder(path, **hub)
         if not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no {CONFIG_FILE}")
+            inner = folder / "bridges"  # where `bridges demo` puts them
+            inside = f"; {str(inner)!r} is one" if (inner / CONFIG_FILE).is_file() else ""
+            raise FileNotFoundError(f"path={str(path)!r} is not a bridge folder: it has no {CONFIG_FILE}{inside}")
         config = FolderConfig.read(folder)
         bridges = [Bridge(config.d_dense, config.d_sparse, config.k, config.dtype) for _ in config.site_pairs]
         bridge_set = cls(config.site_pairs, bridges, config.provenance)

@@ -190,3 +190,15 @@ def test_push_to_hub_uploads_the_bridge_folder(bridge_set, tmp_path, monkeypatch
     assert asked["created"] == ("mine", {"private": True, "exist_ok": True}) and asked["token"] == "secret"
     assert asked["uploaded"] == "someone/mine" and len(asked["same"]) == 5
     assert not os.path.exists(asked["folder"])
+
+
+def test_the_folder_around_a_bridge_folder_names_it(bridge_set, tmp_path):
+    bridge_set.save_pretrained(tmp_path / "bridges")
+    with pytest.raises(FileNotFoundError, match=f"has no config.json; '{tmp_path}/bridges' is one"):
+        BridgeSet.from_pretrained(tmp_path)
+
+
+def test_a_bridge_folder_given_as_a_model_is_said_to_be_one(bridge_set, tmp_path):
+    bridge_set.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"path='{tmp_path}' holds bridges, not a model; give the folder or hub id of"):
+        bridges.as_residual(tmp_path)

@@ -20,6 +20,8 @@ VIEWS = {
 }
 SIZES = {"laptop": (1440, 900, 0.5), "phone": (360, 720, 1)}
 """Width and height in CSS pixels, and pixels of the picture per CSS pixel."""
+TALL = {"task": 1500, "circuit": 1500}
+"""Heights of views on a laptop whose plots stand further down."""
 
 
 def main(page, folder):
@@ -34,6 +36,9 @@ def main(page, folder):
                 )
                 for name, view in VIEWS.items():
                     tab.goto(f"{page.resolve().as_uri()}#/{view}")
+                    tab.set_viewport_size(
+                        {"width": width, "height": TALL.get(name, height) if size == "laptop" else height}
+                    )
                     tab.wait_for_timeout(300)
                     tab.screenshot(path=folder / f"{name}-{size}-{scheme}.png")
         browser.close()

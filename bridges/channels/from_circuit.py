@@ -72,7 +72,9 @@ class CircuitInDense:
     def __str__(self) -> str:
         before = f"{self.p_target_unedited:.3f} dense, {self.p_target_sparse_unedited:.3f} sparse"
         lines = [f"{self.task}: P(target) unedited {before}", "site      channels            dense   sparse  random"]
-        for effect in (*self.nodes, *self.together):
+        # Of a site with one channel, all of them together are that one.
+        several = [effect for effect in self.together if len(effect.channels) > 1]
+        for effect in (*self.nodes, *several):
             channels = ",".join(map(str, effect.channels))
             figures = f"{effect.p_target:.3f}   {effect.p_target_sparse:.3f}   {effect.p_target_random:.3f}"
             lines.append(f"{effect.site:<9} {channels:<19} {figures}")

@@ -57,6 +57,10 @@ def load_model(source: ModelSource, device: torch.device | str | None = None, **
             f"path={str(source)!r} holds no model: it has no config.json; give a folder that save_pretrained wrote, or "
             "a hub id"
         )
+    if isinstance(path, Path) and not given and (path / "bridges.safetensors").is_file():
+        raise ValueError(
+            f"path={str(source)!r} holds bridges, not a model; give the folder or hub id of one of their models"
+        )
     loader = SparseTransformer if released else AutoModelForCausalLM
     model = loader.from_pretrained(str(path), **kwargs)
     if isinstance(path, Path) and "gguf_file" in kwargs:  # the name that is recorded, and where its tokenizer is

@@ -1,5 +1,5 @@
 // Which command makes what is missing.
-import { code, missing } from "./ui.js";
+import { code, missing, withCode } from "./ui.js";
 
 /** @param {import("./types.js").Task | string} task */
 export function noCircuit(task) {
@@ -42,5 +42,5 @@ export function noChannels() {
  * @param {string} what @param {string} why @param {string} command
  */
 function lacking(what, why, command) {
-  return why ? missing(`The page has no ${what}: ${why}`) : missing(`The page has no ${what}; `, code(command), " makes it.");
+  return why ? missing(`The page has no ${what}: `, ...withCode(why)) : missing(`The page has no ${what}; `, code(command), " makes it.");
 }
