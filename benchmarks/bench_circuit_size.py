@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -145,7 +146,7 @@ class Bench:
                     write_json(self.file, self.state)
                 found = known[str(target)]
                 unreached = {key: found[key] for key in ("nodes", "edges", "loss")} if found["nodes"] is None else None
-                print(line(task, name, target, found), flush=True)
+                print(line(task, name, target, found), file=sys.stderr)  # of a search that goes on for an hour
 
 
 def line(task: str, name: str, target: float, size: Mapping[str, Any]) -> str:
