@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 SOLVED, SOLVED_PAIRS = 0.9, 64
 """Part of its prompts that both models must answer for a task to be measured, unless it is named."""
 N_TASKS = 6
-JUDGE_SHARE = 0.25
-"""Part of the pairs that chooses a circuit's size; for shuffled labels the training pairs do."""
 
 
 class Series(NamedTuple):
@@ -136,7 +134,7 @@ class Bench:
                                 text=text,
                                 method=series.method,
                                 target_loss=target,
-                                judge_share=0 if series.shuffled else JUDGE_SHARE,
+                                **({"judge_share": 0} if series.shuffled else {}),
                                 progress=False,
                                 **self.settings,
                             )
